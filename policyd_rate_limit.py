@@ -1,0 +1,2206 @@
+#!/usr/bin/env python3
+"""policyd-rate-limit: limit how many mails a user of Postfix may send.
+
+Postfix asks this daemon about each mail (postconf(5), check_policy_service;
+SMTPD_POLICY_README).  It counts the mail for a SASL user, a sender or a
+client address, in sliding windows "at most N mails in any S seconds", and
+answers what Postfix is to do.
+
+The path of one request:
+
+    bytes -> Request -> claims -> [ usage -> verdict -> charge ] -> action
+             parse      policy          one transaction            reply
+
+    1 Vocabulary   2 Settings   3 Protocol   4 Policy   5 Storage
+    6 Service   7 Server   8 Reports   9 Configuration file   10 Process
+    11 Command line
+
+Exit status: 0 done, or stopped by a signal; 1 --get-config: no such
+setting; 2 no such user or group, or a usage error; 3 another instance is
+running; 4 SOCKET is malformed; 5 no configuration file, or one that cannot
+be used; 6 anything that fails at run time; 8 --clean failed.
+
+Try it by hand:
+
+    policyd_rate_limit.py --standalone /tmp/try &
+    printf 'request=smtpd_access_policy\\nprotocol_state=DATA\\n%s\\n\\n' \\
+        sasl_username=joe | nc -N -U /tmp/try/policy
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import contextlib
+import copy
+import difflib
+import errno
+import fcntl
+import functools
+import grp
+import hashlib
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import pwd
+import queue
+import re
+import reprlib
+import resource
+import signal
+import socket
+import socketserver
+import sqlite3
+import stat
+import sys
+import threading
+import time
+import unicodedata
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from ipaddress import IPv6Network
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------
+# 1. Vocabulary
+#
+# The words that all sections share: constants, values, errors.
+# ---------------------------------------------------------------------------
+
+VERSION = "2.0.0"
+PROGRAM = "policyd-rate-limit"
+CONFIG_FILES = (
+    "~/.config/policyd-rate-limit.conf",
+    "~/.config/policyd-rate-limit.yaml",
+    "/etc/policyd-rate-limit.conf",
+    "/etc/policyd-rate-limit.yaml",
+)
+MAX_REQUEST = 65536  # bytes; the largest that Postfix sent in tests is 6 kB
+MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
+MAX_NUMBER = 2**31 - 1  # what a column of type int holds
+MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
+MAX_CONNECTIONS = 4000  # Postfix's default_process_limit is 100
+CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
+CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+CLEAN_PAUSE = 10  # seconds between two such steps while the daemon works
+NOTICE = 25  # the log level of what is said even with debug: False
+
+SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
+
+
+class Seldom(logging.Filter):
+    """Lets each message that is marked SELDOM through once a minute."""
+
+    def __init__(self) -> None:
+        """Begin with nothing said."""
+        super().__init__()
+        self.said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether to let a record through."""
+        if not hasattr(record, "seldom"):
+            return True
+        if record.created < self.said.get(record.msg, 0) + 60:
+            return False
+        self.said[record.msg] = record.created
+        return True
+
+
+log = logging.getLogger(PROGRAM)
+log.addFilter(Seldom())
+
+
+# By count_mode, the protocol states at which a mail is counted.
+COUNTED_STATES = (("RCPT",), ("DATA", "END-OF-MESSAGE"),
+                  ("DATA", "END-OF-MESSAGE"))
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
+
+class Limit(NamedTuple):
+    """At most so many mails in any so many seconds."""
+
+    mails: int
+    seconds: int
+
+
+class PolicydError(Exception):
+    """Something failed at run time."""
+
+    exit_code = 6
+
+
+class UnknownSetting(PolicydError):
+    """--get-config was asked for a setting that there is not."""
+
+    exit_code = 1
+
+
+class UnknownUser(PolicydError):
+    """The user or group to run as does not exist."""
+
+    exit_code = 2
+
+
+class AlreadyRunning(PolicydError):
+    """Another instance has the pidfile or the socket."""
+
+    exit_code = 3
+
+
+class SocketMalformed(PolicydError):
+    """SOCKET is neither a path nor [address, port]."""
+
+    exit_code = 4
+
+
+class ConfigError(PolicydError):
+    """The configuration is missing or cannot be understood."""
+
+    exit_code = 5
+
+
+class CleanError(PolicydError):
+    """--clean could not do its work."""
+
+    exit_code = 8
+
+
+class LedgerError(PolicydError):
+    """The database is away, or refuses."""
+
+
+class BadRequest(PolicydError):
+    """What came is not a request of the policy protocol."""
+
+
+def fold(identity: str) -> str:
+    """Return the one spelling under which an identity is counted.
+
+    Names are compared without regard to case (RFC 8265, 3.3), addresses by
+    value.  A name too long for a database's key ends in its hash instead.
+    """
+    folded = unicodedata.normalize("NFC", identity.lower()).rstrip()
+    address = None if "@" in folded else parse_address(folded)
+    if address is not None:
+        return str(address)
+    if len(folded) <= MAX_IDENTITY:
+        return folded
+    digest = hashlib.sha256(folded.encode()).hexdigest()
+    return folded[:MAX_IDENTITY - len(digest) - 1] + "#" + digest
+
+
+def parse_address(text: str) -> Address | None:
+    """Return the IP address that text spells, IPv4 inside IPv6 as IPv4."""
+    if not (text[:1].isdigit() or ":" in text):
+        return None
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+# ---------------------------------------------------------------------------
+# 2. Settings
+#
+# One line a setting: name, default, check, meaning.  A check takes the value
+# that a configuration file holds and returns it typed, or raises Unexpected.
+# ---------------------------------------------------------------------------
+
+Limits = tuple[Limit, ...]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Unexpected(ValueError):
+    """A value is not what the setting takes: what was found, expected."""
+
+
+def as_bool(value: object) -> bool:
+    """Check True or False; an empty value, 0 and 1 are taken for them."""
+    if value is None or value in (0, 1):
+        return bool(value)
+    raise Unexpected(value, "True or False")
+
+
+def as_whole(value: object) -> int:
+    """Check a whole number, 0 or more."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise Unexpected(value, "a whole number, 0 or more")
+
+
+def as_seconds(value: object) -> int:
+    """Check a number of seconds; more than 68 years are 68 years."""
+    if as_whole(value) == 0:
+        raise Unexpected(value, "a number of seconds, 1 or more")
+    return min(as_whole(value), MAX_NUMBER)
+
+
+def as_text(value: object) -> str:
+    """Check text that is not empty."""
+    if isinstance(value, str) and value and "\0" not in value:
+        return value
+    raise Unexpected(value, "text (in quotes, if it looks like a number)")
+
+
+def as_text_or_none(value: object) -> str | None:
+    """Check text; an empty value is None."""
+    return None if value is None or value == "" else as_text(value)
+
+
+def as_query(value: object) -> str:
+    """Check a query; an empty value is no query."""
+    return as_text_or_none(value) or ""
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    """Check one text or a list of them; an empty value is no text."""
+    if isinstance(value, (list, tuple)):
+        return tuple(as_text(item) for item in value)
+    return () if value is None or value == "" else (as_text(value),)
+
+
+def as_action(value: object) -> str:
+    """Check an action of access(5): one line of text."""
+    if isinstance(value, str) and value.strip() and value.isprintable():
+        return value
+    raise Unexpected(value, "an action of access(5), such as \"dunno\"")
+
+
+def as_limits(value: object) -> Limits:
+    """Check a list of [mails, seconds]; the list may be empty."""
+    expected = "a list of [mails, seconds], such as [[10, 60], [150, 86400]]"
+    if not isinstance(value, (list, tuple)):
+        raise Unexpected(value, expected)
+    for pair in value:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise Unexpected(value, expected)
+    return tuple(Limit(as_whole(n), as_seconds(s)) for n, s in value)
+
+
+def as_limits_by_id(value: object) -> Mapping[str, Limits]:
+    """Check a mapping of identities to limits; identities are folded."""
+    if not isinstance(value, (dict, type(None))):
+        raise Unexpected(value, "identities, each with a list of limits")
+    for key in value or {}:
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            raise Unexpected(key, "an identity (put quotes around it)")
+    return {fold(str(key)): as_limits(limits)
+            for key, limits in (value or {}).items()}
+
+
+def as_networks(value: object) -> tuple[Network, ...]:
+    """Check a list of networks in CIDR notation, or of addresses."""
+    expected = "a list of networks such as [10.0.0.0/8, \"::/0\"]"
+    if not isinstance(value, (list, tuple, type(None))):
+        raise Unexpected(value, expected)
+    try:
+        return tuple(ipaddress.ip_network(as_text(item), strict=False)
+                     for item in value or ())
+    except ValueError:
+        raise Unexpected(value, expected) from None
+
+
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """Check the arguments of a database driver's connect."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return value
+    raise Unexpected(value, "names and values for the driver's connect()")
+
+
+def as_backend(value: object) -> int:
+    """Check the number of a storage backend."""
+    if as_whole(value) > 2:
+        raise Unexpected(value, "0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)")
+    return as_whole(value)
+
+
+def as_count_mode(value: object) -> int:
+    """Check the number of a way to count."""
+    if as_whole(value) > 2:
+        raise Unexpected(value, "0 (at RCPT), 1 (recipients) or 2 (mails)")
+    return as_whole(value)
+
+
+def as_permission(value: object) -> int:
+    """Check a file mode: a number, or octal digits as text (0o666)."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = int(value, 8)
+    if as_whole(value) > 0o7777:
+        raise Unexpected(value, "a file mode such as 0666")
+    return as_whole(value)
+
+
+def as_port(value: object) -> int:
+    """Check a TCP port; 0 lets the kernel choose one."""
+    if as_whole(value) > 65535:
+        raise Unexpected(value, "a port, 0 to 65535")
+    return as_whole(value)
+
+
+def as_socket(value: object) -> str | tuple[str, int]:
+    """Check the path of a unix socket, or [address, port]."""
+    if isinstance(value, str) and value and "\0" not in value:
+        return value
+    expected = "a path, or [address, port] such as [\"127.0.0.1\", 8552]"
+    try:
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            address = ipaddress.ip_address(as_text(value[0]))
+            return str(address), as_port(value[1])
+    except ValueError:
+        pass
+    raise Unexpected(value, expected)
+
+
+def as_report_limits(value: object) -> tuple[int, ...]:
+    """Check a list of windows, in seconds."""
+    if isinstance(value, (list, tuple)):
+        return tuple(as_seconds(item) for item in value)
+    raise Unexpected(value, "a list of seconds, such as [86400]")
+
+
+def as_smtp_server(value: object) -> tuple[str, int]:
+    """Check [host, port], or a host alone, whose port is 25."""
+    if isinstance(value, str):
+        return as_text(value), 25
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return as_text(value[0]), as_port(value[1])
+    raise Unexpected(value, "[\"host\", port]")
+
+
+def as_credentials(value: object) -> tuple[str, str] | None:
+    """Check [user, password], or nothing."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        return as_text(value[0]), as_text(value[1])
+    raise Unexpected(value, "[\"user\", \"password\"] or null")
+
+
+def setting(default: object, check: Callable[[Any], Any], meaning: str,
+            error: type[PolicydError] = ConfigError) -> Any:
+    """Make a line of the table: what error is raised says the exit code."""
+    return field(
+        default_factory=lambda: check(default),
+        metadata={"default": default, "check": check, "meaning": meaning,
+                  "error": error})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings; names and defaults are the original's."""
+
+    debug: bool = setting(True, as_bool, "log each decision")
+    log_requests: bool = setting(
+        False, as_bool, "log all that Postfix tells of each mail")
+    user: str = setting(PROGRAM, as_text, "the user that root becomes")
+    group: str = setting(PROGRAM, as_text, "the group that root becomes")
+    pidfile: str = setting(
+        "/var/run/policyd-rate-limit/policyd-rate-limit.pid", as_text,
+        "the file with the process id")
+    SOCKET: str | tuple[str, int] = setting(
+        "/var/spool/postfix/ratelimit/policy", as_socket,
+        "where to listen: a path, or [address, port]", SocketMalformed)
+    socket_permission: int = setting(
+        0o666, as_permission, "the mode of the unix socket")
+    delay_to_close: int = setting(
+        300, as_seconds, "seconds after which an idle connection is closed")
+    backend: int = setting(
+        0, as_backend, "where to count: 0 SQLite, 1 MySQL, 2 PostgreSQL")
+    sqlite_config: Mapping[str, Any] = setting(
+        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_mapping,
+        "how to open the SQLite database")
+    mysql_config: Mapping[str, Any] = setting(
+        {"user": "username", "passwd": "*****", "db": "database",
+         "host": "localhost", "charset": "utf8"}, as_mapping,
+        "how to connect to MariaDB or MySQL")
+    pgsql_config: Mapping[str, Any] = setting(
+        {"database": "database", "user": "username", "password": "*****",
+         "host": "localhost"}, as_mapping, "how to connect to PostgreSQL")
+    db_timeout: int = setting(
+        5, as_seconds, "seconds to wait for the database")
+    limits: Limits = setting(
+        [(10, 60), (150, 86400)], as_limits,
+        "at most so many mails in so many seconds, for each identity")
+    limits_by_id: Mapping[str, Limits] = setting(
+        {}, as_limits_by_id, "other limits for some identities; [] for none")
+    sql_limits_by_id: str = setting(
+        "", as_query, "a query for an identity's limits, with a placeholder")
+    limit_by_sasl: bool = setting(
+        True, as_bool, "the SASL user name is the identity")
+    limit_by_sender: bool = setting(
+        False, as_bool, "else the sender address")
+    limit_by_ip: bool = setting(
+        False, as_bool, "else the client address")
+    limited_networks: tuple[Network, ...] = setting(
+        [], as_networks, "but only client addresses in these networks")
+    count_mode: int = setting(
+        1, as_count_mode,
+        "what counts: 0 each RCPT, 1 the recipients at DATA, 2 the mail")
+    success_action: str = setting(
+        "dunno", as_action, "the action for a mail within the limits")
+    fail_action: str = setting(
+        "defer_if_permit Rate limit reach, retry later", as_action,
+        "the action for a mail too many")
+    db_error_action: str = setting(
+        "dunno", as_action, "the action while the database is away")
+    report: bool = setting(
+        False, as_bool, "--clean mails a report of who hit a limit")
+    report_from: str | None = setting(
+        None, as_text_or_none, "the sender of reports")
+    report_to: tuple[str, ...] = setting(
+        None, as_texts, "who gets reports: one address or a list")
+    report_subject: str = setting(
+        "policyd-rate-limit report", as_text, "the subject of reports")
+    report_limits: tuple[int, ...] = setting(
+        [86400], as_report_limits, "the windows, in seconds, to report")
+    report_only_if_needed: bool = setting(
+        True, as_bool, "no report if nobody hit a limit")
+    smtp_server: tuple[str, int] = setting(
+        ("localhost", 25), as_smtp_server, "where to send reports")
+    smtp_starttls: bool = setting(
+        False, as_bool, "encrypt the connection to smtp_server")
+    smtp_credentials: tuple[str, str] | None = setting(
+        None, as_credentials, "user and password for smtp_server")
+
+    @property
+    def longest_window(self) -> int:
+        """Return the longest window of the file's limits, in seconds."""
+        limits = itertools.chain(self.limits, *self.limits_by_id.values())
+        return max((limit.seconds for limit in limits), default=86400)
+
+
+# ---------------------------------------------------------------------------
+# 3. Protocol
+#
+# What Postfix sends, as values (SMTPD_POLICY_README).  Pure: it is handed
+# bytes, it opens nothing.
+# ---------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What Postfix tells of one mail; what it does not know is empty."""
+
+    protocol_state: str
+    queue_id: str
+    instance: str  # the same for all requests of one mail
+    sasl_username: str
+    sender: str
+    client_address: str
+    recipient_count: int
+    attributes: Mapping[str, str]  # all that was sent
+
+
+def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
+    """Yield the requests that receive() brings until it brings nothing.
+
+    A request that is broken or too long raises BadRequest.
+    """
+    buffer = b""
+    while data := receive():
+        buffer += data
+        while (end := buffer.find(b"\n\n")) >= 0:
+            head, buffer = buffer[:end], buffer[end + 2:]
+            yield parse_request(head)
+        if len(buffer) > MAX_REQUEST:
+            raise BadRequest(f"a request longer than {MAX_REQUEST} bytes")
+    if buffer:
+        raise BadRequest("the connection ended inside a request")
+
+
+def parse_request(head: bytes) -> Request:
+    """Parse the lines name=value of a request, or raise BadRequest.
+
+    Values are the mail client's: no bytes in them make a request broken, and
+    different bytes stay different.
+    """
+    if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
+        raise BadRequest("too many attributes, or binary rubbish")
+    text = head.decode("utf-8", "backslashreplace")
+    try:
+        given = dict(line.split("=", 1) for line in text.split("\n"))
+    except ValueError:
+        raise BadRequest("a line that is not name=value") from None
+    if given.get("request") != "smtpd_access_policy":
+        raise BadRequest("no request=smtpd_access_policy")
+    get = given.get
+    return Request(
+        get("protocol_state", ""), get("queue_id", ""), get("instance", ""),
+        get("sasl_username", ""), get("sender", ""),
+        get("client_address", ""), parse_count(get("recipient_count", "")),
+        given)
+
+
+def parse_count(text: str) -> int:
+    """Return the number that text spells, 0 if none, with a bound."""
+    if not (text.isascii() and text.isdigit()):
+        return 0
+    digits = text.lstrip("0")
+    return int(digits or "0") if len(digits) < 10 else MAX_NUMBER
+
+
+def format_reply(action: str) -> bytes:
+    """Return the bytes that tell Postfix an action of access(5)."""
+    return f"action={action}\n\n".encode()
+
+
+# ---------------------------------------------------------------------------
+# 4. Policy
+#
+# Whose mail is it, and may it pass?  Functions of their arguments alone: no
+# input, no output, no clock.
+# ---------------------------------------------------------------------------
+
+
+class Claim(NamedTuple):
+    """An identity, what the mail costs it, and the limits it must keep."""
+
+    identity: str
+    cost: int
+    limits: Limits
+
+
+class Usage(NamedTuple):
+    """What a mail's identity has used of one limit before it."""
+
+    identity: str
+    used: int
+    cost: int
+    limit: Limit
+
+
+class Verdict(NamedTuple):
+    """What was found for each limit, and the first that would be broken."""
+
+    usage: tuple[Usage, ...]
+    broken: Usage | None
+
+
+def claims_of(request: Request, settings: Settings) -> list[Claim]:
+    """Return what a request claims: nothing if it is not to be counted."""
+    if request.protocol_state not in COUNTED_STATES[settings.count_mode]:
+        return []
+    identity = identify(request, settings)
+    if identity is None:
+        return []
+    limits = settings.limits_by_id.get(identity, settings.limits)
+    if not limits and not settings.sql_limits_by_id:
+        return []
+    return [Claim(identity, cost_of(request, settings.count_mode), limits)]
+
+
+def identify(request: Request, settings: Settings) -> str | None:
+    """Return the identity whose mail it is: user, sender or address."""
+    if settings.limit_by_sasl and request.sasl_username:
+        return fold(request.sasl_username)
+    if settings.limit_by_sender and request.sender:
+        return fold(request.sender)
+    if not settings.limit_by_ip:
+        return None
+    address = parse_address(request.client_address)
+    if address is None:
+        return None
+    inside = any(address in network for network in settings.limited_networks)
+    return str(address) if inside else None
+
+
+def cost_of(request: Request, count_mode: int) -> int:
+    """Return what a mail costs: its recipients in count_mode 1, else one."""
+    return max(request.recipient_count, 1) if count_mode == 1 else 1
+
+
+def judge(usage: Sequence[Usage]) -> Verdict:
+    """Say whether a mail keeps all its limits: a cost has to fit whole."""
+    for one in usage:
+        if one.used + one.cost > one.limit.mails:
+            return Verdict(tuple(usage), one)
+    return Verdict(tuple(usage), None)
+
+
+def parse_limits(text: str) -> Limits:
+    """Parse limits as a database holds them: [[10, 60], [150, 86400]]."""
+    try:
+        return as_limits(json.loads(text.replace("(", "[").replace(")", "]")))
+    except ValueError:
+        raise Unexpected(text, "[[mails, seconds], ...]") from None
+
+
+# ---------------------------------------------------------------------------
+# 5. Storage
+#
+# The ledger: read usage, judge, write the charge, with nobody in between.
+#
+# The table mail_count is the original's with a running total: the sum of
+# recipient_count over the identity's rows up to this one.  What a window
+# holds is the newest total less the total before the window's first row: two
+# look-ups in an index, however full the window.  Dates are whole seconds; an
+# identity's rows never go back in time, whatever the clocks do.
+# ---------------------------------------------------------------------------
+
+Connection = Any  # of the DB-API (PEP 249)
+Cursor = Any
+
+COLUMNS = {
+    "id": "varchar(190) NOT NULL",
+    "date": "bigint NOT NULL",
+    "recipient_count": "int DEFAULT 1",
+    "instance": "varchar(40) NOT NULL DEFAULT ''",
+    "protocol_state": "varchar(20) NOT NULL DEFAULT ''",
+    "total": "bigint",  # NULL in a row that the original wrote
+}
+NEWEST = ("SELECT {} FROM mail_count WHERE id = ?"
+          " ORDER BY date DESC, total DESC LIMIT 1")
+BEFORE = ("SELECT total - recipient_count FROM mail_count"
+          " WHERE id = ? AND date > ? ORDER BY date, total LIMIT 1")
+INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES "
+ROWS = ("SELECT date, recipient_count, instance, protocol_state"
+        " FROM mail_count WHERE id = ? ORDER BY date, total")
+FORGET = "DELETE FROM mail_count WHERE id = ?"
+STEP = ("SELECT id FROM mail_count WHERE id > ? ORDER BY id"
+        f" LIMIT 1 OFFSET {CLEAN_STEP}")
+LAST = "SELECT max(id) FROM mail_count"
+OLD = ("SELECT DISTINCT id FROM mail_count"
+       " WHERE id > ? AND id <= ? AND date <= ?")
+FORGET_OLD = "DELETE FROM mail_count WHERE id = ? AND date <= ?"
+
+
+class Charge:
+    """One mail on its way through the ledger: claims in, verdict out."""
+
+    def __init__(self, claims: Sequence[Claim], now: int,
+                 instance: str = "", protocol_state: str = "") -> None:
+        """Take the claims of a mail at the time now, in epoch seconds."""
+        self.claims = claims
+        self.now = now
+        self.mark = (instance[:40] if instance.isascii() else "",
+                     protocol_state)
+        self.verdict: Verdict | None = None
+        self.error: Exception | None = None
+        self.abandoned = False
+
+
+class Account:
+    """What an identity has used, as the transaction in hand sees it."""
+
+    def __init__(self, identity: str, limits: Limits) -> None:
+        """Make an account that is still to be read."""
+        self.identity = identity
+        self.limits = limits
+        self.date = self.total = 0
+        self.before: tuple[int, ...] = ()  # for each limit's window
+
+    def read(self, now: int, total: int | None,
+             before: Sequence[int | None]) -> None:
+        """Take what the ledger holds; None stands for no row."""
+        self.date = now
+        self.total = total or 0
+        self.before = tuple(
+            self.total if each is None else each for each in before)
+
+    def usage(self, cost: int) -> list[Usage]:
+        """Return the use of each limit's window, for a mail of a cost."""
+        return [Usage(self.identity, self.total - before, cost, limit)
+                for limit, before in zip(self.limits, self.before)]
+
+    def charge(self, cost: int, mark: tuple[str, str]) -> tuple[object, ...]:
+        """Count a mail and return its row."""
+        self.total += cost
+        return (self.identity, self.date, cost, *mark, self.total)
+
+
+class Ledger:
+    """The counts of all identities, for any number of threads.
+
+    Many requests, one commit: who has the lock settles all that wait, in one
+    transaction.  So the disk is waited for once, nobody settles more than
+    one batch, and each answer is given after its own commit.
+    """
+
+    def __init__(self, backend: SQLite, query: str = "") -> None:
+        """Open nothing yet; query is the setting sql_limits_by_id."""
+        self.backend = backend
+        self.query = query
+        self._waiting: collections.deque[Charge] = collections.deque()
+        self._lock = threading.Lock()  # for the connection
+        self._connection: Connection = None
+
+    def charge(self, charge: Charge) -> Verdict:
+        """Settle a mail: all its claims are charged, or none.
+
+        Returns when that is on disk.  Raises LedgerError.
+        """
+        self._waiting.append(charge)
+        if not self._lock.acquire(timeout=self.backend.timeout):
+            charge.abandoned = True
+            raise LedgerError("the database is too slow")
+        try:
+            if charge.verdict is None and charge.error is None:
+                self._settle_waiting()
+        finally:
+            self._lock.release()
+        if charge.verdict is None:
+            raise LedgerError(str(charge.error)) from charge.error
+        return charge.verdict
+
+    def transact(self, work: Callable[[Cursor], T]) -> T:
+        """Run work in a transaction of its own and return its result."""
+        with self._lock:
+            return self._transact(work)
+
+    def clean(self, after: str, now: int, keep: int) -> tuple[str | None, int]:
+        """Delete rows that no limit sees, of the identities after one.
+
+        Looks at some CLEAN_STEP rows.  Rows of the last keep seconds stay,
+        as do those that a limit of the query may still see.  Returns the last
+        identity looked at, None if that was all, and the rows deleted.
+        """
+        def work(cursor: Cursor) -> tuple[str | None, int]:
+            more = self._run(cursor, STEP, after).fetchone()
+            last = more or self._run(cursor, LAST).fetchone()
+            deleted = 0
+            old = self._run(cursor, OLD, after, last[0] or "", now - keep)
+            for (identity,) in old.fetchall():
+                account = Account(identity, ())
+                self._ask_limits(cursor, account)
+                longest = max((s for _, s in account.limits), default=0)
+                cutoff = now - max(keep, 2 * longest)
+                gone = self._run(cursor, FORGET_OLD, identity, cutoff)
+                deleted += gone.rowcount
+            return more[0] if more else None, deleted
+
+        return self.transact(work)
+
+    def _settle_waiting(self) -> None:
+        """Settle all that wait, in one transaction."""
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        batch = [charge for charge in batch if not charge.abandoned]
+        try:
+            verdicts = self._transact(lambda cursor: self._settle(
+                cursor, batch))
+        except Exception as error:
+            for charge in batch:
+                charge.error = error
+        else:
+            for charge, verdict in zip(batch, verdicts):
+                charge.verdict = verdict
+
+    def _transact(self, work: Callable[[Cursor], T]) -> T:
+        """Run work between BEGIN and COMMIT; needs the lock."""
+        try:
+            cursor = self._begin()
+            result = work(cursor)
+            cursor.execute("COMMIT")
+            return result
+        except Exception as error:  # drivers raise more than their Error
+            self._disconnect()
+            raise LedgerError(self.backend.explain(error)) from error
+
+    def _begin(self) -> Cursor:
+        """Begin a transaction; BEGIN is the ping of an old connection."""
+        began = time.monotonic()
+        if self._connection is not None and not self.backend.is_stale():
+            try:
+                cursor = self._connection.cursor()
+                cursor.execute(self.backend.begin)
+                return cursor
+            except Exception:
+                if time.monotonic() - began > self.backend.timeout / 2:
+                    raise  # it is not dead but slow: no second wait
+        self._disconnect()
+        self._connection = self.backend.connect()
+        cursor = self._connection.cursor()
+        cursor.execute(self.backend.begin)
+        self._prepare(cursor)
+        return cursor
+
+    def _disconnect(self) -> None:
+        """Drop the connection, and with it a transaction half done."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                connection.close()
+
+    def _prepare(self, cursor: Cursor) -> None:
+        """Make the table, or bring that of the original up to date."""
+        make = ", ".join(f"{name} {COLUMNS[name]}" for name in ("id", "date"))
+        cursor.execute(f"CREATE TABLE IF NOT EXISTS mail_count ({make})")
+        cursor.execute("SELECT * FROM mail_count LIMIT 0")
+        present = [column[0] for column in cursor.description]
+        if "total" in present:
+            return
+        for name in [name for name in COLUMNS if name not in present]:
+            cursor.execute(
+                f"ALTER TABLE mail_count ADD COLUMN {name} {COLUMNS[name]}")
+        for statement in self.backend.index:
+            cursor.execute(statement)
+        cursor.execute("SELECT DISTINCT id FROM mail_count")
+        for (identity,) in cursor.fetchall():
+            if fold(identity) != identity:
+                self._run(cursor, "UPDATE mail_count SET id = ? WHERE id = ?",
+                          fold(identity), identity)
+
+    def _settle(self, cursor: Cursor, batch: list[Charge]) -> list[Verdict]:
+        """Judge and charge each mail of a batch, one after the other."""
+        accounts = {claim.identity: Account(claim.identity, claim.limits)
+                    for charge in batch for claim in charge.claims}
+        for account in accounts.values():
+            self._ask_limits(cursor, account)
+        now = max((charge.now for charge in batch), default=0)
+        self._read(cursor, list(accounts.values()), now)
+        verdicts, rows = [], []
+        for charge in batch:
+            verdict = judge([
+                usage for claim in charge.claims
+                for usage in accounts[claim.identity].usage(claim.cost)])
+            verdicts.append(verdict)
+            if verdict.broken is None:
+                rows += [accounts[claim.identity].charge(
+                    claim.cost, charge.mark) for claim in charge.claims
+                    if accounts[claim.identity].limits]
+        self._insert(cursor, rows)
+        return verdicts
+
+    def _ask_limits(self, cursor: Cursor, account: Account) -> None:
+        """Let the query sql_limits_by_id override an account's limits."""
+        if not self.query:
+            return
+        cursor.execute("SAVEPOINT limits")
+        try:
+            cursor.execute(self.query, (account.identity,))
+            row = cursor.fetchone()
+            if row is not None and row[0] is not None:
+                account.limits = parse_limits(row[0])
+        except Exception as error:
+            cursor.execute("ROLLBACK TO SAVEPOINT limits")
+            log.warning("sql_limits_by_id: %s; the file's limits hold",
+                        error, extra=SELDOM)
+
+    def _read(self, cursor: Cursor, accounts: list[Account],
+              now: int) -> None:
+        """Read what accounts have used, some with each statement."""
+        width = max((len(account.limits) for account in accounts), default=0)
+        for some in chunks(accounts, self.backend.chunk):
+            parameters: list[object] = []
+            for account in some:
+                parameters += [account.identity, account.identity]
+                for i in range(width):
+                    limits = account.limits[i:i + 1]
+                    since = now - limits[0].seconds if limits else now
+                    parameters += [account.identity, since]
+            self._run(cursor, usage_statement(len(some), width), *parameters)
+            for n, *row in cursor.fetchall():
+                self._take(cursor, some[n], now, row)
+
+    def _take(self, cursor: Cursor, account: Account, now: int,
+              row: Sequence[Any]) -> None:
+        """Take what was read, unless it has to be read again."""
+        date, total, *before = row
+        if date is not None and (total is None or date > now + CLOCK_SKEW):
+            self._mend(cursor, account.identity, now)
+            self._read(cursor, [account], now)
+        elif date is not None and date > now:  # another host's clock is ahead
+            self._read(cursor, [account], date)
+        else:
+            account.read(now, total, before[:len(account.limits)])
+
+    def _mend(self, cursor: Cursor, identity: str, now: int) -> None:
+        """Write an identity's rows anew: with totals, none after now.
+
+        The original wrote them, or the clock has been set back far.
+        """
+        rows, total = [], 0
+        for date, count, *mark in self._run(cursor, ROWS, identity).fetchall():
+            count = 1 if count is None else count
+            total += count
+            rows.append((identity, min(date, now), count, *mark, total))
+        self._run(cursor, FORGET, identity)
+        self._insert(cursor, rows)
+
+    def _insert(self, cursor: Cursor, rows: list[tuple[object, ...]]) -> None:
+        """Write rows, some with each statement."""
+        values = "(" + ", ".join("?" * len(COLUMNS)) + ")"
+        for some in chunks(rows, self.backend.chunk):
+            self._run(cursor, INSERT + ", ".join([values] * len(some)),
+                      *itertools.chain(*some))
+
+    def _run(self, cursor: Cursor, statement: str, *values: object) -> Cursor:
+        """Execute a statement of ours with the driver's placeholders."""
+        cursor.execute(statement.replace("?", self.backend.mark), values)
+        return cursor
+
+
+def chunks(items: list[T], size: int) -> Iterator[list[T]]:
+    """Cut a list into lists of at most size."""
+    return (items[i:i + size] for i in range(0, len(items), size))
+
+
+@functools.cache
+def usage_statement(accounts: int, windows: int) -> str:
+    """Return the query for so many accounts with so many windows each.
+
+    A row for each: its place, newest date, newest total, and for each window
+    the total before its first row.
+    """
+    look_ups = [NEWEST.format("date"), NEWEST.format("total")]
+    look_ups += [BEFORE] * windows
+    columns = ", ".join(f"({look_up})" for look_up in look_ups)
+    return " UNION ALL ".join(
+        f"SELECT {n}, {columns}" for n in range(accounts))
+
+
+class SQLite:
+    """SQLite, from the standard library: one file, one host."""
+
+    name = "SQLite"
+    mark = "?"
+    begin = "BEGIN IMMEDIATE"
+    chunk = 1  # a statement costs no round trip, and is prepared but once
+    index = (
+        "DROP INDEX IF EXISTS mail_count_index",
+        "CREATE INDEX mail_count_index"
+        " ON mail_count (id, date, total, recipient_count)",
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        """Take where the file is, and how long to wait for its lock."""
+        self.config = settings.sqlite_config
+        self.timeout = settings.db_timeout
+        self._file = -1, -1
+
+    def connect(self) -> Connection:
+        """Open the file, so that a commit outlives a power cut."""
+        connection = sqlite3.connect(
+            isolation_level=None, check_same_thread=False,
+            **{"timeout": self.timeout, **self.config})
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        self._file = self._identify()
+        return connection
+
+    def probe(self) -> str:
+        """Try the database, changing nothing; return what it is."""
+        path = str(self.config.get("database"))
+        if os.path.exists(path):
+            try:
+                with contextlib.closing(sqlite3.connect(
+                        path, timeout=self.timeout)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("SELECT 1 FROM sqlite_master")
+            except sqlite3.Error as error:
+                raise LedgerError(self.explain(error)) from error
+        return f"SQLite {sqlite3.sqlite_version}, {path}"
+
+    def is_stale(self) -> bool:
+        """Say whether the file is no longer the one that was opened."""
+        return self._identify() != self._file
+
+    def explain(self, error: Exception) -> str:
+        """Return the error's text with the place."""
+        return f"{self.config.get('database')}: {error}"
+
+    def _identify(self) -> tuple[int, int]:
+        """Return what tells this file from another of its name."""
+        try:
+            status = os.stat(self.config["database"])
+        except OSError:
+            return -1, -1
+        return status.st_dev, status.st_ino
+
+
+BACKENDS = (SQLite,)
+
+
+def open_ledger(settings: Settings) -> Ledger:
+    """Return the ledger that the settings name; it connects when used."""
+    return Ledger(BACKENDS[settings.backend](settings),
+                  settings.sql_limits_by_id)
+
+
+# ---------------------------------------------------------------------------
+# 6. Service
+#
+# A request in, an action out: what the daemon is for.
+# ---------------------------------------------------------------------------
+
+
+class Service:
+    """Answers requests under settings that may be replaced at any time."""
+
+    def __init__(self, settings: Settings, ledger: Ledger,
+                 clock: Callable[[], float] = time.time) -> None:
+        """Answer from a ledger, at the times that a clock tells."""
+        self.settings = settings
+        self._ledger = ledger
+        self._clock = clock
+        self._counted = -math.inf  # when a mail was last counted
+        self._away = False  # the database
+        self._news = threading.Lock()  # for _away, when that changes
+        self._cleaned = ""  # the identity where cleaning goes on
+
+    def answer(self, request: Request, told: dict[str, str]) -> str:
+        """Return the action for a request, having counted its mail.
+
+        told is the connection's memory: the action that the mail of an
+        instance was given at DATA, for when END-OF-MESSAGE asks again.
+        """
+        settings = self.settings  # the same ones from here to the answer
+        now = self._clock()
+        if settings.log_requests:
+            log_request(request)
+        self._watch_state(request, settings, now)
+        if request.protocol_state == "END-OF-MESSAGE" and told:
+            again = told.pop(request.instance, None)
+            if again is not None:
+                return again
+        told.clear()
+        claims = claims_of(request, settings)
+        if not claims:
+            log.info("%s: protocol_state=%s, not counted, action=%s",
+                     queue_id(request), printable(request.protocol_state),
+                     settings.success_action)
+            return settings.success_action
+        action = self._charge(request, claims, settings, int(now))
+        if action is None:
+            return settings.db_error_action
+        if request.protocol_state == "DATA" and request.instance:
+            told[request.instance] = action
+        return action
+
+    def reload(self, settings: Settings) -> None:
+        """Take new settings, for the next request of each connection."""
+        self.settings = settings
+        self._ledger.query = settings.sql_limits_by_id
+
+    def clean(self) -> None:
+        """Drop a few rows that no limit sees, so that nobody has to."""
+        keep = 2 * self.settings.longest_window
+        try:
+            last, deleted = self._ledger.clean(
+                self._cleaned, int(self._clock()), keep)
+        except LedgerError as error:
+            self._tell_database(error)
+        else:
+            self._cleaned = last or ""
+            if deleted:
+                log.info("%d old records deleted", deleted)
+
+    def _charge(self, request: Request, claims: list[Claim],
+                settings: Settings, now: int) -> str | None:
+        """Return the ledger's action for claims; None: it is away."""
+        try:
+            verdict = self._ledger.charge(Charge(
+                claims, now, request.instance, request.protocol_state))
+        except LedgerError as error:
+            self._tell_database(error)
+            return None
+        if self._away:
+            self._tell_database(None)
+        passed = verdict.broken is None
+        action = settings.success_action if passed else settings.fail_action
+        level = logging.INFO if passed else NOTICE
+        if log.isEnabledFor(level):
+            log.log(level, "%s: %s, action=%s", queue_id(request),
+                    describe(verdict), action)
+        return action
+
+    def _watch_state(self, request: Request, settings: Settings,
+                     now: float) -> None:
+        """Warn if Postfix asks only where count_mode never counts."""
+        states = COUNTED_STATES[settings.count_mode]
+        if request.protocol_state in states:
+            self._counted = now
+        elif not self._counted <= now < self._counted + 3600:
+            log.warning(
+                "Postfix asks at protocol_state=%s, but count_mode %d counts"
+                " at %s: nothing is limited; put this into main.cf: %s",
+                printable(request.protocol_state), settings.count_mode,
+                states[0], main_cf(settings.count_mode, settings.SOCKET),
+                extra=SELDOM)
+
+    def _tell_database(self, error: LedgerError | None) -> None:
+        """Say once that the database is away, and once that it is back."""
+        with self._news:
+            if self._away == (error is not None):
+                return
+            self._away = error is not None
+        if error is None:
+            log.warning("the database is back: counting again")
+        else:
+            log.error("the database is away, the answer is %s: %s",
+                      self.settings.db_error_action, error)
+
+
+def main_cf(count_mode: int, address: str | tuple[str, int]) -> str:
+    """Return the line of main.cf that makes Postfix ask at an address."""
+    stage = "recipient" if count_mode == 0 else "data"
+    where = format_address(address)
+    if isinstance(address, str):
+        where = "unix:" + where.replace("/var/spool/postfix/", "", 1)
+    else:
+        where = "inet:" + where
+    return (f"smtpd_{stage}_restrictions = check_policy_service"
+            f" {{ {where}, default_action=DUNNO }}")
+
+
+def format_address(address: str | tuple[str, int]) -> str:
+    """Return the path of a socket, or host:port as Postfix writes it."""
+    if isinstance(address, str):
+        return address
+    host, port, *_ = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def describe(verdict: Verdict) -> str:
+    """Return a verdict in Postfix's key=value style."""
+    if not verdict.usage:
+        return "no limits"
+    passed = verdict.broken is None
+    identity, _, cost, _ = verdict.broken or verdict.usage[0]
+    use = " ".join(
+        f"{used + cost if passed else used}/{limit.mails}/{limit.seconds}s"
+        for _, used, cost, limit in verdict.usage)
+    return f"identity=<{printable(identity)}>, cost={cost}, used={use}"
+
+
+def queue_id(request: Request) -> str:
+    """Return the queue id as Postfix logs it, NOQUEUE if there is none."""
+    return printable(request.queue_id) or "NOQUEUE"
+
+
+def printable(text: str) -> str:
+    """Return text without what could forge a line of the log."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def log_request(request: Request) -> None:
+    """Log all that Postfix told."""
+    log.log(NOTICE, "%s: %s", queue_id(request), ", ".join(
+        f"{printable(name)}={printable(value)}"
+        for name, value in request.attributes.items() if value))
+
+
+# ---------------------------------------------------------------------------
+# 7. Server
+#
+# Sockets and threads: one thread a connection, and a bound on everything
+# that a stranger can send or keep open.
+# ---------------------------------------------------------------------------
+
+
+class PolicyHandler(socketserver.BaseRequestHandler):
+    """One connection: any number of requests, each answered in turn."""
+
+    server: PolicyServer
+
+    def setup(self) -> None:
+        """Bound the time, and tell the server that this is open."""
+        self.asked = False  # has a whole request come?
+        self.active = time.monotonic()  # when the last answer went out
+        self.patience = self.server.service.settings.delay_to_close
+        self.request.settimeout(self.patience)
+        if self.server.address_family != socket.AF_UNIX:
+            self.request.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server.handlers[self] = threading.current_thread()
+
+    def handle(self) -> None:
+        """Answer until the client has no more to ask."""
+        answer, told = self.server.service.answer, dict[str, str]()
+        try:
+            for request in read_requests(self.receive):
+                self.request.sendall(format_reply(answer(request, told)))
+                self.asked, self.active = True, time.monotonic()
+        except BadRequest as error:
+            log.warning("hung up on a client: %s", error, extra=SELDOM)
+        except OSError:
+            pass  # it went away, or was silent for too long
+
+    def finish(self) -> None:
+        """Tell the server that this is closed."""
+        self.server.handlers.pop(self, None)
+
+    def receive(self) -> bytes:
+        """Return some bytes, none at the end or when time is up."""
+        if time.monotonic() - self.active > 2 * self.patience:
+            return b""  # a request that comes byte by byte
+        data: bytes = self.request.recv(8192)
+        return data
+
+    def hang_up(self, how: int) -> None:
+        """Shut the connection down, from another thread."""
+        with contextlib.suppress(OSError):
+            self.request.shutdown(how)
+
+
+class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Listens where SOCKET says."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    request_queue_size = 1024  # Postfix's processes come all at once
+
+    def __init__(self, service: Service) -> None:
+        """Bind and listen; raise AlreadyRunning, or OSError."""
+        self.service = service
+        self.handlers: dict[PolicyHandler, threading.Thread] = {}
+        self.most = MAX_CONNECTIONS
+        address = service.settings.SOCKET
+        self.path = address if isinstance(address, str) else None
+        if self.path is not None:
+            self.address_family = socket.AF_UNIX
+        elif ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(
+            address, PolicyHandler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Bind, a unix socket with socket_permission from its first moment."""
+        if self.path is not None:
+            remove_stale_socket(self.path)
+        allowed = self.service.settings.socket_permission
+        before = os.umask(0o777 & ~allowed)
+        try:
+            super().server_bind()
+        finally:
+            os.umask(before)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; when descriptors run out, make room."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            log.error("cannot accept a connection: %s", error, extra=SELDOM)
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                self.evict()
+                time.sleep(0.05)  # the evicted thread's time to close it
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread, in the place of another if there are too many."""
+        if len(self.handlers) >= self.most:
+            self.evict()
+        super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what is a fault of ours; the client is hung up on."""
+        log.error("fault in a connection", exc_info=True, extra=SELDOM)
+
+    def evict(self) -> None:
+        """Hang up on who never asked, else on who was idle longest.
+
+        Postfix opens another connection for its next request.
+        """
+        oldest = min(list(self.handlers), default=None,
+                     key=lambda handler: (handler.asked, handler.active))
+        if oldest is not None:
+            log.warning("too many connections: an idle one is closed",
+                        extra=SELDOM)
+            self.handlers.pop(oldest, None)
+            oldest.hang_up(socket.SHUT_RDWR)
+
+    def stop(self, seconds: float) -> None:
+        """Take no new connections, answer what has come, then close."""
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + seconds
+        handlers = list(self.handlers.items())
+        for handler, _ in handlers:
+            handler.hang_up(socket.SHUT_RD)  # what has come is still read
+        for _, thread in handlers:
+            thread.join(max(0, deadline - time.monotonic()))
+
+    def server_close(self) -> None:
+        """Close the listening socket and remove its path."""
+        super().server_close()
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            self.path = None
+
+
+def remove_stale_socket(path: str) -> None:
+    """Remove a socket on which nobody listens; never one in use."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "is not a socket", path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except socket.timeout:
+            pass  # it listens, but is busy
+    raise AlreadyRunning(f"{path}: another process listens there")
+
+
+# ---------------------------------------------------------------------------
+# 9. Configuration file
+#
+# YAML, as much of it as such files hold, or the assignments of an old .conf;
+# then -o; then the checks of the Settings table.
+# ---------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """What the configuration says, before it is checked."""
+
+    path: str | None
+    values: dict[str, Any]
+    places: dict[str, str]  # of a setting: its file and line
+
+
+class MissingFile(ConfigError):
+    """No configuration file was found."""
+
+
+def read_config(path: str | None) -> Config:
+    """Read a configuration file, the first that there is if path is None."""
+    path = path or find_config()
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    parse = read_conf if path.endswith(".conf") else read_yaml
+    values, lines = parse(text, path)
+    if "limited_netword" in values:  # as the original once spelt it
+        values.setdefault("limited_networks", values.pop("limited_netword"))
+        lines.setdefault("limited_networks", lines.get("limited_netword", 0))
+    places = {name: f"{path}:{line}" for name, line in lines.items() if line}
+    warn_of_unknown(values, places, path)
+    return Config(path, values, places)
+
+
+def find_config() -> str:
+    """Return the first configuration file that exists."""
+    for name in CONFIG_FILES:
+        if os.path.exists(os.path.expanduser(name)):
+            return os.path.expanduser(name)
+    raise MissingFile("no configuration file found; looked for "
+                      + ", ".join(CONFIG_FILES))
+
+
+def warn_of_unknown(values: Mapping[str, Any], places: Mapping[str, str],
+                    path: str) -> None:
+    """Warn of settings that there are not: old files carry old names."""
+    known = [one.name for one in fields(Settings)]
+    for name in values:
+        if name in known or name == "config_file":
+            continue
+        close = difflib.get_close_matches(str(name), known, 1)
+        log.warning("%s: %s: no such setting%s", places.get(name, path), name,
+                    f"; is {close[0]} meant?" if close else "")
+
+
+def read_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read settings from YAML, and the line of each."""
+    try:
+        values, lines = parse_yaml(text)
+    except YamlError as error:
+        values, lines = read_with_pyyaml(text, path, error), {}
+    if not isinstance(values, (dict, type(None))):
+        raise ConfigError(f"{path}: found {shorten(values)},"
+                          " expected lines NAME: VALUE")
+    return values or {}, lines
+
+
+def read_with_pyyaml(text: str, path: str, refused: YamlError) -> Any:
+    """Read with PyYAML what our reader refuses, if it is installed."""
+    try:
+        import yaml
+        return yaml.safe_load(text)
+    except ImportError:
+        pass
+    except (yaml.YAMLError, ValueError, RecursionError):
+        pass  # our reader's message names the line just as well
+    raise ConfigError(f"{path}:{refused.line}: {refused}") from None
+
+
+def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read the assignments of an old .conf, which is Python; run nothing."""
+    log.warning("%s: this format is obsolete; write YAML", path)
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = getattr(error, "lineno", 0)
+        raise ConfigError(f"{path}:{line}: not Python: {error}") from None
+    values: dict[str, Any] = {"SQLITE_DB": 0, "MYSQL_DB": 1, "PGSQL_DB": 2}
+    constants = dict(values)
+    lines = {}
+    for node in body:
+        try:
+            name, value = parse_assignment(node, values)
+        except (ValueError, ArithmeticError):
+            log.warning("%s:%d: skipped: it is not NAME = VALUE",
+                        path, node.lineno)
+        else:
+            values[name], lines[name] = value, node.lineno
+    for name in constants:
+        values.pop(name)
+    return values, lines
+
+
+def parse_assignment(node: ast.stmt,
+                     known: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return name and value of NAME = VALUE, or raise ValueError."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+        raise ValueError
+    target = node.targets[0]
+    if not isinstance(target, ast.Name):
+        raise ValueError
+    return target.id, evaluate(node.value, known)
+
+
+ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
+}
+
+
+def evaluate(node: ast.expr, known: Mapping[str, Any]) -> Any:
+    """Return the value of a literal, a known name, or arithmetic."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in known:
+        return known[node.id]
+    if isinstance(node, (ast.List, ast.Tuple)):
+        items = [evaluate(item, known) for item in node.elts]
+        return items if isinstance(node, ast.List) else tuple(items)
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {evaluate(key, known): evaluate(value, known)
+                for key, value in zip(node.keys, node.values) if key}
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return 0 - as_number(evaluate(node.operand, known))
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        return ARITHMETIC[type(node.op)](
+            as_number(evaluate(node.left, known)),
+            as_number(evaluate(node.right, known)))
+    raise ValueError
+
+
+def as_number(value: object) -> float:
+    """Check a number: text times a number could fill the memory."""
+    if isinstance(value, (int, float)):
+        return value
+    raise ValueError
+
+
+def override(config: Config, text: str) -> None:
+    """Apply -o NAME=VALUE to a configuration; the value is YAML."""
+    name, equals, value = text.partition("=")
+    known = [one.name for one in fields(Settings)]
+    if not equals or name.split(".")[0] not in known:
+        raise ConfigError(f"-o {text}: expected NAME=VALUE"
+                          " with the name of a setting")
+    try:
+        parsed, _ = parse_yaml(value)
+    except YamlError as error:
+        raise ConfigError(f"-o {text}: {error}") from None
+    top = name.split(".")[0]
+    if config.values.get(top) is None:
+        config.values[top] = copy.copy(default_values()[top])
+    mapping, key = descend(config.values, name)
+    if mapping is config.values and key != top:
+        raise ConfigError(f"-o {text}: {top} holds no names")
+    mapping[key] = parsed
+    config.places[top] = f"-o {text}"
+
+
+def check_settings(config: Config) -> Settings:
+    """Return the settings, or raise what says which one is wrong."""
+    values = {}
+    for one in fields(Settings):
+        if one.name not in config.values:
+            continue
+        try:
+            values[one.name] = one.metadata["check"](config.values[one.name])
+        except Unexpected as error:
+            found, expected = error.args
+            place = config.places.get(one.name, config.path)
+            raise one.metadata["error"](
+                f"{place}: {one.name}: found {shorten(found)},"
+                f" expected {expected}") from None
+    return Settings(**values)
+
+
+def look_up(config: Config, name: str) -> Any:
+    """Return what --get-config prints; dotted names go into mappings."""
+    values = {**default_values(), **config.values, "config_file": config.path}
+    mapping, key = descend(values, name)
+    if key not in mapping:
+        raise UnknownSetting(f"{name} not found")
+    return mapping[key]
+
+
+def default_values() -> dict[str, Any]:
+    """Return all settings' defaults, as a file would have them."""
+    return {one.name: one.metadata["default"] for one in fields(Settings)}
+
+
+def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping and the key in it that a dotted name means."""
+    head, dot, rest = name.partition(".")
+    inner = values.get(head)
+    if name in values or not dot or not isinstance(inner, dict):
+        return values, name
+    return descend(inner, rest)
+
+
+def shorten(value: object) -> str:
+    """Return a value as a message shows it."""
+    return reprlib.repr(value)
+
+
+YAML_DEPTH = 50  # levels of nesting
+YAML_KEY = 1024  # characters in a key, PyYAML's own bound
+YAML_WORDS = {
+    spelling: value
+    for value, words in (
+        (True, "yes true on"), (False, "no false off"), (None, "null ~"))
+    for word in words.split()
+    for spelling in (word, word.title(), word.upper())
+}
+YAML_INT = re.compile(r"[-+]?(?:0[0-7]{0,20}|[1-9][0-9]{0,17})")
+YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,18}\.[0-9]{0,18}")
+YAML_ODD = re.compile(r"""
+    [-+]? \.? [0-9][0-9_]* (?:\.[0-9_]*)? (?:[eE][-+]?[0-9]+)?  # 1_0 08 1e5
+  | [-+]? 0 (?: [xX][0-9a-fA-F_]+ | [bB][01_]+ | [oO][0-7_]+ )  # 0x1F
+  | [-+]? [0-9][0-9_]* (?: :[0-9]{1,2} )+ (?:\.[0-9_]*)?        # 1:30 is 90
+  | [-+]? \. (?: [iI][nN][fF] | [nN][aA][nN] )
+  | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?          # 2024-12-31
+  | << | =
+""", re.VERBOSE)
+
+# Control characters, half characters and line ends few would expect.
+YAML_BAD = re.compile("[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe"
+                      "\uff00-\ufffd\U00010000-\U0010ffff]")
+YAML_MARK = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
+YAML_GAP = re.compile(r"(?: *(?:#.*)?\n)* *")  # to the next thing to read
+YAML_EOL = re.compile(r"(?: *(?:#.*)?\n)+ *")  # the same, on a later line
+YAML_DASH = re.compile(r"-(?=[ \t\n])")
+YAML_ESCAPE = re.compile(
+    r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
+YAML_ESCAPES = dict(zip("0abtnvfre \"\\/", "\0\a\b\t\n\v\f\r\x1b \"\\/"))
+
+# A text: quoted, or words with spaces between them.  A colon ends it if a
+# space follows; inside brackets, more characters end it.
+YAML_QUOTED = r'''"(?:[^"\\\n]|\\.)*"|'(?:[^'\n]|'')*'(?!')'''
+YAML_WORD = r"(?:[^ \t\n:]|:(?![ \t\n]))+"
+YAML_PLAIN = (r"(?![][{},#&*!|>'\"%@`]|[-?][ \t\n])"
+              rf"{YAML_WORD}(?: +(?!\#){YAML_WORD})*")
+YAML_TEXT = re.compile(rf"{YAML_QUOTED}|{YAML_PLAIN}")
+YAML_NAME = re.compile(rf"({YAML_QUOTED}|{YAML_PLAIN}) *:(?=[ \t\n])")
+FLOW_WORD = r"(?:[^][{},? \t\n:]|:(?![][{}, \t\n]))+"
+FLOW_PLAIN = (r"(?![#&*!|>'\"%@`:]|-[ \t\n])"
+              rf"{FLOW_WORD}(?: +(?!\#){FLOW_WORD})*")
+FLOW_TEXT = re.compile(rf"{YAML_QUOTED}|{FLOW_PLAIN}")
+FLOW_NAME = re.compile(
+    rf"((?:{YAML_QUOTED})(?= *:)|{FLOW_PLAIN}(?= *:[][{{}}, \t\n])) *:")
+
+
+class YamlError(Exception):
+    """Say what in a document cannot be read, and on which line."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+@dataclass
+class YamlDoc:
+    """Hold a document's text, and what is known of it while it is read."""
+
+    text: str
+    depth: int = 0
+    keys: dict[str, int] = field(default_factory=dict)  # the outermost ones
+
+
+YamlRead = tuple[int, Any]
+YamlReader = Callable[[YamlDoc, int], YamlRead]
+
+
+def parse_yaml(text: str) -> tuple[object, dict[str, int]]:
+    """Return the document's value and the line of each top-level key."""
+    doc, pos = open_document(text)
+    value = None
+    if pos < len(doc.text):
+        pos, value = read_node(doc, pos)
+    if pos < len(doc.text):
+        refuse_here(doc, pos, "wrong indentation, or several lines of text:")
+    ends = [end.start() for end in re.finditer("\n", doc.text)]
+    return value, {key: bisect(ends, at) + 1 for key, at in doc.keys.items()}
+
+
+def open_document(text: str) -> tuple[YamlDoc, int]:
+    """Check the characters, take off --- and ... and find the start."""
+    text = text[1:] if text.startswith("\ufeff") else text
+    doc = YamlDoc(text.replace("\r\n", "\n").replace("\r", "\n") + "\n")
+    bad = YAML_BAD.search(doc.text)
+    if bad:
+        refuse(doc, bad.start(), f"character {ascii(bad[0])} is not allowed")
+    pos = start = skip_gap(doc, 0)
+    mark = YAML_MARK.search(doc.text)
+    if mark and mark[0] == "---" and mark.start() == start:
+        pos = end_line(doc, mark.end())
+        mark = YAML_MARK.search(doc.text, mark.end())
+    if mark:
+        end = end_line(doc, mark.end())
+        if end < len(doc.text) or mark[0] == "---" or mark.start() == start:
+            refuse(doc, mark.start(), "--- can only start and ... only end "
+                   "the one document in a file")
+        doc.text = doc.text[:mark.start()]
+    return doc, pos
+
+
+def skip_gap(doc: YamlDoc, pos: int) -> int:
+    """Go over spaces, comments and ends of lines."""
+    gap = YAML_GAP.match(doc.text, pos)
+    return gap.end() if gap else pos
+
+
+def end_line(doc: YamlDoc, pos: int) -> int:
+    """Go to the next line with content; only a comment may come before."""
+    gap = YAML_EOL.match(doc.text, pos)
+    return gap.end() if gap else refuse_here(doc, pos)
+
+
+def read_node(doc: YamlDoc, pos: int) -> YamlRead:
+    """Read a value that may be a sequence or mapping on lines of its own."""
+    if YAML_DASH.match(doc.text, pos):
+        return read_nested(doc, pos, read_sequence)
+    if YAML_NAME.match(doc.text, pos):
+        return read_nested(doc, pos, read_mapping)
+    return read_last(doc, pos)
+
+
+def read_nested(doc: YamlDoc, pos: int, read: YamlReader) -> YamlRead:
+    """Read a sequence or mapping, unless it is nested too deep."""
+    doc.depth += 1
+    if doc.depth > YAML_DEPTH:
+        refuse(doc, pos, f"more than {YAML_DEPTH} levels of nesting")
+    pos, value = read(doc, pos)
+    doc.depth -= 1
+    return pos, value
+
+
+def read_sequence(doc: YamlDoc, pos: int) -> tuple[int, list[Any]]:
+    """Read the lines that start with a dash in this column."""
+    column = column_of(doc, pos)
+    items: list[Any] = []
+    while column_of(doc, pos) == column and YAML_DASH.match(doc.text, pos):
+        dash, pos = pos, skip_gap(doc, pos + 1)
+        value = None
+        if "\n" not in doc.text[dash:pos] or column_of(doc, pos) > column:
+            pos, value = read_node(doc, pos)
+        items.append(value)
+    return pos, items
+
+
+def column_of(doc: YamlDoc, pos: int) -> int:
+    """Tell the column of a position; the end of the text is left of all."""
+    if pos == len(doc.text):
+        return -1
+    return pos - doc.text.rfind("\n", 0, pos) - 1
+
+
+def read_mapping(doc: YamlDoc, pos: int) -> tuple[int, dict[Any, Any]]:
+    """Read the lines that start with a key in this column."""
+    column = column_of(doc, pos)
+    pairs: dict[Any, Any] = {}
+    while column_of(doc, pos) == column:
+        pos, key = read_key(doc, pos, YAML_NAME)
+        pos, pairs[key] = read_value(doc, pos, column)
+    return pos, pairs
+
+
+def read_key(doc: YamlDoc, pos: int, like: re.Pattern[str]) -> YamlRead:
+    """Read a key and its colon."""
+    name = like.match(doc.text, pos)
+    if not name:
+        refuse_here(doc, pos, "not `key: value` (no quotes?):")
+    if len(name[0]) > YAML_KEY + 1:
+        refuse(doc, pos, f"key longer than {YAML_KEY} characters")
+    if name[1].endswith(":") and is_ipv6(name[1] + ":"):
+        refuse(doc, pos, f"put quotes around {name[1]}:")  # as in `- fe80::`
+    key = read_text(doc, pos, name[1])
+    if doc.depth == 1:
+        doc.keys[str(key)] = pos
+    return name.end(), key
+
+
+def read_value(doc: YamlDoc, pos: int, column: int) -> YamlRead:
+    """Read what belongs to a key that stands in the given column."""
+    if not YAML_EOL.match(doc.text, pos):
+        return read_last(doc, skip_gap(doc, pos))
+    pos = end_line(doc, pos)
+    here = column_of(doc, pos)
+    if here > column or here == column and YAML_DASH.match(doc.text, pos):
+        return read_node(doc, pos)
+    return pos, None
+
+
+def read_last(doc: YamlDoc, pos: int) -> YamlRead:
+    """Read the last value on a line, and go to the next line."""
+    pos, value = read_inline(doc, pos, YAML_TEXT)
+    return end_line(doc, pos), value
+
+
+def read_inline(doc: YamlDoc, pos: int, like: re.Pattern[str]) -> YamlRead:
+    """Read a text, a number or something in brackets."""
+    if doc.text.startswith("[", pos):
+        return read_nested(doc, pos, read_brackets)
+    if doc.text.startswith("{", pos):
+        return read_nested(doc, pos, read_braces)
+    text = like.match(doc.text, pos)
+    if not text:
+        refuse_here(doc, pos, "put quotes around")
+    return text.end(), read_text(doc, pos, text[0])
+
+
+def read_brackets(doc: YamlDoc, pos: int) -> tuple[int, list[Any]]:
+    """Read [a, b], on one line or more."""
+    items: list[Any] = []
+    pos = skip_gap(doc, pos + 1)
+    while not doc.text.startswith("]", pos):
+        pos, item = read_inline(doc, pos, FLOW_TEXT)
+        items.append(item)
+        pos = skip_comma(doc, pos, "]")
+    return pos + 1, items
+
+
+def skip_comma(doc: YamlDoc, pos: int, close: str) -> int:
+    """Go over a comma, or to the closing bracket."""
+    pos = skip_gap(doc, pos)
+    if doc.text.startswith(",", pos):
+        return skip_gap(doc, pos + 1)
+    if not doc.text.startswith(close, pos):
+        refuse_here(doc, pos, f"no , or {close} before")
+    return pos
+
+
+def read_braces(doc: YamlDoc, pos: int) -> tuple[int, dict[Any, Any]]:
+    """Read {a: b, c: d}, on one line or more."""
+    pairs: dict[Any, Any] = {}
+    pos = skip_gap(doc, pos + 1)
+    while not doc.text.startswith("}", pos):
+        pos, key = read_key(doc, pos, FLOW_NAME)
+        pos = skip_gap(doc, pos)
+        pairs[key] = None
+        if not doc.text.startswith((",", "}"), pos):
+            pos, pairs[key] = read_inline(doc, pos, FLOW_TEXT)
+        pos = skip_comma(doc, pos, "}")
+    return pos + 1, pairs
+
+
+def read_text(doc: YamlDoc, pos: int, text: str) -> Any:
+    """Turn a text, quoted or not, into its value."""
+    if text[0] == "'":
+        return text[1:-1].replace("''", "'")
+    if text[0] == '"':
+        return YAML_ESCAPE.sub(
+            lambda match: read_escape(doc, pos, match), text[1:-1])
+    if text in YAML_WORDS:
+        return YAML_WORDS[text]
+    if YAML_INT.fullmatch(text):
+        return int(text, 8 if text.lstrip("+-")[0] == "0" else 10)
+    if YAML_FLOAT.fullmatch(text):
+        return float(text)
+    if YAML_ODD.fullmatch(text) and not is_ipv6(text):
+        refuse(doc, pos, f"put quotes around {text[:60]}")
+    return text
+
+
+def read_escape(doc: YamlDoc, pos: int, match: re.Match[str]) -> str:
+    """Return the character that a backslash sequence stands for."""
+    if match[4] in YAML_ESCAPES:
+        return YAML_ESCAPES[match[4]]
+    code = int(match[1] or match[2] or match[3] or "110000", 16)
+    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+        refuse(doc, pos, f"unknown escape sequence {match[0]}")
+    return chr(code)
+
+
+def is_ipv6(text: str) -> bool:
+    """Tell whether a text is an IPv6 address or network."""
+    try:
+        return IPv6Network(text, strict=False).version == 6
+    except ValueError:
+        return False
+
+
+def refuse_here(
+    doc: YamlDoc, pos: int, why: str = "cannot read this (no quotes?):",
+) -> NoReturn:
+    """Refuse what stands here, for the reason given or a better one."""
+    rest = doc.text[pos:pos + 60].split("\n")[0]
+    if rest.startswith("\t"):
+        refuse(doc, pos, "write spaces instead of a tab")
+    if rest.startswith(('"', "'")) and not YAML_TEXT.match(doc.text, pos):
+        refuse(doc, pos, f"close the quotes on the same line: {rest}")
+    refuse(doc, pos, f"{why} {rest or 'the end'}")
+
+
+def refuse(doc: YamlDoc, pos: int, message: str) -> NoReturn:
+    """Raise the error for this place."""
+    pos = min(pos, len(doc.text.rstrip("\n")))
+    raise YamlError(message, doc.text.count("\n", 0, pos) + 1)
+
+
+# ---------------------------------------------------------------------------
+# 10. Process
+#
+# What root does before it stops being root, the pidfile, signals, systemd.
+# ---------------------------------------------------------------------------
+
+# What a reload cannot change, since it was used up at the start.
+FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
+         "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
+
+
+class Owner(NamedTuple):
+    """Whom root becomes."""
+
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def find_owner(settings: Settings) -> Owner | None:
+    """Return whom to become, None if not root; raise UnknownUser."""
+    if os.geteuid() != 0:
+        return None
+    try:
+        user = pwd.getpwnam(settings.user)
+        group = grp.getgrnam(settings.group)
+    except KeyError:
+        raise UnknownUser(
+            f"no user {settings.user} or no group {settings.group}; make them:"
+            f" adduser --system --group --home /run/{PROGRAM}"
+            f" --no-create-home {settings.user}") from None
+    return Owner(settings.user, user.pw_uid, group.gr_gid, user.pw_dir)
+
+
+def become(owner: Owner | None) -> None:
+    """Give up root's rights for good, and check that they are gone."""
+    os.umask(0o077)
+    if owner is None:
+        return
+    os.initgroups(owner.name, owner.gid)
+    os.setgid(owner.gid)
+    os.setuid(owner.uid)
+    if (os.getresuid() != (owner.uid,) * 3
+            or os.getresgid() != (owner.gid,) * 3):
+        raise PolicydError("could not give up the rights of root")
+    os.environ["HOME"] = owner.home  # where database drivers look for files
+
+
+def folders(settings: Settings) -> Iterator[tuple[str, int]]:
+    """Yield the folders that a start needs, and the modes to make them."""
+    if isinstance(settings.SOCKET, str):
+        yield os.path.dirname(os.path.abspath(settings.SOCKET)), 0o755
+    yield os.path.dirname(os.path.abspath(settings.pidfile)), 0o755
+    database = settings.sqlite_config.get("database")
+    if settings.backend == 0 and isinstance(database, str):
+        yield os.path.dirname(os.path.abspath(database)), 0o750
+
+
+def make_folders(settings: Settings, owner: Owner | None) -> None:
+    """Make the folders that are missing, and hand them to their owner."""
+    os.umask(0o022)
+    for folder, mode in folders(settings):
+        if os.path.isdir(folder):
+            continue
+        os.makedirs(folder, mode)
+        if owner is not None:
+            os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def pidfile(path: str, owner: Owner | None) -> Iterator[None]:
+    """Hold the pidfile by a lock, which ends with the process.
+
+    Raises AlreadyRunning.  A file that nobody locks is stale, whatever
+    process has that id today.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.open(path, flags, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(file, 20).decode("ascii", "replace").strip()
+        os.close(file)
+        raise AlreadyRunning(f"{path}: another instance is running,"
+                             f" process {pid}") from None
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
+        if owner is not None:
+            os.fchown(file, owner.uid, owner.gid)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(file)
+
+
+def serve(settings: Settings, owner: Owner | None,
+          announce: Callable[[Any], None],
+          load: Callable[[], Settings]) -> None:
+    """Run the daemon until a signal ends it.
+
+    announce is told the address once clients can come; load returns the
+    settings anew for a reload.
+    """
+    signals = catch_signals()
+    make_folders(settings, owner)
+    service = Service(settings, open_ledger(settings))
+    with pidfile(settings.pidfile, owner), PolicyServer(service) as server:
+        become(owner)
+        server.most = min(MAX_CONNECTIONS, raise_file_limit() - 64)
+        service.clean()  # opens the ledger, and says so if it cannot
+        threading.stack_size(512 * 1024)  # address space, not memory
+        threading.Thread(target=server.serve_forever, args=(0.1,),
+                         daemon=True).start()
+        announce(server.server_address)
+        notify("READY=1")
+        obey(signals, service, load)
+        notify("STOPPING=1")
+        server.stop(settings.db_timeout + 2)
+
+
+def catch_signals() -> queue.SimpleQueue[int]:
+    """Return the queue into which signals come from now on."""
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
+                   signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.put(number))
+    return signals
+
+
+def raise_file_limit() -> int:
+    """Raise the soft limit on open files to the hard one; return it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def obey(signals: queue.SimpleQueue[int], service: Service,
+         load: Callable[[], Settings]) -> None:
+    """Reload at HUP, return at any other signal; clean meanwhile."""
+    while True:
+        try:
+            number = signals.get(timeout=CLEAN_PAUSE)
+        except queue.Empty:
+            service.clean()
+            continue
+        if number != signal.SIGHUP:
+            return
+        microseconds = time.monotonic_ns() // 1000
+        notify(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
+        reload(service, load)
+        notify("READY=1")
+
+
+def reload(service: Service, load: Callable[[], Settings]) -> None:
+    """Replace the settings; a broken file leaves the old ones in force."""
+    try:
+        new = load()
+    except PolicydError as error:
+        log.error("not reloaded, the old settings stay: %s", error)
+        return
+    for name in FIXED:
+        if getattr(new, name) != getattr(service.settings, name):
+            log.warning("%s: a change takes effect at the next start", name)
+    service.reload(new)
+    log.log(NOTICE, "configuration reloaded")
+
+
+def notify(state: str) -> None:
+    """Tell systemd a state (sd_notify(3)), where there is a systemd."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):  # the abstract namespace
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as message, \
+            contextlib.suppress(OSError):
+        message.sendto(state.encode(), address)
+
+
+# ---------------------------------------------------------------------------
+# 11. Command line
+#
+# The options, what each of them does, and the exit status.
+# ---------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    options = parse_options(argv)
+    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
+    logging.raiseExceptions = False  # a full disk under the log stops nothing
+    for level, label in ((logging.INFO, ""), (NOTICE, ""),
+                         (logging.WARNING, "warning: "),
+                         (logging.ERROR, "error: ")):
+        logging.addLevelName(level, label)
+    try:
+        options.command(options)
+    except PolicydError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except OSError as error:
+        log.error("%s", error)
+        return PolicydError.exit_code
+    return 0
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line; a usage error ends with exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="Limit how many mails users of Postfix may"
+        " send.  Without an option, run the daemon in the foreground.")
+    parser.set_defaults(command=run)
+    commands = parser.add_mutually_exclusive_group()
+    commands.add_argument(
+        "--clean", dest="command", action="store_const", const=clean,
+        help="clean old records from the database")
+    commands.add_argument(
+        "--get-config", metavar="PARAMETER_NAME",
+        help="return the value of a config parameter")
+    commands.add_argument(
+        "--check", dest="command", action="store_const", const=check,
+        help="check the configuration, the folders and the database")
+    parser.add_argument(
+        "--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
+    parser.add_argument(
+        "-o", dest="overrides", metavar="NAME=VALUE", action="append",
+        default=[], help="override a setting; may be repeated")
+    parser.add_argument(
+        "--standalone", metavar="DIR",
+        help="run from a directory, without a configuration file and as"
+        " whoever calls: socket, database and pidfile are in DIR")
+    parser.add_argument("--version", action="version",
+                        version=f"{PROGRAM} {VERSION}")
+    options = parser.parse_args(argv)
+    if options.get_config is not None:
+        options.command = get_config
+    return options
+
+
+def load(options: argparse.Namespace) -> Settings:
+    """Return the settings of a command, and log as they say."""
+    settings = check_settings(configure(options))
+    log.setLevel(logging.INFO if settings.debug else NOTICE)
+    return settings
+
+
+def configure(options: argparse.Namespace) -> Config:
+    """Return the configuration: the file, --standalone, then each -o."""
+    config = Config(None, {}, {})
+    try:
+        if options.standalone is None or options.file is not None:
+            config = read_config(options.file)
+    except MissingFile as error:
+        if options.get_config is None:
+            raise
+        log.warning("%s", error)
+    if options.standalone is not None:
+        folder = os.path.abspath(options.standalone)
+        config.values.update(
+            SOCKET=os.path.join(folder, "policy"), backend=0,
+            pidfile=os.path.join(folder, f"{PROGRAM}.pid"),
+            sqlite_config={"database": os.path.join(folder, "db.sqlite3")})
+    for text in options.overrides:
+        override(config, text)
+    return config
+
+
+def owner_of(options: argparse.Namespace, settings: Settings) -> Owner | None:
+    """Return whom to become; with --standalone it is whoever calls."""
+    return None if options.standalone is not None else find_owner(settings)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the daemon."""
+    settings = load(options)
+
+    def announce(address: Any) -> None:
+        log.log(NOTICE, "listening on %s", format_address(address))
+        if options.standalone is not None:
+            print(f"Listening on {format_address(address)}; for main.cf:")
+            print(main_cf(settings.count_mode, address), flush=True)
+
+    serve(settings, owner_of(options, settings), announce,
+          lambda: load(options))
+
+
+def clean(options: argparse.Namespace) -> None:
+    """Delete what no limit can see any more."""
+    settings = load(options)
+    become(owner_of(options, settings))
+    ledger = open_ledger(settings)
+    after: str | None = ""
+    deleted = 0
+    try:
+        while after is not None:
+            after, some = ledger.clean(
+                after, int(time.time()), 2 * settings.longest_window)
+            deleted += some
+    except LedgerError as error:
+        raise CleanError(str(error)) from error
+    print(f"{deleted} records deleted")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Say whether a start would work, or what is wrong; change nothing."""
+    settings = load(options)
+    is_root = os.geteuid() == 0
+    become(owner_of(options, settings))
+    for folder, _ in folders(settings):
+        if os.path.isdir(folder):
+            usable = os.access(folder, os.W_OK | os.X_OK)
+        else:
+            usable = is_root or can_make(folder)
+        if not usable:
+            raise PolicydError(f"{folder}: cannot be written")
+    print(BACKENDS[settings.backend](settings).probe())
+    print("OK")
+
+
+def can_make(folder: str) -> bool:
+    """Say whether a missing folder could be made by this user."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def get_config(options: argparse.Namespace) -> None:
+    """Print the value of a setting."""
+    value = look_up(configure(options), options.get_config)
+    print(value, end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
