@@ -39,6 +39,7 @@ import fcntl
 import functools
 import grp
 import hashlib
+import importlib
 import ipaddress
 import itertools
 import json
@@ -48,13 +49,13 @@ import operator
 import os
 import pwd
 import queue
+import random
 import re
 import reprlib
 import resource
 import signal
 import socket
 import socketserver
-import sqlite3
 import stat
 import struct
 import sys
@@ -613,21 +614,35 @@ def parse_limits(text: str) -> Limits:
 Connection = Any  # of the DB-API (PEP 249)
 Cursor = Any
 
-COLUMNS = {
-    "id": "varchar(190) NOT NULL",
+COLUMNS = {  # of mail_count; total is the last that an update adds
+    "id": "{identity} NOT NULL",
     "date": "bigint NOT NULL",
     "recipient_count": "int DEFAULT 1",
     "instance": "varchar(40) NOT NULL DEFAULT ''",
     "protocol_state": "varchar(20) NOT NULL DEFAULT ''",
     "total": "bigint",  # NULL in a row that the original wrote
 }
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS mail_count"
+    f" (id {COLUMNS['id']}, date {COLUMNS['date']})",
+    "CREATE TABLE IF NOT EXISTS limit_report (id {identity} NOT NULL,"
+    " delta int NOT NULL, hit int NOT NULL DEFAULT 0,"
+    " PRIMARY KEY (id, delta))",
+    "CREATE TABLE IF NOT EXISTS mail_turn"
+    " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
+)
+RATE_LIMITS = ("CREATE TABLE rate_limits"
+               " (id integer NOT NULL PRIMARY KEY, limits varchar(255))")
+INDEX = ("CREATE INDEX mail_count_total"
+         " ON mail_count (id, date, total, recipient_count)")
+RENAME = "UPDATE mail_count SET id = ? WHERE id = ?"
 NEWEST = ("SELECT {} FROM mail_count WHERE id = ?"
           " ORDER BY date DESC, total DESC LIMIT 1")
 BEFORE = ("SELECT total - recipient_count FROM mail_count"
           " WHERE id = ? AND date > ? ORDER BY date, total LIMIT 1")
-INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES "
 ROWS = ("SELECT date, recipient_count, instance, protocol_state"
         " FROM mail_count WHERE id = ? ORDER BY date, total")
+INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 FORGET = "DELETE FROM mail_count WHERE id = ?"
 STEP = ("SELECT id FROM mail_count WHERE id > ? ORDER BY id"
         f" LIMIT 1 OFFSET {CLEAN_STEP}")
@@ -635,6 +650,9 @@ LAST = "SELECT max(id) FROM mail_count"
 OLD = ("SELECT DISTINCT id FROM mail_count"
        " WHERE id > ? AND id <= ? AND date <= ?")
 FORGET_OLD = "DELETE FROM mail_count WHERE id = ? AND date <= ?"
+FORGET_TURNS = ("DELETE FROM mail_turn WHERE id > ? AND id <= ? AND NOT"
+                " EXISTS (SELECT 1 FROM mail_count c"
+                " WHERE c.id = mail_turn.id)")
 
 
 class Charge:
@@ -655,10 +673,9 @@ class Batch:
     """The charges that one transaction settles."""
 
     def __init__(self) -> None:
-        """Open a batch; it is closed when its transaction begins."""
         self.charges: list[Charge] = []
         self.lock = threading.Lock()  # of who settles it, then of who waited
-        self.closed = False
+        self.closed = False  # its transaction has begun
         self.error: LedgerError | None = None
 
 
@@ -666,7 +683,6 @@ class Account:
     """What an identity has used, as the transaction in hand sees it."""
 
     def __init__(self, identity: str, limits: Limits) -> None:
-        """Make an account that is still to be read."""
         self.identity = identity
         self.limits = limits
         self.date = self.total = 0
@@ -700,7 +716,7 @@ class Ledger:
     given after its own commit, and one connection alone pays nothing.
     """
 
-    def __init__(self, backend: SQLite, query: str | None = None) -> None:
+    def __init__(self, backend: Backend, query: str | None = None) -> None:
         """Open nothing yet; query is the setting sql_limits_by_id."""
         self.backend = backend
         self.query = query
@@ -714,7 +730,7 @@ class Ledger:
         Returns when that is on disk.  Raises LedgerError.
         """
         deadline = time.monotonic() + self.backend.timeout
-        while charge.verdict is None:
+        while charge.verdict is None:  # or the batch was closed before us
             batch = self._open
             batch.charges.append(charge)
             try:
@@ -726,7 +742,7 @@ class Ledger:
                 raise
             if batch.error is not None:
                 raise LedgerError(str(batch.error)) from batch.error
-        return charge.verdict  # None if batch was closed before the append
+        return charge.verdict
 
     def transact(self, work: Callable[[Cursor], T]) -> T:
         """Run work in a transaction of its own and return its result."""
@@ -742,16 +758,18 @@ class Ledger:
         """
         def work(cursor: Cursor) -> tuple[str | None, int]:
             more = self._run(cursor, STEP, after).fetchone()
-            last = more or self._run(cursor, LAST).fetchone()
+            [last] = more or self._run(cursor, LAST).fetchone()
             deleted = 0
-            old = self._run(cursor, OLD, after, last[0] or "", now - keep)
-            for (identity,) in old.fetchall():
+            old = self._run(cursor, OLD, after, last or "", now - keep)
+            for [identity] in old.fetchall():
                 account = Account(identity, ())
                 self._ask_limits(cursor, account)
                 longest = max((s for _, s in account.limits), default=0)
-                cutoff = now - max(keep, 2 * longest)
-                gone = self._run(cursor, FORGET_OLD, identity, cutoff)
-                deleted += gone.rowcount
+                self._run(cursor, FORGET_OLD, identity,
+                          now - max(keep, 2 * longest))
+                deleted += cursor.rowcount
+            if self.backend.turn:
+                self._run(cursor, FORGET_TURNS, after, last or "")
             return more[0] if more else None, deleted
 
         return self.transact(work)
@@ -759,7 +777,7 @@ class Ledger:
     def _settle(self, batch: Batch, deadline: float) -> None:
         """Settle all charges of a batch in one transaction."""
         with hold(self._lock, deadline):
-            self._open = Batch()
+            self._open, began = Batch(), time.monotonic()
             batch.closed = True
             charges = [one for one in batch.charges if not one.abandoned]
             try:
@@ -767,20 +785,31 @@ class Ledger:
                     lambda cursor: self._decide(cursor, charges))
             except LedgerError as error:
                 batch.error = error
+                if time.monotonic() - began > self.backend.timeout / 2:
+                    waited, self._open = self._open, Batch()
+                    waited.error, waited.closed = error, True
                 return
         for charge, verdict in zip(charges, verdicts):
             charge.verdict = verdict
 
     def _transact(self, work: Callable[[Cursor], T]) -> T:
-        """Run work between BEGIN and COMMIT; needs the lock."""
-        try:
-            cursor = self._begin()
-            result = work(cursor)
-            cursor.execute("COMMIT")
-            return result
-        except Exception as error:  # drivers raise more than their Error
-            self._disconnect()
-            raise LedgerError(self.backend.explain(error)) from error
+        """Run work between BEGIN and COMMIT; needs the lock.
+
+        Where another host was first with an identity, it is run again.
+        """
+        deadline = time.monotonic() + self.backend.timeout
+        while True:
+            try:
+                cursor = self._begin()
+                result = work(cursor)
+                cursor.execute("COMMIT")
+                return result
+            except Exception as error:  # drivers raise more than their Error
+                conflict = self.backend.is_conflict(error)
+                self._roll_back(conflict)
+                if not conflict or time.monotonic() > deadline:
+                    raise LedgerError(self.backend.explain(error)) from error
+                time.sleep(random.uniform(0, 0.01))
 
     def _begin(self) -> Cursor:
         """Begin a transaction; BEGIN is the ping of an old connection."""
@@ -793,43 +822,68 @@ class Ledger:
             except Exception:
                 if time.monotonic() - began > self.backend.timeout / 2:
                     raise  # it is not dead but slow: no second wait
-        self._disconnect()
-        self._connection = self.backend.connect()
+        self._roll_back(False)
+        self._connection = self.backend.connect(self.backend.timeout)
         cursor = self._connection.cursor()
-        cursor.execute(self.backend.begin)
         self._prepare(cursor)
+        cursor.execute(self.backend.begin)
         return cursor
 
-    def _disconnect(self) -> None:
-        """Drop the connection, and with it a transaction half done."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                connection.close()
+    def _roll_back(self, keep: bool) -> None:
+        """Undo what is half done, by closing the connection if in doubt."""
+        connection = self._connection
+        with contextlib.suppress(Exception):
+            if keep:
+                connection.cursor().execute("ROLLBACK")
+                return
+            self._connection = None
+            connection.close()
 
     def _prepare(self, cursor: Cursor) -> None:
-        """Make the table, or bring that of the original up to date."""
-        make = ", ".join(f"{name} {COLUMNS[name]}" for name in ("id", "date"))
-        cursor.execute(f"CREATE TABLE IF NOT EXISTS mail_count ({make})")
-        cursor.execute("SELECT * FROM mail_count LIMIT 0")
-        present = [column[0] for column in cursor.description]
-        if "total" in present:
-            return
-        for name in [name for name in COLUMNS if name not in present]:
-            cursor.execute(
-                f"ALTER TABLE mail_count ADD COLUMN {name} {COLUMNS[name]}")
-        for statement in self.backend.index:
+        """Make the tables, or bring those of the original up to date."""
+        for again in (True, True, False):
+            if "total" in columns_of(cursor, "mail_count") and (
+                    not self.query or columns_of(cursor, "rate_limits")):
+                return
+            patient = self.backend.connect(3600)  # large tables take long
+            try:
+                self._update(patient.cursor())
+            except Exception:
+                if not again:  # else another daemon may have been first
+                    raise
+            finally:
+                patient.close()
+
+    def _update(self, cursor: Cursor) -> None:
+        """Bring the tables up to date; the column total comes last."""
+        cursor.execute(self.backend.begin)
+        for statement in TABLES:
+            cursor.execute(statement.format(identity=self.backend.identity))
+        present = columns_of(cursor, "mail_count")
+        for name, kind in COLUMNS.items():
+            if name not in (*present, "total"):
+                cursor.execute(
+                    f"ALTER TABLE mail_count ADD COLUMN {name} {kind}")
+        for statement in self.backend.widen:
             cursor.execute(statement)
         cursor.execute("SELECT DISTINCT id FROM mail_count")
-        for (identity,) in cursor.fetchall():
+        for [identity] in cursor.fetchall():
             if fold(identity) != identity:
-                self._run(cursor, "UPDATE mail_count SET id = ? WHERE id = ?",
-                          fold(identity), identity)
+                self._run(cursor, RENAME, fold(identity), identity)
+        if "total" not in present:
+            for statement in self.backend.add_total:
+                cursor.execute(statement)
+        if self.query and not columns_of(cursor, "rate_limits"):
+            cursor.execute(RATE_LIMITS)
+        cursor.execute("COMMIT")
 
     def _decide(self, cursor: Cursor, charges: list[Charge]) -> list[Verdict]:
         """Judge mails and charge those that pass, one after the other."""
         accounts = {claim.identity: Account(claim.identity, claim.limits)
                     for charge in charges for claim in charge.claims}
+        if self.backend.turn:
+            self._write(cursor, self.backend.turn,
+                        [(identity, 1) for identity in sorted(accounts)])
         for account in accounts.values():
             self._ask_limits(cursor, account)
         now = max((charge.now for charge in charges), default=0)
@@ -844,7 +898,7 @@ class Ledger:
                 rows += [accounts[claim.identity].charge(
                     claim.cost, charge.mark) for claim in charge.claims
                     if accounts[claim.identity].limits]
-        self._insert(cursor, rows)
+        self._write(cursor, INSERT, rows)
         return verdicts
 
     def _ask_limits(self, cursor: Cursor, account: Account) -> None:
@@ -860,7 +914,7 @@ class Ledger:
         except Exception as error:
             cursor.execute("ROLLBACK TO SAVEPOINT limits")
             log.warning("sql_limits_by_id: %s; the file's limits hold",
-                        error, extra=SELDOM)
+                        self.backend.explain(error), extra=SELDOM)
 
     def _read(self, cursor: Cursor, accounts: list[Account],
               now: int) -> None:
@@ -901,13 +955,15 @@ class Ledger:
             total += count
             rows.append((identity, min(date, now), count, *mark, total))
         self._run(cursor, FORGET, identity)
-        self._insert(cursor, rows)
+        self._write(cursor, INSERT, rows)
 
-    def _insert(self, cursor: Cursor, rows: list[tuple[object, ...]]) -> None:
-        """Write rows, some with each statement."""
-        values = "(" + ", ".join("?" * len(COLUMNS)) + ")"
+    def _write(self, cursor: Cursor, statement: str,
+               rows: Sequence[tuple[object, ...]]) -> None:
+        """Write rows, some with each statement, which says VALUES {}."""
         for some in chunks(rows, self.backend.chunk):
-            self._run(cursor, INSERT + ", ".join([values] * len(some)),
+            values = "(" + ", ".join("?" * len(some[0])) + ")"
+            places = ", ".join([values] * len(some))
+            self._run(cursor, statement.format(places),
                       *itertools.chain(*some))
 
     def _run(self, cursor: Cursor, statement: str, *values: object) -> Cursor:
@@ -927,7 +983,16 @@ def hold(lock: threading.Lock, deadline: float) -> Iterator[None]:
         lock.release()
 
 
-def chunks(items: list[T], size: int) -> Iterator[list[T]]:
+def columns_of(cursor: Cursor, table: str) -> list[str]:
+    """Return the names of a table's columns, none if there is no table."""
+    try:
+        cursor.execute(f"SELECT * FROM {table} LIMIT 0")
+    except Exception:
+        return []
+    return [column[0] for column in cursor.description]
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Cut a list into lists of at most size."""
     return (items[i:i + size] for i in range(0, len(items), size))
 
@@ -946,54 +1011,102 @@ def usage_statement(accounts: int, windows: int) -> str:
         f"SELECT {n}, {columns}" for n in range(accounts))
 
 
-class SQLite:
-    """SQLite, from the standard library: one file, one host."""
+class Backend:
+    """What differs between databases; this is what most of them have."""
+
+    name: str
+    drivers: tuple[tuple[str, str], ...]  # modules with Debian's packages
+    mark = "%s"  # the driver's placeholder
+    begin = "BEGIN"
+    chunk = 50  # rows a statement: each costs a round trip
+    identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
+    widen: tuple[str, ...] = ()  # the original's columns
+    add_total: tuple[str, ...] = (
+        f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
+    turn = ""  # how an identity's turn is taken where many hosts may write
+    conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
+
+    def __init__(self, settings: Settings) -> None:
+        """Take how to connect; raise ConfigError if there is no driver."""
+        self.timeout = settings.db_timeout
+        self.config = self.choose(settings)
+        self.driver = import_driver(self.drivers)
+
+    def choose(self, settings: Settings) -> dict[str, Any]:
+        """Return the arguments of the driver's connect()."""
+        raise NotImplementedError
+
+    def connect(self, timeout: int) -> Connection:
+        """Connect; no answer may take longer than timeout, in seconds."""
+        raise NotImplementedError
+
+    def is_stale(self) -> bool:
+        """Say whether the connection leads nowhere, if that can be told."""
+        return False
+
+    def is_conflict(self, error: Exception) -> bool:
+        """Say whether another transaction was first, so try again."""
+        codes = {*error.args[:1], getattr(error, "pgcode", None),
+                 getattr(error, "sqlstate", None)}
+        return bool(codes.intersection(self.conflicts))
+
+    def explain(self, error: Exception) -> str:
+        """Return the text of an error in one line."""
+        return f"{self.name}: {' '.join(str(error).split())}"
+
+    def probe(self) -> str:
+        """Try the database, changing nothing; return what it is."""
+        try:
+            with contextlib.closing(self.connect(self.timeout)) as connection:
+                cursor = connection.cursor()
+                cursor.execute("SELECT version()")
+                [version] = cursor.fetchone()
+        except Exception as error:
+            raise LedgerError(self.explain(error)) from error
+        return f"{version}, through {self.driver.__name__}"
+
+
+class SQLite(Backend):
+    """SQLite: one file, one host."""
 
     name = "SQLite"
+    drivers = (("sqlite3", "libpython3-stdlib"),)
     mark = "?"
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
-    index = (
-        "DROP INDEX IF EXISTS mail_count_index",
-        "CREATE INDEX mail_count_index"
-        " ON mail_count (id, date, total, recipient_count)",
-    )
+    add_total = ("DROP INDEX IF EXISTS mail_count_index", *Backend.add_total)
 
-    def __init__(self, settings: Settings) -> None:
-        """Take where the file is, and how long to wait for its lock."""
-        self.config = settings.sqlite_config
-        self.timeout = settings.db_timeout
-        self._file = -1, -1
+    def choose(self, settings: Settings) -> dict[str, Any]:
+        """Return the arguments of sqlite3.connect()."""
+        return {"timeout": settings.db_timeout, **settings.sqlite_config}
 
-    def connect(self) -> Connection:
+    def connect(self, timeout: int) -> Connection:
         """Open the file, so that a commit outlives a power cut."""
-        connection = sqlite3.connect(
-            isolation_level=None, check_same_thread=False,
-            **{"timeout": self.timeout, **self.config})
+        connection = self.driver.connect(
+            isolation_level=None, check_same_thread=False, **self.config)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         self._file = self._identify()
         return connection
 
-    def probe(self) -> str:
-        """Try the database, changing nothing; return what it is."""
-        path = str(self.config.get("database"))
-        if os.path.exists(path):
-            try:
-                with contextlib.closing(sqlite3.connect(
-                        path, timeout=self.timeout)) as connection:
-                    connection.execute("BEGIN IMMEDIATE")
-                    connection.execute("SELECT 1 FROM sqlite_master")
-            except sqlite3.Error as error:
-                raise LedgerError(self.explain(error)) from error
-        return f"SQLite {sqlite3.sqlite_version}, {path}"
-
     def is_stale(self) -> bool:
         """Say whether the file is no longer the one that was opened."""
         return self._identify() != self._file
 
+    def probe(self) -> str:
+        """Try the file, if there is one, and its lock."""
+        path = str(self.config["database"])
+        if os.path.exists(path):
+            try:
+                with contextlib.closing(self.driver.connect(
+                        path, timeout=self.timeout)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+            except self.driver.Error as error:
+                raise LedgerError(self.explain(error)) from error
+        return f"SQLite {self.driver.sqlite_version}, {path}"
+
     def explain(self, error: Exception) -> str:
-        """Return the error's text with the place."""
+        """Return the text of an error with the file."""
         return f"{self.config.get('database')}: {error}"
 
     def _identify(self) -> tuple[int, int]:
@@ -1005,7 +1118,90 @@ class SQLite:
         return status.st_dev, status.st_ino
 
 
-BACKENDS = (SQLite,)
+class MySQL(Backend):
+    """MariaDB and MySQL, also Galera."""
+
+    name = "MySQL"
+    drivers = (("MySQLdb", "python3-mysqldb"), ("pymysql", "python3-pymysql"))
+    identity = (f"varchar({MAX_IDENTITY}) CHARACTER SET utf8mb4"
+                " COLLATE utf8mb4_bin")
+    widen = (
+        f"ALTER TABLE mail_count MODIFY id {identity} NOT NULL,"
+        f" MODIFY protocol_state {COLUMNS['protocol_state']},"
+        " ROW_FORMAT=DYNAMIC",
+        f"ALTER TABLE limit_report MODIFY id {identity} NOT NULL,"
+        " ROW_FORMAT=DYNAMIC",
+    )
+    add_total = (  # in one statement, since none can be rolled back
+        f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']},"
+        " ADD INDEX mail_count_total (id, date, total, recipient_count)",)
+    turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
+            " ON DUPLICATE KEY UPDATE turn = turn + 1")
+    conflicts = (1213,)  # deadlock, or on Galera another node was first
+
+    def choose(self, settings: Settings) -> dict[str, Any]:
+        """Return the arguments of connect(); utf8 cannot hold all names."""
+        charset = str(settings.mysql_config.get("charset", "utf8"))
+        if charset.startswith("utf8"):
+            charset = "utf8mb4"
+        return {**settings.mysql_config, "charset": charset}
+
+    def connect(self, timeout: int) -> Connection:
+        """Connect with a bound on each answer."""
+        connection = self.driver.connect(**{
+            "connect_timeout": self.timeout, "read_timeout": timeout,
+            "write_timeout": timeout, **self.config})
+        connection.autocommit(True)
+        return connection
+
+
+class PostgreSQL(Backend):
+    """PostgreSQL."""
+
+    name = "PostgreSQL"
+    drivers = (("psycopg2", "python3-psycopg2"),
+               ("psycopg", "python3-psycopg"))
+    widen = (
+        f"ALTER TABLE mail_count ALTER COLUMN id TYPE {Backend.identity},"
+        " ALTER COLUMN protocol_state TYPE varchar(20)",
+        f"ALTER TABLE limit_report ALTER COLUMN id TYPE {Backend.identity}",
+    )
+    add_total = SQLite.add_total
+    turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
+            " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
+    conflicts = ("40001", "40P01")  # serialization failure, deadlock
+
+    def choose(self, settings: Settings) -> dict[str, Any]:
+        """Return the arguments of connect(), whose dbname has two names."""
+        config = dict(settings.pgsql_config)
+        if "database" in config:
+            config["dbname"] = config.pop("database")
+        return config
+
+    def connect(self, timeout: int) -> Connection:
+        """Connect; libpq itself waits for ever for an answer."""
+        connection = self.driver.connect(**{
+            "connect_timeout": self.timeout, **self.config})
+        connection.autocommit = True
+        self._line = socket.socket(fileno=os.dup(connection.fileno()))
+        return connection
+
+    def cut(self) -> None:
+        """Cut the line, which ends whatever waits for an answer."""
+        with contextlib.suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
+
+
+BACKENDS = (SQLite, MySQL, PostgreSQL)
+
+
+def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
+    """Return the first driver that is installed, or raise ConfigError."""
+    for module, _ in drivers:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(module)
+    raise ConfigError("no database driver: install "
+                      + " or ".join(package for _, package in drivers))
 
 
 def open_ledger(settings: Settings) -> Ledger:
