@@ -799,6 +799,7 @@ class Ledger:
         """
         deadline = time.monotonic() + self.backend.timeout
         while True:
+            self.backend.deadline = deadline
             try:
                 cursor = self._begin()
                 result = work(cursor)
@@ -810,6 +811,8 @@ class Ledger:
                 if not conflict or time.monotonic() > deadline:
                     raise LedgerError(self.backend.explain(error)) from error
                 time.sleep(random.uniform(0, 0.01))
+            finally:
+                self.backend.deadline = math.inf
 
     def _begin(self) -> Cursor:
         """Begin a transaction; BEGIN is the ping of an old connection."""
@@ -845,7 +848,8 @@ class Ledger:
             if "total" in columns_of(cursor, "mail_count") and (
                     not self.query or columns_of(cursor, "rate_limits")):
                 return
-            patient = self.backend.connect(3600)  # large tables take long
+            self.backend.deadline = math.inf  # large tables take long
+            patient = self.backend.connect(3600)
             try:
                 self._update(patient.cursor())
             except Exception:
@@ -1029,6 +1033,7 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         """Take how to connect; raise ConfigError if there is no driver."""
         self.timeout = settings.db_timeout
+        self.deadline = math.inf  # of the transaction in hand
         self.config = self.choose(settings)
         self.driver = import_driver(self.drivers)
 
@@ -1178,18 +1183,29 @@ class PostgreSQL(Backend):
             config["dbname"] = config.pop("database")
         return config
 
+    def __init__(self, settings: Settings) -> None:
+        """Start to watch the time, since libpq waits for ever."""
+        super().__init__(settings)
+        threading.Thread(target=self._watch, daemon=True).start()
+
     def connect(self, timeout: int) -> Connection:
-        """Connect; libpq itself waits for ever for an answer."""
+        """Connect; if timeout is that of the setting, cut what hangs."""
         connection = self.driver.connect(**{
             "connect_timeout": self.timeout, **self.config})
         connection.autocommit = True
-        self._line = socket.socket(fileno=os.dup(connection.fileno()))
+        if timeout == self.timeout:
+            self._watched = connection
         return connection
 
-    def cut(self) -> None:
-        """Cut the line, which ends whatever waits for an answer."""
-        with contextlib.suppress(OSError):
-            self._line.shutdown(socket.SHUT_RDWR)
+    def _watch(self) -> None:
+        """Cut the line of a transaction whose deadline is past."""
+        while True:
+            time.sleep(self.timeout / 20)
+            if time.monotonic() < self.deadline:
+                continue
+            with contextlib.suppress(Exception), socket.socket(
+                    fileno=os.dup(self._watched.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
 
 BACKENDS = (SQLite, MySQL, PostgreSQL)
