@@ -189,7 +189,7 @@ def fold(identity: str) -> str:
     Names are compared without regard to case (RFC 8265, 3.3), addresses by
     value.  A name too long for a database's key ends in its hash instead.
     """
-    folded = unicodedata.normalize("NFC", identity.lower()).rstrip()
+    folded = unicodedata.normalize("NFC", identity.lower()).rstrip() or "<>"
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
         return str(address)
@@ -593,10 +593,10 @@ def judge(usage: Sequence[Usage]) -> Verdict:
 def parse_limits(text: str) -> Limits:
     """Parse limits as a database holds them: [[10, 60], [150, 86400]]."""
     try:
-        return as_limits(json.loads(text.replace("(", "[").replace(")", "]")))
-    except ValueError:
-        raise ValueError(f"found {text}, expected {as_limits.__doc__}"
-                         ) from None
+        return as_limits(json.loads(text.translate({40: "[", 41: "]"})))
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"found {text[:200]!r}, expected"
+                         f" {as_limits.__doc__}") from None
 
 
 # ---------------------------------------------------------------------------
@@ -2120,7 +2120,7 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
 
 
 @contextlib.contextmanager
-def pidfile(path: str, owner: Owner | None) -> Iterator[None]:
+def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
     """Hold the pidfile by a lock, which ends with the process.
 
     Raises AlreadyRunning.  A file that nobody locks is stale, whatever
@@ -2158,7 +2158,8 @@ def serve(settings: Settings, owner: Owner | None,
     signals = catch_signals()
     make_folders(settings, owner)
     service = Service(settings, open_ledger(settings))
-    with pidfile(settings.pidfile, owner), PolicyServer(service) as server:
+    with hold_pidfile(settings.pidfile, owner), \
+            PolicyServer(service) as server:
         become(owner)
         server.most = min(MAX_CONNECTIONS, raise_file_limit() - 64)
         service.clean()  # opens the ledger, and says so if it cannot
@@ -2330,6 +2331,7 @@ def run(options: argparse.Namespace) -> None:
     settings = load(options)
 
     def announce(address: Any) -> None:
+        """Say that clients can come."""
         log.log(NOTICE, "listening on %s", format_address(address))
         if options.standalone is not None:
             print(f"Listening on {format_address(address)}; for main.cf:")
