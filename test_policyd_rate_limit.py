@@ -293,12 +293,11 @@ class ShapeTest(unittest.TestCase):
     def test_public_names_have_docstrings(self) -> None:
         classes = [node for node in self.tree.body
                    if isinstance(node, ast.ClassDef)]
-        nodes: Iterator[ast.stmt] = itertools.chain(
-            self.tree.body, *(one.body for one in classes))
-        for node in nodes:
-            if (isinstance(node, (ast.FunctionDef, ast.ClassDef))
-                    and not node.name.startswith("_")):
-                self.assertIsNotNone(ast.get_docstring(node), node.name)
+        for named in itertools.chain(
+                self.tree.body, *(one.body for one in classes)):
+            if (isinstance(named, (ast.FunctionDef, ast.ClassDef))
+                    and not named.name.startswith("_")):
+                self.assertIsNotNone(ast.get_docstring(named), named.name)
 
 
 class DocsTest(unittest.TestCase):
@@ -424,9 +423,10 @@ class PolicyTest(unittest.TestCase):
         self.assertEqual({prl.fold(name) for name in names}, names)
 
     def test_identity_is_user_then_sender_then_address(self) -> None:
-        everything: dict[str, Any] = {"limit_by_sasl": True, "limit_by_sender": True,
-                      "limit_by_ip": True, "limited_networks":
-                      prl.as_networks(["192.0.2.0/24", "2001:db8::/32"])}
+        everything: dict[str, Any] = {
+            "limit_by_sasl": True, "limit_by_sender": True,
+            "limit_by_ip": True, "limited_networks":
+            prl.as_networks(["192.0.2.0/24", "2001:db8::/32"])}
         cases: Any = (
                 ({}, {}, "joe"),
                 ({}, {"sasl_username": ""}, "joe@example.org"),
