@@ -266,13 +266,13 @@ class ShapeTest(unittest.TestCase):
 
     def test_a_section_uses_only_those_above_it(self) -> None:
         defined: dict[str, int] = {}
-        for node in self.tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                defined[node.name] = self.section(node.lineno)
-            elif isinstance(node, ast.Assign):
-                for target in node.targets:
+        for top in self.tree.body:
+            if isinstance(top, (ast.FunctionDef, ast.ClassDef)):
+                defined[top.name] = self.section(top.lineno)
+            elif isinstance(top, ast.Assign):
+                for target in top.targets:
                     if isinstance(target, ast.Name):
-                        defined[target.id] = self.section(node.lineno)
+                        defined[target.id] = self.section(top.lineno)
         for node in ast.walk(self.tree):
             if (isinstance(node, ast.Name) and node.id in defined
                     and isinstance(node.ctx, ast.Load)):
