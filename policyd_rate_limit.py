@@ -2073,10 +2073,10 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
 
 def serve(settings: Settings, owner: Owner | None,
           announce: Callable[[Any], None],
-          load: Callable[[], Settings]) -> None:
+          read: Callable[[], Settings]) -> None:
     """Run the daemon until a signal ends it.
 
-    announce is told the address once clients can come; load returns the
+    announce is told the address once clients can come; read returns the
     settings anew for a reload.
     """
     signals = catch_signals()
@@ -2092,7 +2092,7 @@ def serve(settings: Settings, owner: Owner | None,
                          daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals, service, load)
+        obey(signals, service, read)
         notify("STOPPING=1")
         server.stop(settings.db_timeout + 2)
 
@@ -2115,7 +2115,7 @@ def raise_file_limit() -> int:
 
 
 def obey(signals: queue.SimpleQueue[int], service: Service,
-         load: Callable[[], Settings]) -> None:
+         read: Callable[[], Settings]) -> None:
     """Reload at HUP, return at any other signal; clean meanwhile."""
     while True:
         try:
@@ -2127,14 +2127,14 @@ def obey(signals: queue.SimpleQueue[int], service: Service,
             return
         microseconds = time.monotonic_ns() // 1000
         notify(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
-        reload(service, load)
+        reload(service, read)
         notify("READY=1")
 
 
-def reload(service: Service, load: Callable[[], Settings]) -> None:
+def reload(service: Service, read: Callable[[], Settings]) -> None:
     """Replace the settings; a broken file leaves the old ones in force."""
     try:
-        new = load()
+        new = read()
     except PolicydError as error:
         log.error("not reloaded, the old settings stay: %s", error)
         return

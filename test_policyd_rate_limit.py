@@ -326,12 +326,15 @@ class DocsTest(unittest.TestCase):
             cls.readme = file.read()
 
     def test_readme_has_each_setting_with_its_default(self) -> None:
-        for name, default in prl.default_values().items():
-            shown = json.dumps(default) if default is not None else "null"
-            shown = {"true": "True", "false": "False"}.get(shown, shown)
-            if name == "socket_permission":
-                shown = "0666"
-            self.assertIn(f"| `{name}` | `{shown}` |", self.readme)
+        for one in fields(prl.Settings):
+            row = re.search(rf"^\| `{one.name}` \| `(.*?)` \| ", self.readme,
+                            re.MULTILINE)
+            assert row is not None, one.name
+            value, _ = prl.parse_yaml(row[1])
+            if value is not None:
+                value = one.metadata["check"](value)
+            self.assertEqual(value or None, getattr(
+                prl.Settings(), one.name) or None, one.name)
 
     def test_the_sample_file_holds_each_setting_with_its_default(self) -> None:
         config = prl.read_config(os.path.join(HERE, "policyd-rate-limit.yaml"))
@@ -339,8 +342,9 @@ class DocsTest(unittest.TestCase):
         self.assertEqual(prl.check_settings(config), prl.Settings())
 
     def test_readme_has_each_option_and_exit_code(self) -> None:
-        for option in set(re.findall(r"--?[a-z][a-z-]*", run("-h").stdout)):
-            self.assertIn(f"`{option}", self.readme)
+        for option in set(re.findall(
+                r"(?<![\w-])--?[a-z][a-z-]*", run("-h").stdout)):
+            self.assertRegex(self.readme, f"`{option}[ `]")
         codes = [error.exit_code
                  for error in prl.PolicydError.__subclasses__()]
         for code in {0, 6, *codes}:
@@ -1024,7 +1028,7 @@ class SettingsTest(FolderTest):
     """Each setting: what it takes, and what it says of the rest."""
 
     ACCEPTED: tuple[tuple[str, str, object], ...] = (
-        ("debug", "no", False), ("debug", "", False), ("debug", "1", True),
+        ("debug", "no", False), ("debug", "", True), ("debug", "1", True),
         ("log_requests", "on", True), ("user", "joe", "joe"),
         ("group", '"0"', "0"), ("pidfile", "/run/é.pid", "/run/é.pid"),
         ("SOCKET", "ratelimit/policy", "ratelimit/policy"),
@@ -1040,7 +1044,7 @@ class SettingsTest(FolderTest):
         ("backend", "0", 0),
         ("sqlite_config", "{database: db, timeout: 3}",
          {"database": "db", "timeout": 3}),
-        ("mysql_config", "", {}), ("pgsql_config", "{a: {b: 1}}",
+        ("mysql_config", "{}", {}), ("pgsql_config", "{a: {b: 1}}",
                                    {"a": {"b": 1}}),
         ("limits", "[]", ()), ("limits", "[[0, 60]]", ((0, 60),)),
         ("limits", "\n  - [10, 60]\n  - [150, 86400.0]",
@@ -1188,13 +1192,20 @@ class SettingsTest(FolderTest):
             with self.subTest(text=text):
                 self.settings(text + "\n")
 
+    def test_a_file_without_count_mode_is_told_of(self) -> None:
+        path = self.write("test.yaml", "debug: no\n")
+        for command_, told in (("--check", 1), ("--clean", 0)):
+            _, _, err = command("-f", path, command_, "--standalone",
+                                self.folder)
+            self.assertEqual(err.count("count_mode is not set"), told)
+
     def test_unknown_setting_is_a_warning_with_a_guess(self) -> None:
         for name, guess in (
                 ("limts", "; is limits meant?"), ("LIMITS", ""),
                 ("limit_by_user", "; is limit_by_sender meant?"),
                 ("socket", ""), ("12", ""), ("xyzzy", "")):
             with self.subTest(name=name):
-                path = self.write("test.yaml", f"debug: no\n{name}: 1\n")
+                path = self.write("test.yaml", f"count_mode: 1\n{name}: 1\n")
                 status, _, err = command(
                     "-f", path, "--check", "--standalone", self.folder)
                 self.assertEqual((status, err), (
@@ -1518,7 +1529,7 @@ class CommandLineTest(FolderTest):
 
     def test_check_says_ok_and_changes_nothing(self) -> None:
         self.database(("Joe", 5))
-        file = self.write("test.yaml", "debug: no\n")
+        file = self.write("test.yaml", "count_mode: 1\n")
         before = self.contents()
         for options in (
                 ["--standalone", self.folder], here_as_ourselves(self),
