@@ -2198,7 +2198,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "--get-config", metavar="PARAMETER_NAME",
         help="return the value of a config parameter")
     commands.add_argument(
-        "--check", dest="command", action="store_const", const=check,
+        "--check", dest="command", action="store_const", const=check_start,
         help="check the configuration, the folders and the database")
     parser.add_argument(
         "--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
@@ -2223,7 +2223,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
     if options.file is None and config.path is not None:
         options.file = config.path  # also at a reload, with another $HOME
     settings = check_settings(config)
-    if options.command in (run, check) and config.path is not None \
+    if options.command in (run, check_start) and config.path is not None \
             and "count_mode" not in config.values:
         log.warning("%s: count_mode is not set: 1 holds, mails count at DATA;"
                     " the original 1.2.0 counted at RCPT (0)", config.path)
@@ -2291,7 +2291,7 @@ def clean(options: argparse.Namespace) -> None:
     print(f"{deleted} records deleted")
 
 
-def check(options: argparse.Namespace) -> None:
+def check_start(options: argparse.Namespace) -> None:
     """Say whether a start would work, or what is wrong; change nothing."""
     settings = load_settings(options)
     owner = owner_of(options, settings)
