@@ -48,7 +48,6 @@ import math
 import operator
 import os
 import pwd
-import queue
 import random
 import re
 import reprlib
@@ -107,7 +106,7 @@ class Seldom(logging.Filter):
         """Say whether to let a record through."""
         if not hasattr(record, "seldom"):
             return True
-        if record.created < self.said.get(record.msg, 0) + 60:
+        if 0 <= record.created - self.said.get(record.msg, 0) < 60:
             return False
         self.said[record.msg] = record.created
         return True
@@ -187,6 +186,8 @@ def fold(identity: str) -> str:
     Names are compared without regard to case (RFC 8265, 3.3), addresses by
     value.  A name too long for a database's key ends in its hash instead.
     """
+    if len(identity) > 4096:  # normalizing takes the square of the length
+        identity = hashlib.sha256(identity.encode()).hexdigest()
     folded = unicodedata.normalize("NFC", identity.lower()).rstrip() or "<>"
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
@@ -490,8 +491,7 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
 def parse_request(head: bytes) -> Request:
     """Parse the lines name=value of a request, or raise BadRequest.
 
-    Values are the mail client's: no bytes in them make a request broken, and
-    different bytes stay different.
+    Values are the mail client's: no bytes in them make a request broken.
     """
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
         raise BadRequest("too many attributes, or binary rubbish")
@@ -841,14 +841,17 @@ class Ledger:
         return cursor
 
     def _roll_back(self, keep: bool) -> None:
-        """Undo what is half done, by closing the connection if in doubt."""
+        """Undo what is half done; keep the connection, or close it."""
         connection = self._connection
-        with contextlib.suppress(Exception):
-            if keep:
-                connection.cursor().execute("ROLLBACK")
-                return
+        if not keep:
             self._connection = None
-            connection.close()
+        if connection is None:
+            return
+        with contextlib.suppress(Exception):  # a lock outlives close() alone
+            connection.cursor().execute("ROLLBACK")
+        with contextlib.suppress(Exception):
+            if not keep:
+                connection.close()
 
     def _prepare(self, cursor: Cursor) -> None:
         """Make the tables, or bring those of the original up to date."""
@@ -1312,9 +1315,9 @@ class Service:
         except LedgerError as error:
             self._tell_database(error)
             return None
-        if self._away:
-            self._tell_database(None)
         passed = verdict.broken is None
+        if self._away and passed:  # a refusal writes nothing: it may be full
+            self._tell_database(None)
         action = settings.success_action if passed else settings.fail_action
         level = logging.INFO if passed else NOTICE
         if log.isEnabledFor(level):
@@ -1474,8 +1477,9 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.address_family = socket.AF_UNIX
         elif ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(
-            address, PolicyHandler)  # type: ignore[arg-type]
+        with lock_folder(address):
+            super().__init__(
+                address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
@@ -1489,6 +1493,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             os.umask(before)
         if isinstance(settings.SOCKET, str):
             self.path = settings.SOCKET
+            self.made = os.lstat(self.path)
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; when descriptors run out, make room."""
@@ -1536,12 +1541,29 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             thread.join(max(0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
-        """Close the listening socket and remove its path."""
+        """Close the listening socket and remove its path, if still ours."""
         super().server_close()
-        if self.path is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.path is not None and os.path.samestat(
+                    os.lstat(self.path), self.made):
                 os.unlink(self.path)
-            self.path = None
+
+
+@contextlib.contextmanager
+def lock_folder(address: str | tuple[str, int]) -> Iterator[None]:
+    """Keep others from judging a socket stale until it listens."""
+    if not isinstance(address, str):
+        yield
+        return
+    folder = os.open(os.path.dirname(os.path.abspath(address)), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise AlreadyRunning(f"{address}: another process is about to listen"
+                             " there") from None
+    finally:
+        os.close(folder)
 
 
 def remove_stale_socket(path: str) -> None:
@@ -1558,7 +1580,7 @@ def remove_stale_socket(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except socket.timeout:
+        except (socket.timeout, BlockingIOError):
             pass  # it listens, but is busy
     raise AlreadyRunning(f"{path}: another process listens there")
 
@@ -2053,21 +2075,26 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.open(path, flags, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            yield  # /dev/null: there is to be no pidfile
+            return
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = os.read(file, 20).decode("ascii", "replace").strip()
-        os.close(file)
-        raise AlreadyRunning(f"{path}: another instance is running,"
-                             f" process {pid}") from None
-    try:
+        if not os.path.samestat(os.fstat(file), os.lstat(path)):
+            raise BlockingIOError  # the one that had it is about to end
         os.ftruncate(file, 0)
         os.write(file, f"{os.getpid()}\n".encode())
         if owner is not None:
             os.fchown(file, owner.uid, owner.gid)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    except (BlockingIOError, FileNotFoundError):
+        pid = os.read(file, 20).decode("ascii", "replace").strip()
+        raise AlreadyRunning(f"{path}: another instance is running,"
+                             f" process {pid}") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
         os.close(file)
 
 
@@ -2084,25 +2111,33 @@ def serve(settings: Settings, owner: Owner | None,
     service = Service(settings, open_ledger(settings))
     with hold_pidfile(settings.pidfile, owner), \
             PolicyServer(service) as server:
+        if owner is not None and server.path is not None:
+            os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
         become(owner)
-        server.most = max(8, min(MAX_CONNECTIONS, raise_file_limit() - 64))
+        server.most = max(16, min(MAX_CONNECTIONS, raise_file_limit() - 64))
         service.clean()  # opens the ledger, and says so if it cannot
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals, service, read)
+        obey(signals[0], service, read)
         notify("STOPPING=1")
-        server.stop(settings.db_timeout + 2)
+        server.stop(2 * settings.db_timeout + 2)
 
 
-def catch_signals() -> queue.SimpleQueue[int]:
-    """Return the queue into which signals come from now on."""
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+def catch_signals() -> tuple[socket.socket, socket.socket]:
+    """Return a pair of sockets: from the first, signals' numbers come.
+
+    Whatever thread the kernel gives a signal to, this wakes the main one.
+    """
+    signals = socket.socketpair()
+    signals[0].settimeout(CLEAN_PAUSE)
+    signals[1].setblocking(False)
+    signal.set_wakeup_fd(signals[1].fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
                    signal.SIGHUP):
-        signal.signal(number, lambda number, _: signals.put(number))
+        signal.signal(number, lambda *_: None)
     return signals
 
 
@@ -2114,13 +2149,13 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def obey(signals: queue.SimpleQueue[int], service: Service,
+def obey(signals: socket.socket, service: Service,
          read: Callable[[], Settings]) -> None:
     """Reload at HUP, return at any other signal; clean meanwhile."""
     while True:
         try:
-            number = signals.get(timeout=CLEAN_PAUSE)
-        except queue.Empty:
+            number = signals.recv(1)[0]
+        except socket.timeout:
             service.clean()
             continue
         if number != signal.SIGHUP:
@@ -2286,6 +2321,7 @@ def clean(options: argparse.Namespace) -> None:
             after, some = ledger.clean(
                 after, int(time.time()), 2 * settings.longest_window)
             deleted += some
+            time.sleep(0.005)  # the daemon's turn
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
