@@ -1020,9 +1020,9 @@ def usage_statement(accounts: int, windows: int) -> str:
     A row for each: its place, newest date, newest total, and for each window
     the total before its first row.
     """
-    look_ups = [NEWEST.format("date"), NEWEST.format("total")]
-    look_ups += [BEFORE] * windows
-    columns = ", ".join(f"({look_up})" for look_up in look_ups)
+    queries = [NEWEST.format("date"), NEWEST.format("total")]
+    queries += [BEFORE] * windows
+    columns = ", ".join(f"({query})" for query in queries)
     return " UNION ALL ".join(
         f"SELECT {n}, {columns}" for n in range(accounts))
 

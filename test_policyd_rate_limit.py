@@ -13,7 +13,6 @@ import grp
 import importlib.util
 import io
 import itertools
-import json
 import logging
 import os
 import pwd
@@ -25,6 +24,7 @@ import signal
 import smtplib
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -854,6 +854,876 @@ class ServiceTest(FolderTest):
             self.assertEqual(self.answers(service, {}, {}), ["dunno"] * 2)
         self.assertEqual([("away" in line, "back" in line) for line in said],
                          [(True, False), (False, True)])
+
+
+WIDE = "limits: [[100000, 86400]]\ndebug: False\n"  # limits that nobody hits
+AWAY = "defer_if_permit no database"
+
+
+def counted(path: str) -> dict[str, int]:
+    """Return what the database at a path holds of each identity."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return dict(connection.execute(
+            "SELECT id, sum(recipient_count) FROM mail_count GROUP BY id"))
+
+
+def status(daemon: Daemon, name: str) -> list[int]:
+    """Return the numbers of a line of /proc/PID/status."""
+    with open(f"/proc/{daemon.process.pid}/status") as file:
+        [line] = [line for line in file if line.startswith(name + ":")]
+    return [int(word) for word in line.split()[1:] if word.isdigit()]
+
+
+def cpu_seconds(daemon: Daemon) -> float:
+    """Return the processor time that a daemon has used."""
+    with open(f"/proc/{daemon.process.pid}/stat") as file:
+        words = file.read().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def tcp_address(daemon: Daemon) -> tuple[str, int]:
+    """Return the address and port where a daemon says that it listens."""
+    found = re.search(r"listening on \[?(.*?)\]?:(\d+)\n", daemon.log())
+    assert found, daemon.log()
+    return found[1], int(found[2])
+
+
+def together(clients: int, work: Callable[[int], list[str]]) -> list[str]:
+    """Run work in so many threads at once; return all their answers."""
+    answers: list[str] = []
+    gate = threading.Barrier(clients)
+
+    def begin(number: int) -> None:
+        gate.wait()
+        answers.extend(work(number))
+
+    threads = [threading.Thread(target=begin, args=(n,))
+               for n in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def asks(address: Any, times: int) -> list[str]:
+    """Ask some times on a connection of its own."""
+    with Client(address) as client:
+        return [client.ask() for _ in range(times)]
+
+
+class NetTest(FolderTest):
+    """What the tests of this part share."""
+
+    def passes(self, daemon: Daemon, *users: str) -> None:
+        """Check that the daemon counts a mail of each user."""
+        before = counted(daemon.database)
+        for user in users or ("honest",):
+            self.assertEqual(daemon.ask(sasl_username=user), PASS)
+            name = user.lower()
+            self.assertEqual(counted(daemon.database)[name],
+                             before.get(name, 0) + 1)
+
+    def crowd(self, daemon: Daemon, size: int) -> list[Client]:
+        """Open many connections, which end with the test."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < size + 100:
+            skip(f"a hard limit of {size + 100} open files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self.addCleanup(
+            resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(daemon.client())
+                       for _ in range(size)]
+            self.addCleanup(stack.pop_all().close)
+        return clients
+
+    def few_files(self, files: int) -> str:
+        """Write a program that runs the daemon with few descriptors."""
+        return self.write(f"few{files}.py", (
+            "import resource, runpy\n"
+            f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files},) * 2)\n"
+            f"runpy.run_path({PROGRAM!r}, run_name='__main__')\n"))
+
+
+class ServerTest(NetTest):
+    """Connections: whatever their number and their pieces."""
+
+    def test_it_listens_on_unix_ipv4_and_ipv6_sockets(self) -> None:
+        self.passes(self.daemon())
+        for host in "127.0.0.1", "::1":
+            with self.subTest(host):
+                if host == "::1" and not os.path.exists("/proc/net/if_inet6"):
+                    skip("IPv6")
+                daemon = self.daemon(
+                    WIDE, "-o", f'SOCKET=["{host}", 0]', name=f"at{host}")
+                self.assertEqual(asks(tcp_address(daemon), 2), [PASS, PASS])
+                self.assertEqual(counted(daemon.database), {"joe": 2})
+
+    def test_requests_may_come_in_any_pieces(self) -> None:
+        daemon = self.daemon("limit_by_sasl: no\nlimit_by_sender: yes\n")
+        wire = request_text(sender="zoë@example.org")
+        cut = wire.index(b"\xc3") + 1  # inside the character
+        for pieces in ([wire + wire], [wire[:cut], wire[cut:] + wire],
+                       [wire[i:i + 1] for i in range(len(wire))] + [wire],
+                       [wire[:-1], wire[-1:] + wire[:5], wire[5:]]):
+            with self.subTest(pieces=len(pieces)), daemon.client() as client:
+                for piece in pieces:
+                    client.socket.sendall(piece)
+                self.assertEqual([client.read(), client.read()], [PASS] * 2)
+        self.assertEqual(counted(daemon.database), {"zoë@example.org": 8})
+
+    def test_attributes_are_not_left_over_for_the_next_request(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]\n")
+        with daemon.client() as client:
+            self.assertEqual(client.ask(), PASS)
+            client.socket.sendall(b"request=smtpd_access_policy\n"
+                                  b"protocol_state=DATA\n\n")
+            self.assertEqual(client.read(), PASS)  # nobody's mail
+            self.assertEqual(client.ask(sasl_username="ann"), PASS)
+        self.assertEqual(counted(daemon.database), {"joe": 1, "ann": 1})
+
+    def test_an_idle_connection_is_closed(self) -> None:
+        with self.daemon("delay_to_close: 1\n").client() as client:
+            self.assertEqual(client.ask(), PASS)
+            start = time.monotonic()
+            self.assertEqual(client.read(), "")
+        self.assertAlmostEqual(time.monotonic() - start, 1, delta=0.8)
+
+    def test_a_request_that_trickles_in_for_ever_is_hung_up_on(self) -> None:
+        with self.daemon("delay_to_close: 1\n").client() as client:
+            client.socket.settimeout(0.2)
+
+            def cut_off() -> bool:
+                try:
+                    client.socket.sendall(b"a")
+                    return client.socket.recv(1) == b""
+                except socket.timeout:
+                    return False
+                except OSError:
+                    return True
+
+            wait_for(cut_off, "the daemon to hang up")
+
+    def test_a_burst_of_connections_waits_in_the_backlog(self) -> None:
+        daemon = self.daemon(WIDE)
+        daemon.send(signal.SIGSTOP)
+        clients = self.crowd(daemon, 200)
+        for client in clients:
+            client.socket.sendall(request_text())
+        daemon.send(signal.SIGCONT)
+        self.assertEqual({client.read() for client in clients}, {PASS})
+        self.assertEqual(counted(daemon.database), {"joe": 200})
+
+    def test_a_hundred_clients_at_once_get_exactly_the_limit(self) -> None:
+        daemon = self.daemon("limits: [[150, 600]]\ndebug: False\n")
+        answers = together(100, lambda n: asks(daemon.socket, 3))
+        self.assertEqual(answers.count(PASS), 150)
+        self.assertEqual(answers.count(REFUSED), 150)
+        self.assertEqual(counted(daemon.database), {"joe": 150})
+
+    def test_two_daemons_share_one_limit(self) -> None:
+        config = "limits: [[100, 600]]\ndebug: False\n"
+        shared = "sqlite_config.database=" + self.path("shared")
+        pair = [self.daemon(config, "-o", shared, name=name)
+                for name in ("one", "two")]
+        answers = together(20, lambda n: asks(pair[n % 2].socket, 10))
+        self.assertEqual(answers.count(PASS), 100)
+        self.assertEqual(answers.count(REFUSED), 100)
+        self.assertEqual(counted(self.path("shared")), {"joe": 100})
+
+    def test_kill_9_forgets_no_mail_that_was_let_through(self) -> None:
+        daemon = self.daemon(WIDE)
+        passed: list[str] = []
+
+        def load(number: int) -> list[str]:
+            with daemon.client() as client, contextlib.suppress(OSError):
+                while client.ask() == PASS:
+                    passed.append(PASS)
+                    if len(passed) == 1000:
+                        daemon.process.kill()
+            return []
+
+        together(16, load)
+        daemon.process.wait()
+        self.assertGreaterEqual(len(passed), 1000)
+        found = counted(daemon.database)["joe"]
+        self.assertLessEqual(len(passed), found)
+        self.assertLessEqual(found, len(passed) + 16)  # those in flight
+        daemon.start()
+        self.passes(daemon)
+
+    def test_data_and_end_of_message_count_a_mail_once(self) -> None:
+        table = (  # requests as state, instance, recipients; who has used
+            ("D1 E1", [PASS] * 2, 1), ("D1 E1 E1", [PASS] * 3, 2),
+            ("E1", [PASS], 1), ("D1 E2", [PASS] * 2, 2),
+            ("D1 D2 E2 E1", [PASS] * 4, 3), ("D1 R1 E1", [PASS] * 3, 2),
+            ("D D E E", [PASS] * 4, 4),  # without an instance: four mails
+            ("D1 E1 D2 E2 D3 E3 D4 E4 D5 E5 D6 E6 D7 E7",
+             [PASS] * 10 + [REFUSED] * 4, 5))
+        states = {"D": "DATA", "E": "END-OF-MESSAGE", "R": "RCPT"}
+        daemon = self.daemon("limits: [[5, 600]]\n")
+        for n, (dialogue, answers, used) in enumerate(table):
+            with self.subTest(dialogue), daemon.client() as client:
+                self.assertEqual(answers, [
+                    client.ask(sasl_username=f"user{n}", instance=word[1:],
+                               protocol_state=states[word[0]])
+                    for word in dialogue.split()])
+                self.assertEqual(counted(daemon.database)[f"user{n}"], used)
+
+
+class HostileTest(NetTest):
+    """What a stranger can send: it harms nobody else."""
+
+    def test_rubbish_is_hung_up_on_with_one_line_of_log(self) -> None:
+        head = b"request=smtpd_access_policy\nprotocol_state=DATA\n"
+        table = (
+            head + b"a=" + b"x" * 70000, b"a" * 10_000_000,
+            head + b"a=b\n" * 1000 + b"\n", b"a=b\n" * 100_000,
+            head + b"no equals sign\n\n", head + b"a=\0\n\n", b"\0" * 99999,
+            b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(range(256)),
+            b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", b"\n\n", b"\n",
+            b"request=other\n\n", b"=\n\n", b"sasl_username=joe\n\n")
+        daemon = self.daemon(WIDE)
+        start, log = status(daemon, "VmRSS")[0], daemon.log()
+        for rubbish in table:
+            with self.subTest(rubbish[:40]), daemon.client() as client:
+                with contextlib.suppress(ConnectionError):
+                    client.socket.sendall(rubbish)
+                    client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.read(), "")
+                self.passes(daemon)
+        said = daemon.log()[len(log):].splitlines()
+        self.assertEqual(len(said), 1, said)
+        self.assertLess(status(daemon, "VmRSS")[0], start + 8000)
+
+    def test_tls_and_http_hellos_end_with_the_patience(self) -> None:
+        daemon = self.daemon("delay_to_close: 1\n")
+        for hello in b"\x16\x03\x01\x02\0\x01", b"GET / HTTP/1.1\r\n\r\n":
+            with self.subTest(hello), daemon.client() as client:
+                client.socket.sendall(hello)
+                self.assertEqual(client.read(), "")
+
+    def test_a_thousand_half_open_clients_do_no_harm(self) -> None:
+        daemon = self.daemon("debug: False\n")
+        for client in self.crowd(daemon, 1000):
+            client.socket.sendall(b"request=smtpd_acc")
+        self.passes(daemon)
+
+    def test_500_idle_connections_take_under_64_mb(self) -> None:
+        daemon = self.daemon(WIDE)
+        clients = self.crowd(daemon, 500)
+        self.assertEqual({client.ask() for client in clients}, {PASS})
+        self.assertLess(status(daemon, "VmRSS")[0], 64_000)
+
+    def test_an_honest_client_gets_in_when_connections_run_out(self) -> None:
+        daemon = self.daemon(WIDE, program=self.few_files(128))
+        self.check_crowded(daemon, 300)
+
+    def test_an_honest_client_gets_in_when_descriptors_run_out(self) -> None:
+        daemon = self.daemon(WIDE)
+        resource.prlimit(  # the cap on connections is far above it now
+            daemon.process.pid, resource.RLIMIT_NOFILE, (60, 60))
+        self.check_crowded(daemon, 80)
+
+    def check_crowded(self, daemon: Daemon, size: int) -> None:
+        """Check that who asks is served while many others only connect."""
+        with daemon.client() as old:
+            self.assertEqual(old.ask(), PASS)
+            self.crowd(daemon, size)
+            self.passes(daemon)
+            self.assertEqual(old.ask(), PASS)  # those who ask are kept
+        used, start = cpu_seconds(daemon), time.monotonic()
+        wait_for(lambda: time.monotonic() > start + 0.5, "a while")
+        self.assertLess(cpu_seconds(daemon) - used, 0.25)
+        self.assertLess(len(daemon.log().splitlines()), 8, daemon.log())
+
+    def test_very_few_descriptors_still_serve_two_clients(self) -> None:
+        daemon = self.daemon(WIDE, program=self.few_files(64))
+        with daemon.client() as one, daemon.client() as two:
+            self.assertEqual([one.ask(), two.ask()] * 2, [PASS] * 4)
+            self.assertEqual([one.ask(), two.ask()] * 2, [PASS] * 4)
+
+    def test_a_client_that_reads_no_answer_stops_nobody(self) -> None:
+        daemon = self.daemon(WIDE + "db_timeout: 1\n")
+        with daemon.client() as deaf:
+            deaf.socket.settimeout(0.3)
+            with contextlib.suppress(socket.timeout):
+                deaf.socket.sendall(request_text() * 5000)
+            self.passes(daemon)
+            self.assertEqual(daemon.stop(), 0)
+
+    def test_an_odd_recipient_count_gains_no_room(self) -> None:
+        daemon = self.daemon("limits: [[1000, 600]]\n")
+        for count, cost in (("", 1), ("0", 1), ("-5", 1), ("x", 1), ("²", 1),
+                            ("٣", 1), ("1e3", 1), (" 7", 1), ("1_0", 1),
+                            ("+7", 1), ("7", 7), ("007", 7), ("1" * 9, 0),
+                            ("9" * 400, 0), (2**31, 0), (2**63, 0)):
+            with self.subTest(str(count)[:20]):
+                before = counted(daemon.database).get("joe", 0)
+                answer = daemon.ask(recipient_count=count)
+                self.assertEqual(answer, PASS if cost else REFUSED)
+                after = counted(daemon.database)["joe"]
+                self.assertEqual(after - before, cost)
+
+    def test_a_request_may_lack_any_attribute(self) -> None:
+        daemon = self.daemon("limit_by_sender: True\nlimit_by_ip: True\n"
+                             "limited_networks: ['0.0.0.0/0', '::/0']\n")
+        lines = request_text(client_address="unknown").splitlines(True)
+        for n, line in enumerate(lines[1:-1], 1):
+            with self.subTest(line), daemon.client() as client:
+                client.socket.sendall(b"".join(lines[:n] + lines[n + 1:]))
+                self.assertEqual(client.read(), PASS)
+        for address in "unknown", "", "999.1.1.1", "::g", "1" * 1900:
+            with self.subTest(address[:20]):
+                self.assertEqual(PASS, daemon.ask(
+                    sasl_username="", sender="", client_address=address))
+        self.assertNotIn("unknown", counted(daemon.database))
+
+    def test_any_sender_is_counted_as_one_identity(self) -> None:
+        daemon = self.daemon("limits: [[2, 600]]\nlimit_by_sasl: no\n"
+                             "limit_by_sender: yes\n")
+        for n, sender in enumerate((
+                "a" * 1900, "é" * 900, "a=b=c@example.org", "=", "'\"; --",
+                "%s{0}\\x00", "\udcff\udcfe@example.org", "😀@例え.jp", "?",
+                "x" * 189 + "😀" * 3, " ", "\r\x1b[2J", "NULL", "\u202etxe")):
+            with self.subTest(sender[:20]):
+                self.assertEqual(
+                    [daemon.ask(sender=sender, helo_name=sender,
+                                recipient=sender) for _ in range(3)],
+                    [PASS, PASS, REFUSED])
+                table = counted(daemon.database)
+                self.assertEqual(set(table.values()), {2})
+                self.assertEqual(len(table), n + 1)
+                self.assertLessEqual(max(map(len, table)), 190)
+
+    def test_long_senders_with_one_beginning_are_two_identities(self) -> None:
+        daemon = self.daemon("limits: [[1, 600]]\nlimit_by_sasl: no\n"
+                             "limit_by_sender: yes\n")
+        for tail in "a", "b":
+            self.assertEqual(daemon.ask(sender="x" * 1900 + tail), PASS)
+            self.assertEqual(daemon.ask(sender="X" * 1900 + tail), REFUSED)
+
+    def test_another_spelling_is_the_same_identity(self) -> None:
+        daemon = self.daemon(
+            "limits: [[1, 600]]\nlimit_by_ip: yes\nlimit_by_sender: yes\n"
+            "limited_networks: ['0.0.0.0/0', '::/0']\n")
+        nobody = {"sasl_username": "", "sender": ""}
+        for name, first, *others in (
+                ("sasl_username", "Ann@Example.org", "ann@EXAMPLE.ORG"),
+                ("sasl_username", "Zo\u00eb", "zoe\u0308", "ZO\u00cb"),
+                ("sender", "ÉVA@x.org", "éva@X.org"),
+                ("client_address", "2001:db8::a", "2001:DB8:0:0:0:0:0:A",
+                 "2001:0db8:0000:0000:0000:0000:0000:000a"),
+                ("client_address", "192.0.2.1", "::ffff:192.0.2.1",
+                 "::FFFF:c000:201", "0:0:0:0:0:ffff:192.0.2.1")):
+            with self.subTest(first):
+                self.assertEqual(daemon.ask(**{**nobody, name: first}), PASS)
+                for other in others:
+                    self.assertEqual(
+                        daemon.ask(**{**nobody, name: other}), REFUSED, other)
+
+    def test_control_characters_never_reach_the_log_raw(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]\nlog_requests: True\n"
+                             "limit_by_sasl: no\nlimit_by_sender: yes\n")
+        rubbish = "x\r\x1b[2J\x01\x7f\x85\u2028\u202e\x0b\udcff<,\t"
+        for state in "DATA", "DATA", "RCPT", rubbish:
+            daemon.ask(sender=rubbish, queue_id=rubbish, helo_name=rubbish,
+                       protocol_state=state, **{"\x1bname": rubbish})
+        with open(os.path.join(daemon.folder, "log"), "rb") as file:
+            text = file.read().decode()  # strictly
+        self.assertIn("action=", text)
+        self.assertEqual(
+            [], [c for c in text if not c.isprintable() and c != "\n"])
+
+    def test_a_name_of_combining_characters_takes_no_time(self) -> None:
+        daemon = self.daemon(WIDE)  # normalising is quadratic in their number
+        name = "a" + "\u0301" * 15000 + "\u0316" * 15000
+        used = cpu_seconds(daemon)
+        self.assertEqual(daemon.ask(sasl_username=name), PASS)
+        self.assertLess(cpu_seconds(daemon) - used, 0.3)
+
+
+class SystemDaemon(Daemon):
+    """The program as root starts it: with nothing but -f."""
+
+    def __init__(self, folder: str, config: str) -> None:
+        """Start it with folders of its own that do not exist yet."""
+        os.makedirs(folder)
+        self.folder, self.program = folder, PROGRAM
+        self.socket, self.database, self.pidfile = (
+            os.path.join(folder, *names) for names in (
+                ("socket", "policy"), ("lib", "db"), ("run", "deep", "pid")))
+        self.config = os.path.join(folder, "test.yaml")
+        with open(self.config, "w", encoding="utf-8") as file:
+            file.write(f"SOCKET: {self.socket}\npidfile: {self.pidfile}\n"
+                       f"sqlite_config: {{database: {self.database}}}\n"
+                       + config)
+        self.options = ["-f", self.config]
+        self.start()
+
+
+class ProcessTest(NetTest):
+    """Signals, the pidfile, the socket's path, root's rights."""
+
+    def test_a_signal_ends_it_in_peace(self) -> None:
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+            with self.subTest(number):
+                daemon = self.daemon(WIDE, name=f"signal{number}")
+                self.passes(daemon)
+                self.assertEqual(daemon.stop(number), 0)
+                self.assertFalse(os.path.exists(daemon.pidfile))
+                self.assertFalse(os.path.exists(daemon.socket))
+
+    def test_requests_in_hand_are_answered_before_the_end(self) -> None:
+        for options in (), ("-o", 'SOCKET=["127.0.0.1", 0]'):
+            daemon = self.daemon(WIDE, *options, name=f"d{len(options)}")
+            address = tcp_address(daemon) if options else daemon.socket
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(Client(address))
+                           for _ in range(20)]
+                self.assertEqual({c.ask() for c in clients}, {PASS})
+                daemon.send(signal.SIGSTOP)
+                for client in clients:
+                    client.socket.sendall(request_text())
+                start = time.monotonic()
+                self.assertEqual(daemon.stop(), 0)
+                self.assertLess(time.monotonic() - start, 5)  # at once
+                self.assertEqual({c.read() for c in clients}, {PASS})
+            self.assertEqual(counted(daemon.database), {"joe": 40})
+
+    def test_a_request_that_waits_for_the_database_is_answered(self) -> None:
+        daemon = self.daemon(WIDE)
+        self.passes(daemon)
+        with daemon.client() as client:
+            with locked(daemon.database):
+                client.socket.sendall(request_text())
+                wait_for(lambda: status(daemon, "Threads") == [3], "a thread")
+                daemon.send(signal.SIGTERM)
+                wait_for(lambda: not os.path.exists(daemon.socket), "the end")
+            self.assertEqual(client.read(), PASS)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(counted(daemon.database)["joe"], 1)
+
+    def test_hup_takes_new_settings_for_open_connections(self) -> None:
+        daemon = self.daemon("limits: [[1, 600]]\nfail_action: first\n")
+        with daemon.client() as client:
+            self.assertEqual([client.ask(), client.ask()], [PASS, "first"])
+            self.write("daemon/test.yaml",
+                       "limits: [[2, 600]]\nfail_action: second\n")
+            daemon.send(signal.SIGHUP)
+            daemon.wait_log("configuration reloaded")
+            self.assertEqual([client.ask(), client.ask()], [PASS, "second"])
+
+    def test_hup_with_a_broken_file_keeps_the_settings(self) -> None:
+        daemon = self.daemon("limits: [[1, 600]]\n")
+        with daemon.client() as client:
+            for text in ("limits: [2, 500]\n", "limits: [[", "\0", "- 1",
+                         "[" * 5000, "user: {1: 2", "limits: 1:3"):
+                said = len(daemon.log())
+                self.write("daemon/test.yaml", text)
+                with self.subTest(text[:20]):
+                    daemon.send(signal.SIGHUP)
+                    wait_for(lambda said=said: "not reloaded"  # type: ignore
+                             in daemon.log()[said:], "a complaint")
+            os.unlink(daemon.config)
+            daemon.send(signal.SIGHUP)
+            daemon.wait_log("no such configuration file")
+            self.assertEqual([client.ask(), client.ask()], [PASS, REFUSED])
+
+    def test_another_instance_does_the_first_no_harm(self) -> None:
+        daemon = self.daemon(WIDE)
+        for options in (), ("-o", "pidfile=" + self.path("other.pid")):
+            with self.subTest(options), open(daemon.pidfile) as file:
+                inode = os.stat(daemon.socket).st_ino
+                done = run("--standalone", daemon.folder, *options)
+                self.assertEqual(done.returncode, 3, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertEqual(file.read(), f"{daemon.process.pid}\n")
+                self.assertTrue(os.path.samestat(
+                    os.stat(daemon.pidfile), os.fstat(file.fileno())))
+                self.assertTrue(os.path.exists(daemon.socket))
+                self.assertEqual(os.stat(daemon.socket).st_ino, inode)
+                self.passes(daemon)
+        self.assertFalse(os.path.exists(self.path("other.pid")))
+
+    def test_stale_files_do_not_block_a_start(self) -> None:
+        os.mkdir(self.path("daemon"))
+        for pid in (f"{os.getpid()}\n", "1\n", "rubbish", ""):
+            with self.subTest(pid):
+                path = self.write("daemon/policyd-rate-limit.pid", pid)
+                with socket.socket(socket.AF_UNIX) as stale:
+                    stale.bind(self.path("daemon/policy"))
+                daemon = self.daemon(WIDE)
+                self.passes(daemon)
+                with open(path) as file:
+                    self.assertEqual(file.read(), f"{daemon.process.pid}\n")
+                self.assertEqual(daemon.stop(), 0)
+
+    def test_a_file_that_is_no_socket_is_left_alone(self) -> None:
+        os.mkdir(self.path("full"))
+        precious = self.write("precious", "text")
+        os.symlink(precious, self.path("link"))
+        for name in "precious", "full", "link":
+            with self.subTest(name):
+                done = run("--standalone", self.path("daemon"),
+                           "-o", "SOCKET=" + self.path(name))
+                self.assertEqual(done.returncode, 6, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertTrue(os.path.lexists(self.path(name)))
+        with open(precious) as file:
+            self.assertEqual(file.read(), "text")
+
+    def test_a_socket_that_is_not_its_own_is_not_removed(self) -> None:
+        old = self.daemon(WIDE)
+        os.unlink(old.socket)  # an admin's mistake, and another instance
+        new = self.daemon(WIDE, "-o", f"SOCKET={old.socket}", name="new")
+        self.assertEqual(old.stop(), 0)
+        self.assertTrue(os.path.exists(old.socket))
+        self.assertEqual(Client(old.socket).ask(), PASS)
+        self.assertEqual(new.stop(), 0)
+
+    def test_a_socket_between_bind_and_listen_is_not_stolen(self) -> None:
+        path = self.path("policy")
+        config = {"SOCKET": path, "sqlite_config": {"database": "x"}}
+        service = prl.Service(settings_of(config), prl.Ledger(
+            prl.SQLite(settings_of(config))))
+
+        class Slow(prl.PolicyServer):
+            def server_activate(self) -> None:
+                with contextlib.suppress(prl.PolicydError):
+                    prl.PolicyServer(service).server_close()
+                super().server_activate()
+
+        with Slow(service) as first, Client(path):
+            first.path = None  # nothing is left for it to remove
+
+    def test_a_pidfile_is_held_by_one_process_at_a_time(self) -> None:
+        path, holders, most = self.path("pid"), [0], [0]
+
+        def hold(number: int) -> list[str]:
+            for _ in range(2000):
+                with contextlib.suppress(prl.AlreadyRunning), \
+                        prl.hold_pidfile(path, None):
+                    holders[0] += 1
+                    most[0] = max(most[0], holders[0])
+                    time.sleep(0)
+                    holders[0] -= 1
+            return []
+
+        together(4, hold)
+        self.assertEqual(most, [1])
+
+    def test_a_pidfile_that_cannot_be_written_is_exit_6(self) -> None:
+        os.mkdir(self.path("full"))
+        self.write("file", "")
+        for name in "full", "file/pid":
+            with self.subTest(name):
+                done = run("--standalone", self.path("daemon"),
+                           "-o", "pidfile=" + self.path(name))
+                self.assertEqual(done.returncode, 6, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertFalse(os.path.exists(self.path("daemon/policy")))
+
+    def test_a_pidfile_that_is_no_file_is_left_alone(self) -> None:
+        path = self.path("fifo")  # it could as well be /dev/null
+        os.mkfifo(path)
+        run("--standalone", self.path("daemon"), "-o", f"pidfile={path}",
+            "-o", f"SOCKET={self.folder}")  # does not start in any case
+        self.assertTrue(os.path.exists(path))
+
+    def test_systemd_is_told_each_state(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.settimeout(30)
+            manager.bind(self.path("notify"))
+            os.environ["NOTIFY_SOCKET"] = self.path("notify")
+            self.addCleanup(os.environ.pop, "NOTIFY_SOCKET")
+            daemon = self.daemon(WIDE)
+            self.assertEqual(manager.recv(99), b"READY=1")
+            daemon.send(signal.SIGHUP)
+            self.assertRegex(manager.recv(99),
+                             rb"\ARELOADING=1\nMONOTONIC_USEC=\d+\Z")
+            self.assertEqual(manager.recv(99), b"READY=1")
+            daemon.stop()
+            self.assertEqual(manager.recv(99), b"STOPPING=1")
+
+    def test_root_makes_the_folders_and_becomes_the_user(self) -> None:
+        if os.geteuid() != 0:
+            skip("root")
+        group = "nogroup" if "nogroup" in {
+            entry.gr_name for entry in grp.getgrall()} else "nobody"
+        ids = pwd.getpwnam("nobody").pw_uid, grp.getgrnam(group).gr_gid
+        daemon = SystemDaemon(self.path("daemon"), (
+            f"user: nobody\ngroup: {group}\nsocket_permission: 0660\n"))
+        self.addCleanup(daemon.stop)
+        self.passes(daemon)
+        self.assertEqual(status(daemon, "Uid"), [ids[0]] * 4)
+        self.assertEqual(status(daemon, "Gid"), [ids[1]] * 4)
+        groups = set(os.getgrouplist("nobody", ids[1]))
+        self.assertEqual(set(status(daemon, "Groups")), groups)
+        for path, mode in ((daemon.socket, 0o660), (daemon.database, 0o600),
+                           (daemon.database + "-wal", 0o600),
+                           (daemon.pidfile, 0o644),
+                           (os.path.dirname(daemon.socket), 0o755),
+                           (os.path.dirname(daemon.pidfile), 0o755),
+                           (os.path.dirname(daemon.database), 0o750)):
+            with self.subTest(path):
+                found = os.stat(path)
+                self.assertEqual(oct(stat.S_IMODE(found.st_mode)), oct(mode))
+                self.assertEqual((found.st_uid, found.st_gid), ids)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertFalse(os.path.exists(daemon.socket))
+        self.assertFalse(os.path.exists(daemon.pidfile))
+
+    def test_an_unknown_user_is_exit_2_for_root(self) -> None:
+        if os.geteuid() != 0:
+            skip("root")
+        done = run("-f", self.write("test.yaml", "user: no-such-user\n"))
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("adduser", done.stderr)
+
+
+@contextlib.contextmanager
+def locked(path: str, timeout: float = 30) -> Iterator[None]:
+    """Hold the lock of a database as another process would."""
+    with contextlib.closing(sqlite3.connect(
+            path, isolation_level=None, timeout=timeout)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def moved_away(path: str) -> Iterator[None]:
+    """Let a folder, or a database, be missing for a while."""
+    names = [path + end for end in ("", "-wal", "-shm")
+             if os.path.exists(path + end)]
+    for name in names:
+        os.rename(name, name + ".moved")
+    yield
+    for name in names:
+        os.rename(name + ".moved", name)
+
+
+@contextlib.contextmanager
+def replaced(path: str, content: bytes | None, mode: int) -> Iterator[None]:
+    """Put another file in a file's place, or a folder, for a while."""
+    with moved_away(path):
+        if content is None:
+            os.mkdir(path)
+        else:
+            with open(path, "wb", opener=lambda name, flags: os.open(
+                    name, flags, mode)) as file:
+                file.write(content)
+        yield
+        os.rename(path, path + ".rubbish")
+        for end in "-wal", "-shm":
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + end)
+
+
+@contextlib.contextmanager
+def disk_full(daemon: Daemon) -> Iterator[None]:
+    """Let no file of a daemon grow."""
+    pid, kind = daemon.process.pid, resource.RLIMIT_FSIZE
+    soft, hard = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (8192, hard))  # two pages do not fit
+    yield
+    resource.prlimit(pid, kind, (soft, hard))
+
+
+def settings_of(values: dict[str, Any]) -> prl.Settings:
+    """Return settings as a file with these values would give them."""
+    return prl.check_settings(prl.Config("test", values, {}))
+
+
+class DatabaseFailureTest(NetTest):
+    """As long as the database is away, the answer is db_error_action."""
+
+    config = (f"limits: [[1000, 600]]\ndb_timeout: 1\n"
+              f"db_error_action: {AWAY}\ndebug: False\n")
+
+    def check_away(self, daemon: Daemon,
+                   broken: contextlib.AbstractContextManager[None]) -> None:
+        """Check the answers and the log while it is broken, and after."""
+        for _ in range(10):
+            daemon.ask()
+        before = counted(daemon.database)["joe"]
+        with broken:
+            for _ in range(2):
+                start = time.monotonic()
+                self.assertEqual(daemon.ask(), AWAY)
+                self.assertLess(time.monotonic() - start, 1.7)
+        self.assertEqual([daemon.ask(), daemon.ask()], [PASS, PASS])
+        self.assertEqual(counted(daemon.database)["joe"], before + 2)
+        log = daemon.log()
+        self.assertEqual(log.count("the database is away"), 1, log)
+        self.assertEqual(log.count("the database is back"), 1, log)
+        self.assertNotIn("Traceback", log)
+
+    def test_a_locked_database(self) -> None:
+        daemon = self.daemon(self.config)
+        self.check_away(daemon, locked(daemon.database))
+
+    def test_a_full_disk(self) -> None:
+        daemon = self.daemon(self.config)
+        self.check_away(daemon, disk_full(daemon))
+
+    def test_a_folder_that_is_missing_for_a_while(self) -> None:
+        os.mkdir(self.path("lib"))
+        daemon = self.daemon(self.config, "-o", "sqlite_config.database="
+                             + self.path("lib/db"))
+        daemon.database = self.path("lib/db")
+        self.check_away(daemon, moved_away(self.path("lib")))
+
+    def test_another_file_in_its_place(self) -> None:
+        for name, content, mode in (
+                ("corrupt", b"rubbish" * 9999, 0o600),
+                ("damaged", b"SQLite format 3\0" + b"\x7f" * 9999, 0o600),
+                ("a folder", None, 0), ("unreadable", b"", 0)):
+            with self.subTest(name):
+                if name == "unreadable" and os.geteuid() == 0:
+                    continue  # root reads all
+                daemon = self.daemon(self.config, name=name)
+                self.check_away(
+                    daemon, replaced(daemon.database, content, mode))
+
+    def test_it_starts_without_a_database(self) -> None:
+        path = self.write("db", "rubbish" * 999)
+        daemon = self.daemon(
+            self.config, "-o", f"sqlite_config.database={path}")
+        daemon.database = path
+        self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
+        os.unlink(path)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(counted(path), {"joe": 1})
+        self.assertEqual(daemon.log().count("the database is away"), 1)
+
+    def test_a_database_that_is_deleted_is_made_anew(self) -> None:
+        daemon = self.daemon(self.config)
+        self.passes(daemon)
+        for suffix in "", "-wal", "-shm":
+            os.unlink(daemon.database + suffix)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(counted(daemon.database), {"joe": 1})
+
+    def test_a_table_that_is_dropped_is_made_anew(self) -> None:
+        daemon = self.daemon(self.config)
+        self.passes(daemon)
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.execute("DROP TABLE mail_count")
+        wait_for(lambda: daemon.ask() == PASS, "a table")
+        self.passes(daemon)
+
+    def test_a_wait_of_many_for_a_lock_is_bounded(self) -> None:
+        daemon = self.daemon(self.config)
+        waits: list[float] = []
+
+        def ask(number: int) -> list[str]:
+            with daemon.client() as client:
+                wait_for(lambda: time.monotonic() > start + number / 20, "")
+                asked = time.monotonic()
+                answer = client.ask()
+                waits.append(time.monotonic() - asked)
+            return [answer]
+
+        self.passes(daemon)
+        with locked(daemon.database):
+            start = time.monotonic()
+            self.assertEqual(set(together(20, ask)), {AWAY})
+        self.assertLess(max(waits), 1.7)
+
+    def test_refusals_do_not_call_a_database_back(self) -> None:
+        daemon = self.daemon(self.config.replace("1000", "1"))
+        self.passes(daemon, "greedy")
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.execute(  # as on a full disk: what is there can be read
+                "CREATE TRIGGER full BEFORE INSERT ON mail_count"
+                " BEGIN SELECT RAISE(ABORT, 'full'); END")
+        for _ in range(5):
+            self.assertEqual(daemon.ask(), AWAY)
+            with locked(daemon.database, 0):  # nothing is left half done
+                pass
+            self.assertEqual(daemon.ask(sasl_username="greedy"), REFUSED)
+        self.assertLess(daemon.log().count("database is"), 4, daemon.log())
+
+    def test_the_columns_are_those_of_the_original_and_a_total(self) -> None:
+        daemon = self.daemon(self.config)
+        self.assertEqual(daemon.ask(sasl_username="Ann", recipient_count=3),
+                         PASS)
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            cursor = other.execute("SELECT * FROM mail_count")
+            names = [column[0] for column in cursor.description]
+            [(identity, date, *rest)] = cursor.fetchall()
+        self.assertEqual(names, ["id", "date", "recipient_count", "instance",
+                                 "protocol_state", "total"])
+        self.assertEqual([identity, *rest],
+                         ["ann", 3, "123.456.7", "DATA", 3])
+        self.assertAlmostEqual(date, time.time(), delta=60)
+
+    def test_an_old_database_keeps_every_count(self) -> None:
+        now = int(time.time())
+        for name, columns, rows, used in (
+                ("five", "id varchar(40) NOT NULL, date bigint NOT NULL,"
+                 " recipient_count int DEFAULT 1, instance varchar(40) NOT"
+                 " NULL, protocol_state varchar(10) NOT NULL",
+                 [("Ann", now - 5, 3, "i", "DATA"), ("ANN", now, 4, "i", "D"),
+                  ("ann", now - 9, None, "i", "DATA"),
+                  ("2001:DB8::1", now - 9, 5, "i", "DATA"),
+                  ("ann", now - 9999, 9, "i", "DATA")],
+                 {"ann": 17, "2001:db8::1": 5}),
+                ("two", "id varchar(40) NOT NULL, date bigint NOT NULL",
+                 [("Ann", now), ("ann", now - 1), ("Ann", now + 50)],
+                 {"ann": 3})):
+            path = self.path(name)
+            with contextlib.closing(sqlite3.connect(path)) as old, old:
+                old.execute(f"CREATE TABLE mail_count ({columns})")
+                old.execute("CREATE INDEX mail_count_index"
+                            " ON mail_count (id, date)")
+                old.executemany("INSERT INTO mail_count VALUES ("
+                                + ", ".join("?" * len(rows[0])) + ")", rows)
+            visible = used["ann"] - (9 if name == "five" else 0)
+            with self.subTest(name):
+                ask = self.service(path, [[visible + 2, 600]])
+                self.assertEqual(ask(now, "ANN", 3), REFUSED)
+                self.assertEqual(ask(now, "Ann", 2), PASS)
+                self.assertEqual(ask(now, "ann", 1), REFUSED)
+                self.assertEqual(ask(now, "2001:DB8:0::1", 1), PASS)
+                found = counted(path)
+                self.assertEqual(found["ann"], used["ann"] + 2)
+
+    def service(self, path: str, limits: list[list[int]],
+                ) -> Callable[[float, str, int], str]:
+        """Return what answers (time, user, cost) from a database."""
+        clock = [0.0]
+        settings = settings_of(
+            {"limits": limits, "sqlite_config": {"database": path}})
+        ledger = prl.open_ledger(settings)
+        service = prl.Service(settings, ledger, lambda: clock[0])
+
+        def ask(now: float, user: str = "joe", cost: int = 1) -> str:
+            clock[0] = now
+            head = request_text(sasl_username=user, recipient_count=cost,
+                                instance="")
+            return service.answer(prl.parse_request(head[:-2]), {})
+
+        return ask
+
+    def test_a_clock_that_is_set_gains_no_room_and_locks_nobody(self) -> None:
+        start = 1_700_000_000
+        for step in 0, 1, 300, 599, 601, 86400, 10**8:
+            with self.subTest(step):
+                ask = self.service(self.path(f"back{step}"), [[3, 60]])
+                self.assertEqual([ask(start + step, "joe", 1) for _ in "abc"],
+                                 [PASS] * 3)
+                for later in range(0, 60, 20):  # set back: all still count
+                    self.assertEqual(ask(start + later, "joe", 1), REFUSED)
+                wait = step if step <= 600 else 0
+                self.assertEqual(ask(start + wait + 60, "joe", 3), PASS)
+                self.assertEqual(ask(start + wait + 61, "joe", 1), REFUSED)
+                late = start + wait + step + 200  # set forward
+                self.assertEqual(ask(late, "joe", 3), PASS)
+                self.assertEqual(ask(late + 59, "joe", 1), REFUSED)
 
 
 YAML_READ: list[tuple[str, Any]] = [
