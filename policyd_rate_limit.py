@@ -755,6 +755,12 @@ class Ledger:
         with hold(self._lock, time.monotonic() + self.backend.timeout):
             return self._transact(work)
 
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        with contextlib.suppress(LedgerError), hold(
+                self._lock, time.monotonic() + self.backend.timeout):
+            self._roll_back(False)
+
     def clean(self, after: str, now: int, keep: int) -> tuple[str | None, int]:
         """Delete rows that no limit sees, of the identities after one.
 
@@ -1692,7 +1698,8 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
         except (AttributeError, TypeError, ValueError, ArithmeticError,
                 RecursionError):
             log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
-                        path, node.lineno, ast.unparse(node)[:60])
+                        path, node.lineno,
+                        text.split("\n")[node.lineno - 1].strip()[:60])
     return values, lines
 
 
@@ -1804,6 +1811,7 @@ YAML_DEPTH = 50  # levels of nesting
 YAML_KEY = 1024  # characters in a key, PyYAML's own bound
 YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
               "false": False, "off": False, "null": None, "~": None}
+YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{0,15}")
 YAML_INT = re.compile(r"[-+]?(?:(0[0-7]{0,20})|[1-9][0-9]{0,17})")
 YAML_ODD = re.compile(r"""  # not simply text, at least to some readers
     (?! (?:[0-9]{1,4}:){7}[0-9]+$ )  # an IPv6 address is text to us
@@ -1979,6 +1987,8 @@ class YamlReader:
         number = YAML_INT.fullmatch(text)
         if number:
             return int(text, 8 if number[1] else 10)
+        if YAML_FLOAT.fullmatch(text):
+            return float(text)
         if YAML_ODD.fullmatch(text):
             self.refuse("put quotes around")
         return text
@@ -2108,7 +2118,8 @@ def serve(settings: Settings, owner: Owner | None,
     """
     signals = catch_signals()
     make_folders(settings, owner)
-    service = Service(settings, open_ledger(settings))
+    ledger = open_ledger(settings)
+    service = Service(settings, ledger)
     with hold_pidfile(settings.pidfile, owner), \
             PolicyServer(service) as server:
         if owner is not None and server.path is not None:
@@ -2124,6 +2135,7 @@ def serve(settings: Settings, owner: Owner | None,
         obey(signals[0], service, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
+        ledger.close()
 
 
 def catch_signals() -> tuple[socket.socket, socket.socket]:
@@ -2324,6 +2336,8 @@ def clean(options: argparse.Namespace) -> None:
             time.sleep(0.005)  # the daemon's turn
     except LedgerError as error:
         raise CleanError(str(error)) from error
+    finally:
+        ledger.close()
     print(f"{deleted} records deleted")
 
 

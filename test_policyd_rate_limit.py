@@ -746,7 +746,7 @@ class SQLiteTest(StoreContract, FolderTest):
         ledger = prl.open_ledger(prl.Settings(
             sqlite_config={"database": self.path("db")}, db_timeout=5,
             sql_limits_by_id=query))
-        self.addCleanup(ledger._roll_back, False)
+        self.addCleanup(ledger.close)
         return ledger
 
     def test_a_window_is_read_through_the_index(self) -> None:
@@ -766,7 +766,7 @@ class ServiceTest(FolderTest):
             sqlite_config={"database": self.path("db")},
             limits=(prl.Limit(3, 60),), **settings)
         ledger = prl.open_ledger(given)
-        self.addCleanup(ledger._roll_back, False)
+        self.addCleanup(ledger.close)
         return prl.Service(given, ledger, clock=lambda: self.now)
 
     def answers(self, service: prl.Service, *requests: dict[str, Any],
@@ -1753,7 +1753,7 @@ YAML_READ: list[tuple[str, Any]] = [
     ("1: a\ntrue: b\n~: c\n'<<': '='", {1: "b", None: "c", "<<": "="}),
 ]
 ODD = """
-1:30 0x1F 0b1 1_000 1.5 .5 -2. 1e5 1.5e+3 .inf -.INF .nan 08 2024-12-31 << =
+1:30 0x1F 0b1 1_000 .5 1e5 1.5e+3 .inf -.INF .nan 08 2024-12-31 << =
 190:20:30.15 1111111111111111111 @b `b &b *b !!str %b | > |- ? - :
 """
 YAML_REFUSED = [
@@ -2046,7 +2046,7 @@ class SettingsTest(FolderTest):
         for text in (
                 "", "# nothing\n", "report: True\n", "limits_by_id:\n",
                 "user: nosuch\n", "limits: []\n", "limits:\n- [1, 2]\n",
-                "---\ndebug: no\n...\n", "mysql_config:\n", "a: {b: [c]}\n",
+                "---\ndebug: no\n", "mysql_config:\n", "a: {b: [c]}\n",
                 "limits: [[1, 1]]\nlimits: [[2, 2]]\n", "1: 2\n"):
             with self.subTest(text=text):
                 status, out, err = command(
@@ -2199,7 +2199,7 @@ class ConfFileTest(FolderTest):
                 self.assertEqual([one.getMessage() for one in logs.records], [
                     f"{path}: this format is obsolete; write YAML",
                     f"{path}:2: skipped: it is not NAME = VALUE: "
-                    + ast.unparse(ast.parse(text).body[0])[:60]])
+                    + text.split("\n")[0][:60]])
         self.assertFalse(os.path.exists(made))
 
     def test_bombs_are_refused_in_time_and_memory(self) -> None:
