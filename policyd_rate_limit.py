@@ -39,7 +39,9 @@ import fcntl
 import functools
 import grp
 import hashlib
+import heapq
 import importlib
+import io
 import ipaddress
 import itertools
 import json
@@ -53,18 +55,26 @@ import random
 import re
 import reprlib
 import resource
+import shutil
 import signal
+import smtplib
 import socket
 import socketserver
+import ssl
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
 import unicodedata
+import urllib.parse
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from email.message import EmailMessage
+from email.utils import format_datetime, localtime, make_msgid
 from ipaddress import IPv6Network
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union
 
@@ -433,14 +443,25 @@ class Settings:
         ("localhost", 25), as_smtp_server, "where to send reports")
     smtp_starttls: bool = setting(
         False, as_bool, "encrypt the connection to smtp_server")
+    smtp_tls_verify: bool = setting(
+        True, as_bool, "check smtp_server's certificate, unless it is local")
     smtp_credentials: tuple[str, str] | None = setting(
         None, as_credentials, "user and password for smtp_server")
+    alert: bool = setting(
+        False, as_bool, "mail report_to at once when somebody hits a limit")
+    alert_command: tuple[str, ...] = setting(
+        None, as_texts, "a program to run in place of mailing an alert")
 
     @property
     def longest_window(self) -> int:
         """Return the longest window of the file's limits, in seconds."""
         limits = itertools.chain(self.limits, *self.limits_by_id.values())
         return max((limit.seconds for limit in limits), default=86400)
+
+    @property
+    def noted_windows(self) -> tuple[int, ...]:
+        """Return the windows whose refusals are kept for the report."""
+        return self.report_limits if self.report else ()
 
 
 # ---------------------------------------------------------------------------
@@ -628,6 +649,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS limit_report (id {identity} NOT NULL,"
     " delta int NOT NULL, hit int NOT NULL DEFAULT 0,"
     " PRIMARY KEY (id, delta))",
+    "CREATE TABLE IF NOT EXISTS report_owed (address {identity} NOT NULL,"
+    " id {identity} NOT NULL, delta int NOT NULL, hit int NOT NULL)",
     "CREATE TABLE IF NOT EXISTS mail_turn"
     " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
 )
@@ -653,6 +676,39 @@ FORGET_OLD = "DELETE FROM mail_count WHERE id = ? AND date <= ?"
 FORGET_TURNS = ("DELETE FROM mail_turn WHERE id > ? AND id <= ? AND NOT"
                 " EXISTS (SELECT 1 FROM mail_count c"
                 " WHERE c.id = mail_turn.id)")
+NOTED = "SELECT id, delta, hit FROM limit_report"
+OWED = ("SELECT id, delta, SUM(hit) FROM report_owed WHERE address = ?"
+        " GROUP BY id, delta")
+OWE = "INSERT INTO report_owed (address, id, delta, hit) VALUES {}"
+PAY = "DELETE FROM report_owed WHERE address NOT IN ({})"
+TELL = "UPDATE limit_report SET hit = hit - ? WHERE id = ? AND delta = ?"
+TOLD = "DELETE FROM limit_report WHERE id = ? AND delta = ? AND hit <= 0"
+NEWEST_OF = "SELECT id, MAX(date) FROM mail_count {} GROUP BY id"
+USED = "SELECT id, {} FROM mail_count {} GROUP BY id"
+LEAVING = ("SELECT date, {} FROM mail_count WHERE id = ? AND date > ?"
+           " ORDER BY date LIMIT ?")
+RECORDED = "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?"
+
+Hits = dict[tuple[str, int], int]  # refusals by identity and window
+
+
+class Window(NamedTuple):
+    """A limit, and what an identity has used of it."""
+
+    mails: int
+    seconds: int
+    used: int
+    room_at: int | None  # when a mail passes again; None: now, or never
+    noted: int  # refusals for the next report
+
+
+class Standing(NamedTuple):
+    """What an identity has used."""
+
+    identity: str
+    last_mail: int  # 0: none that is recorded
+    source: str  # the setting that its limits come from
+    limits: tuple[Window, ...]
 
 
 class Charge:
@@ -716,10 +772,15 @@ class Ledger:
     given after its own commit, and one connection alone pays nothing.
     """
 
-    def __init__(self, backend: Backend, query: str | None = None) -> None:
-        """Open nothing yet; query is the setting sql_limits_by_id."""
+    def __init__(self, backend: Backend, query: str | None = None,
+                 noted: tuple[int, ...] = ()) -> None:
+        """Open nothing yet; query is the setting sql_limits_by_id.
+
+        Refusals in the windows noted are kept for the report.
+        """
         self.backend = backend
         self.query = query
+        self.noted = noted
         self._open = Batch()
         self._lock = threading.Lock()  # of the connection
         self._connection: Connection = None
@@ -773,6 +834,129 @@ class Ledger:
             return more[0] if more else None, deleted
 
         return self.transact(work)
+
+    def hits(self, address: str) -> tuple[Hits, Hits]:
+        """Return the refusals noted, and older ones an address is owed."""
+        def work(cursor: Cursor) -> tuple[Hits, Hits]:
+            noted = self._run(cursor, NOTED).fetchall()
+            owed = self._run(cursor, OWED, address).fetchall()
+            return ({(identity, window): hit for identity, window, hit in
+                     noted}, {(identity, window): int(hit)
+                              for identity, window, hit in owed})
+
+        return self.transact(work)
+
+    def tell(self, noted: Hits, others: Sequence[str]) -> None:
+        """Forget what an address was told; the others are owed it.
+
+        What was noted meanwhile stays.  Short transactions, since they lock
+        rows that the daemon may want to write.
+        """
+        def pay(cursor: Cursor) -> None:
+            keep = ("", *others)
+            self._run(cursor, PAY.format(", ".join("?" * len(keep))), *keep)
+
+        def move(some: Sequence[tuple[tuple[str, int], int]],
+                 cursor: Cursor) -> None:
+            for (identity, window), hit in some:
+                self._run(cursor, TELL, hit, identity, window)
+                self._run(cursor, TOLD, identity, window)
+            self._write(cursor, OWE, [(address, *key, hit) for key, hit in some
+                                      for address in others])
+
+        self.transact(pay)
+        for some in chunks(sorted(noted.items()), 100):
+            self.transact(functools.partial(move, some))
+
+    def forget(self, identity: str) -> int:
+        """Forget the mails of an identity; return how many were recorded."""
+        def work(cursor: Cursor) -> int:
+            if self.backend.turn:
+                self._write(cursor, self.backend.turn, [(identity, 1)])
+            [mails] = self._run(cursor, RECORDED, identity).fetchone()
+            self._run(cursor, FORGET, identity)
+            return int(mails or 0)
+
+        return self.transact(work)
+
+    def survey(self, settings: Settings, now: int,
+               identity: str | None = None) -> list[Standing]:
+        """Read what an identity has used, or all that used anything.
+
+        Writes nothing, and needs no totals: it reads the original's tables.
+        """
+        try:
+            with contextlib.closing(self.backend.look()) as connection:
+                return self._survey(
+                    connection.cursor(), settings, now, identity)
+        except Exception as error:
+            raise LedgerError(self.backend.explain(error)) from error
+
+    def _survey(self, cursor: Cursor, settings: Settings, now: int,
+                identity: str | None) -> list[Standing]:
+        """Read it in two scans of the index, however many there are."""
+        cursor.execute("SELECT * FROM mail_count LIMIT 0")
+        old = all(one[0] != "recipient_count" for one in cursor.description)
+        count = "1" if old else "COALESCE(recipient_count, 1)"
+        chosen = () if identity is None else (identity,)
+        where = "WHERE id = ?" if chosen else ""
+        newest = dict.fromkeys(chosen, 0)
+        newest.update(self._run(
+            cursor, NEWEST_OF.format(where), *chosen).fetchall())
+        ruled = self._rule(cursor, settings, newest)
+        windows = sorted({limit.seconds for limits, _ in ruled.values()
+                          for limit in limits})
+        sums = [f"SUM(CASE WHEN date > ? THEN {count} ELSE 0 END)"
+                for _ in windows]
+        rows = self._run(cursor, USED.format(", ".join(["0", *sums]), where),
+                         *(now - seconds for seconds in windows), *chosen)
+        used = {one: dict(zip(windows, map(int, row)))
+                for one, _, *row in rows.fetchall()}
+        hits = {} if not columns_of(cursor, "limit_report") else {
+            (one, window): hit for one, window, hit in
+            self._run(cursor, NOTED).fetchall()}
+        return [Standing(one, newest[one], source, tuple(
+            Window(*limit, use, self._room_at(
+                cursor, LEAVING.format(count), one, limit, use, now),
+                hits.get((one, limit.seconds), 0))
+            for limit in limits for use in [use_of.get(limit.seconds, 0)]))
+            for one, (limits, source) in ruled.items()
+            for use_of in [used.get(one, {})]
+            if chosen or any(use_of.get(s, 0) for _, s in limits)]
+
+    def _rule(self, cursor: Cursor, settings: Settings,
+              identities: Iterable[str]) -> dict[str, tuple[Limits, str]]:
+        """Return for identities the limits, and the setting they are from."""
+        ruled = {}
+        if self.query:
+            cursor.execute("BEGIN")
+        for identity in identities:
+            own = settings.limits_by_id.get(fold(identity))
+            source = "limits" if own is None else "limits_by_id"
+            account = Account(
+                identity, settings.limits if own is None else own)
+            if self.query:
+                if self._ask_limits(cursor, account):
+                    source = "sql_limits_by_id"
+                cursor.execute("RELEASE SAVEPOINT limits")
+            ruled[identity] = account.limits, source
+        if self.query:
+            cursor.execute("ROLLBACK")
+        return ruled
+
+    def _room_at(self, cursor: Cursor, statement: str, identity: str,
+                 limit: Limit, used: int, now: int) -> int | None:
+        """Return when a mail passes again; None: it does now, or never."""
+        over = used + 1 - limit.mails
+        if over <= 0 or limit.mails == 0:
+            return None
+        leaving = self._run(
+            cursor, statement, identity, now - limit.seconds, over)
+        for date, count in leaving.fetchall():
+            over -= count
+            if over <= 0:
+                return int(date) + limit.seconds
+        return None
 
     def _settle(self, batch: Batch, deadline: float) -> None:
         """Settle all charges of a batch in one transaction."""
@@ -903,22 +1087,46 @@ class Ledger:
                     claim.cost, charge.mark) for claim in charge.claims
                     if accounts[claim.identity].limits]
         self._write(cursor, INSERT, rows)
+        self._note(cursor, verdicts)
         return verdicts
 
-    def _ask_limits(self, cursor: Cursor, account: Account) -> None:
-        """Let the query sql_limits_by_id override an account's limits."""
-        if not self.query:
+    def _note(self, cursor: Cursor, verdicts: Sequence[Verdict]) -> None:
+        """Note refusals for the report; that must not cost the verdicts."""
+        hits = Counter((one.broken.identity, one.broken.limit.seconds)
+                       for one in verdicts if one.broken is not None
+                       and one.broken.limit.seconds in self.noted)
+        if not hits:
             return
+        cursor.execute("SAVEPOINT note")
+        try:
+            self._write(cursor, self.backend.note,
+                        [(*key, hit) for key, hit in sorted(hits.items())])
+        except Exception as error:
+            if self.backend.is_conflict(error):
+                raise
+            cursor.execute("ROLLBACK TO SAVEPOINT note")
+            log.warning("a refusal is missing in the report: %s",
+                        self.backend.explain(error), extra=SELDOM)
+
+    def _ask_limits(self, cursor: Cursor, account: Account) -> bool:
+        """Let the query sql_limits_by_id override an account's limits.
+
+        Returns whether it did.
+        """
+        if not self.query:
+            return False
         cursor.execute("SAVEPOINT limits")
         try:
             cursor.execute(self.query, (account.identity,))
             row = cursor.fetchone()
             if row is not None and row[0] is not None:
                 account.limits = parse_limits(row[0])
+                return True
         except Exception as error:
             cursor.execute("ROLLBACK TO SAVEPOINT limits")
             log.warning("sql_limits_by_id: %s; the file's limits hold",
                         self.backend.explain(error), extra=SELDOM)
+        return False
 
     def _read(self, cursor: Cursor, accounts: list[Account],
               now: int) -> None:
@@ -1028,6 +1236,8 @@ class Backend:
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
     turn = ""  # how an identity's turn is taken where many hosts may write
+    note = ("INSERT INTO limit_report (id, delta, hit) VALUES {} ON CONFLICT"
+            " (id, delta) DO UPDATE SET hit = limit_report.hit + excluded.hit")
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -1044,6 +1254,10 @@ class Backend:
     def connect(self, timeout: int) -> Connection:
         """Connect; no answer may take longer than timeout, in seconds."""
         raise NotImplementedError
+
+    def look(self) -> Connection:
+        """Connect to read only, a large table for as long as it takes."""
+        return self.connect(3600)
 
     def is_stale(self) -> bool:
         """Say whether the connection leads nowhere, if that can be told."""
@@ -1094,6 +1308,12 @@ class SQLite(Backend):
         self._file = self._identify()
         return connection
 
+    def look(self) -> Connection:
+        """Open the file to read; a missing one is not made."""
+        path = urllib.parse.quote(os.path.abspath(self.config["database"]))
+        return self.driver.connect(**{
+            **self.config, "database": f"file:{path}?mode=ro", "uri": True})
+
     def is_stale(self) -> bool:
         """Say whether the file is no longer the one that was opened."""
         return self._identify() != self._file
@@ -1142,6 +1362,8 @@ class MySQL(Backend):
         " ADD INDEX mail_count_total (id, date, total, recipient_count)",)
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
+    note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
+            " ON DUPLICATE KEY UPDATE hit = hit + VALUES(hit)")
     conflicts = (1213,)  # deadlock, or on Galera another node was first
 
     def choose(self, settings: Settings) -> dict[str, Any]:
@@ -1223,7 +1445,7 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 def open_ledger(settings: Settings) -> Ledger:
     """Return the ledger that the settings name; it connects when used."""
     return Ledger(BACKENDS[settings.backend](settings),
-                  settings.sql_limits_by_id)
+                  settings.sql_limits_by_id, settings.noted_windows)
 
 
 # ---------------------------------------------------------------------------
@@ -1233,13 +1455,55 @@ def open_ledger(settings: Settings) -> Ledger:
 # ---------------------------------------------------------------------------
 
 
+class Tally(NamedTuple):
+    """What the daemon has done since it was started."""
+
+    requests: int = 0
+    passed: int = 0
+    refused: int = 0
+    database_errors: int = 0
+    seconds: float = 0  # that decisions took: passed, refused and errors
+    slowest: float = 0  # of the decisions since the last summary
+
+
+class Counters:
+    """A tally that any thread adds to."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._sums: dict[str, Any] = Tally()._asdict()
+        self._lock = threading.Lock()
+
+    def count(self, name: str, seconds: float = 0) -> None:
+        """Count a request, or a decision and the time it took."""
+        with self._lock:
+            self._sums[name] += 1
+            self._sums["seconds"] += seconds
+            if seconds > self._sums["slowest"]:
+                self._sums["slowest"] = seconds
+
+    def read(self, anew: bool = False) -> Tally:
+        """Return the tally; anew: the slowest is looked for anew."""
+        with self._lock:
+            tally = Tally(**self._sums)
+            if anew:
+                self._sums["slowest"] = 0
+        return tally
+
+
 class Service:
     """Answers requests under settings that may be replaced at any time."""
 
     def __init__(self, settings: Settings, ledger: Ledger,
-                 clock: Callable[[], float] = time.time) -> None:
-        """Answer from a ledger, at the times that a clock tells."""
+                 clock: Callable[[], float] = time.time,
+                 alarm: Callable[..., None] = lambda *_: None) -> None:
+        """Answer from a ledger, at the times that a clock tells.
+
+        alarm is told of each refusal; it must be quick.
+        """
         self.settings = settings
+        self.counters = Counters()
+        self._alarm = alarm
         self._ledger = ledger
         self._clock = clock
         self._counted = -math.inf  # when a mail was last counted
@@ -1255,6 +1519,7 @@ class Service:
         """
         settings = self.settings  # the same ones from here to the answer
         now = self._clock()
+        self.counters.count("requests")
         if settings.log_requests:
             log_request(request)
         self._watch_state(request, settings, now)
@@ -1280,6 +1545,7 @@ class Service:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self._ledger.query = settings.sql_limits_by_id
+        self._ledger.noted = settings.noted_windows
 
     def clean(self) -> None:
         """Drop a few rows that no limit sees, so that nobody has to."""
@@ -1297,15 +1563,22 @@ class Service:
     def _charge(self, request: Request, claims: list[Claim],
                 settings: Settings, now: int) -> str | None:
         """Return the ledger's action for claims; None: it is away."""
+        began = time.perf_counter()
         try:
             verdict = self._ledger.charge(Charge(
                 claims, now, request.instance, request.protocol_state))
         except LedgerError as error:
+            self.counters.count(
+                "database_errors", time.perf_counter() - began)
             self._tell_database(error)
             return None
         if self._away:
             self._tell_database(None)
         passed = verdict.broken is None
+        self.counters.count("passed" if passed else "refused",
+                            time.perf_counter() - began)
+        if not passed:
+            self._alarm(verdict.broken, request.client_address, settings, now)
         action = settings.success_action if passed else settings.fail_action
         level = logging.INFO if passed else NOTICE
         if log.isEnabledFor(level):
@@ -1550,6 +1823,413 @@ def remove_stale_socket(path: str) -> None:
         except socket.timeout:
             pass  # it listens, but is busy
     raise AlreadyRunning(f"{path}: another process listens there")
+
+
+# ---------------------------------------------------------------------------
+# 8. Reports
+#
+# What people and other programs are told: reports, alerts, what was counted,
+# who has used how much.  No answer to Postfix waits for any of it.
+# ---------------------------------------------------------------------------
+
+MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
+ALERTS_AN_HOUR = 20
+ALERTS_KNOWN = 10000  # identities and windows remembered, of 200 bytes each
+TALLY_PAUSE = 60  # seconds between two writings of the tally
+MOST_SHOWN = 20  # identities on a terminal
+COLOURS = ((1.0, "31"), (0.8, "33"), (0.0, "32"))  # red, yellow, green
+
+
+def send_reports(ledger: Ledger, settings: Settings) -> None:
+    """Mail each address the refusals that it was not told of yet.
+
+    What an address does not take it is owed, in a table of its own, so that
+    the next report tells it, and the others nothing twice.
+    """
+    addresses = {fold(address): address for address in settings.report_to}
+    if not addresses:
+        warn_unaddressed(settings)
+    failed: dict[str, list[str]] = {}
+    for key, address in addresses.items():
+        try:
+            noted, owed = ledger.hits(key)
+            hits = Counter(noted) + Counter(owed)
+            if hits or not settings.report_only_if_needed:
+                mail(settings, address, settings.report_subject, report(hits))
+                ledger.tell(noted, [one for one in addresses if one != key])
+        except Exception as error:  # a strange address raises many kinds
+            failed.setdefault(explain_smtp(error), []).append(address)
+    if failed:
+        raise CleanError("no report to " + "; ".join(
+            f"{', '.join(some)}: {why}" for why, some in failed.items()))
+
+
+def warn_unaddressed(settings: Settings) -> None:
+    """Warn if nobody is named to get reports or alerts."""
+    if settings.report and not settings.report_to:
+        log.warning("report_to: nobody is named to get the report")
+    if settings.alert and not (settings.report_to or settings.alert_command):
+        log.warning("report_to: nobody is named to get alerts")
+
+
+def report(hits: Hits) -> str:
+    """Return the text of a report, most hits first."""
+    if not hits:
+        return "Nobody hit a limit.\n"
+    rows = [("identity", "window", "hits")]
+    rows += [(printable(identity), f"{window} s", str(hit))
+             for (identity, window), hit in
+             sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
+    width = max(len(row[0]) for row in rows)
+    return "Mails refused since the last report:\n\n" + "".join(
+        f"{identity:{width}} {window:>12} {hit:>10}\n"
+        for identity, window, hit in rows)
+
+
+def mail(settings: Settings, address: str, subject: str, text: str) -> None:
+    """Mail a text; return when the server has taken it, or raise."""
+    host = socket.getfqdn()
+    message = EmailMessage()
+    message["From"] = settings.report_from or f"{PROGRAM}@{host}"
+    message["To"] = address
+    message["Subject"] = printable(subject)
+    message["Date"] = format_datetime(localtime())
+    message["Message-ID"] = make_msgid(domain=host)
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(text, cte="quoted-printable")
+    with contextlib.closing(smtplib.SMTP(
+            *settings.smtp_server, timeout=MAIL_PATIENCE)) as smtp:
+        secure(smtp, settings)
+        smtp.send_message(message)
+        with contextlib.suppress(OSError):  # it has the mail already
+            smtp.quit()
+
+
+def secure(smtp: smtplib.SMTP, settings: Settings) -> None:
+    """Encrypt and log in as the settings say; no password in the clear."""
+    assert smtp.sock is not None
+    peer = parse_address(smtp.sock.getpeername()[0].partition("%")[0])
+    local = peer is not None and peer.is_loopback
+    if settings.smtp_starttls:
+        context = ssl.create_default_context()
+        if local or not settings.smtp_tls_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        smtp.starttls(context=context)
+    elif settings.smtp_credentials and not local:
+        raise OSError("smtp_credentials are sent encrypted only: set"
+                      " smtp_starttls: True")
+    if settings.smtp_credentials:
+        smtp.login(*settings.smtp_credentials)
+
+
+def explain_smtp(error: Exception) -> str:
+    """Return in one line why a mail was not taken."""
+    text: Any = str(error) or type(error).__name__
+    if isinstance(error, smtplib.SMTPResponseException):
+        text = error.smtp_error
+    elif isinstance(error, smtplib.SMTPRecipientsRefused):
+        [(_, text), *_] = error.recipients.values()
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    return printable(" ".join(text.split()))
+
+
+class Alert(NamedTuple):
+    """Somebody hit a limit for the first time in its window."""
+
+    settings: Settings
+    broken: Usage
+    client: str
+    since: float
+    refused: int  # since the last alert, this one too
+
+
+class Alarm:
+    """Tells at once who hits a limit, from a thread of its own."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Count the hours by a clock."""
+        self._clock = clock
+        self._queue: queue.Queue[Alert] = queue.Queue(2 * ALERTS_AN_HOUR)
+        self._lock = threading.Lock()  # of _known
+        self._known: dict[tuple[str, int], tuple[float, int]] = {}
+        self._sent: list[float] = []  # when, in the last hour
+        self._silent = -math.inf  # when it was told that no more come
+
+    def refused(self, broken: Usage, client: str, settings: Settings,
+                now: float) -> None:
+        """Take note of a refusal: no more than a look-up, for mail waits."""
+        key = broken.identity, broken.limit.seconds
+        if not settings.alert or key[1] not in settings.report_limits:
+            return
+        with self._lock:
+            since, refused = self._known.pop(key, (-math.inf, 0))
+            due = abs(now - since) >= key[1]
+            self._known[key] = (now, 0) if due else (since, refused + 1)
+            if len(self._known) > ALERTS_KNOWN:
+                del self._known[next(iter(self._known))]
+        if due:
+            with contextlib.suppress(queue.Full):  # it is in the report
+                self._queue.put_nowait(Alert(
+                    settings, broken, client, now, refused + 1))
+
+    def run(self) -> None:
+        """Send alerts for ever."""
+        while True:
+            alert = self._queue.get()
+            try:
+                self._send(alert)
+            except Exception as error:  # this thread must go on
+                log.warning("an alert was not sent: %s", explain_smtp(error),
+                            extra=SELDOM)
+
+    def _send(self, alert: Alert) -> None:
+        """Send an alert, unless there were too many within the hour."""
+        now = self._clock()
+        self._sent = [sent for sent in self._sent if now < sent + 3600]
+        if len(self._sent) < ALERTS_AN_HOUR:
+            self._sent.append(now)
+            deliver(alert.settings, facts_of(alert))
+        elif now >= self._silent + 3600:
+            self._silent = now
+            deliver(alert.settings, {
+                "SUBJECT": f"{PROGRAM}: no more alerts for now",
+                "TEXT": f"There were {ALERTS_AN_HOUR} alerts within an hour."
+                " The rest is left to the report."})
+
+
+def facts_of(alert: Alert) -> dict[str, str]:
+    """Return what an alert tells; a program finds it as POLICYD_..."""
+    identity, _, _, (mails, seconds) = alert.broken
+    facts = {
+        "IDENTITY": identity, "LIMIT": f"{mails} mails in {seconds} s",
+        "SINCE": time.strftime("%Y-%m-%d %H:%M:%S %z",
+                               time.localtime(alert.since)),
+        "CLIENT_ADDRESS": alert.client, "REFUSED": str(alert.refused)}
+    facts = {name: printable(text) for name, text in facts.items()}
+    return {
+        **facts, "SUBJECT": f"{PROGRAM}: {facts['IDENTITY']} hit a limit",
+        "TEXT": (
+            f"identity: {facts['IDENTITY']}\nlimit: {facts['LIMIT']}\n"
+            f"since: {facts['SINCE']}\nclient: {facts['CLIENT_ADDRESS']}\n"
+            f"refused since the last alert: {facts['REFUSED']}\n")}
+
+
+def deliver(settings: Settings, facts: Mapping[str, str]) -> None:
+    """Hand an alert to alert_command, or mail it to report_to."""
+    if settings.alert_command:
+        run_program(settings.alert_command, facts)
+        return
+    for address in settings.report_to:
+        try:
+            mail(settings, address, facts["SUBJECT"], facts["TEXT"])
+        except Exception as error:  # the next address may work
+            log.warning("no alert to %s: %s", address, explain_smtp(error),
+                        extra=SELDOM)
+
+
+def run_program(command: Sequence[str], facts: Mapping[str, str],
+                patience: float = MAIL_PATIENCE) -> None:
+    """Run a program with facts in its environment; kill it if it hangs."""
+    with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, **{f"POLICYD_{name}": text
+                                  for name, text in facts.items()}}) as child:
+        try:
+            code = child.wait(patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # and what it started
+            code = child.wait()
+    if code:
+        raise OSError(f"{command[0]}: exit status {code}")
+
+
+class Bulletin:
+    """Tells the log and --prometheus what the daemon has counted.
+
+    By a file beside the pidfile: it needs no database, whose errors it
+    counts, and no protocol by which strangers could ask; it is the host's
+    own, and gone when the daemon is.
+    """
+
+    def __init__(self, counters: Counters, pidfile: str) -> None:
+        """Begin an hour."""
+        self._counters = counters
+        self._path = pidfile + ".tally"
+        self._last = Tally()
+        self._since = time.monotonic()
+        self._due = self._since  # when to write the file
+        self._well = True  # the file could be written
+
+    def __enter__(self) -> Bulletin:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def publish(self) -> None:
+        """Write the tally each minute, and log it each hour."""
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + TALLY_PAUSE
+            self._write()
+        if now < self._since + 3600:
+            return
+        if self._counters.read().requests > self._last.requests:
+            self.sum_up()
+        self._last = self._counters.read(anew=True)
+        self._since = now
+
+    def sum_up(self) -> None:
+        """Log what was counted in this hour, and write the tally."""
+        tally = self._counters.read()
+        requests, passed, refused, errors, seconds = (
+            new - old for new, old in zip(tally[:5], self._last))
+        decisions = passed + refused + errors
+        log.log(NOTICE, "in %d minutes: %d requests, %d passed, %d refused,"
+                " %d not counted, %d database errors; a decision took %.1f ms,"
+                " the slowest %.1f ms",
+                (time.monotonic() - self._since) / 60, requests, passed,
+                refused, requests - decisions, errors,
+                1000 * seconds / (decisions or 1), 1000 * tally.slowest)
+        self._write()
+
+    def _write(self) -> None:
+        """Write the file anew, so that it is always whole."""
+        try:
+            with open(self._path + ".new", "w", encoding="ascii") as file:
+                json.dump([time.time(), self._counters.read()], file)
+            os.replace(self._path + ".new", self._path)
+            self._well = True
+        except OSError as error:
+            if self._well:
+                log.warning("--prometheus will lack counters: %s", error)
+            self._well = False
+
+
+def read_tally(pidfile: str) -> Tally | None:
+    """Return what the daemon has counted, None if none is running."""
+    try:
+        with open(pidfile + ".tally", encoding="ascii") as file:
+            written, tally = json.load(file)
+        return Tally(*tally) if time.time() < written + 300 else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def count_metrics(tally: Tally | None) -> Iterator[str]:
+    """Yield the daemon's counters in Prometheus's text format."""
+    up = int(tally is not None)
+    metrics = [("up", "gauge", "Whether the daemon runs.", up)]
+    if tally is not None:
+        counts = zip(tally._fields, tally[:4])
+        metrics += [(f"{name}_total", "counter", f"Since the start: {name}.",
+                     value) for name, value in counts]
+    for name, kind, meaning, value in metrics:
+        yield from head(name, kind, meaning)
+        yield f"policyd_rate_limit_{name} {value}"
+    if tally is not None:
+        name = "decision_seconds"
+        yield from head(name, "summary", "The time that decisions took.")
+        yield f"policyd_rate_limit_{name}_sum {tally.seconds:.6f}"
+        yield f"policyd_rate_limit_{name}_count {sum(tally[1:4])}"
+
+
+def usage_metrics(standings: Sequence[Standing]) -> Iterator[str]:
+    """Yield what identities have used, in Prometheus's text format."""
+    for name, meaning in (("used", "Mails used in a window."),
+                          ("limit", "Mails allowed in a window.")):
+        yield from head(name, "gauge", meaning)
+        for one in standings:
+            identity = re.sub(r'(["\\])', r"\\\1", printable(one.identity))
+            windows = {window.seconds: window for window in sorted(
+                one.limits, reverse=True)}  # of two, the narrower limit
+            for seconds, window in windows.items():
+                value = window.used if name == "used" else window.mails
+                yield (f'policyd_rate_limit_{name}{{identity="{identity}",'
+                       f'window="{seconds}"}} {value}')
+
+
+def head(name: str, kind: str, meaning: str) -> tuple[str, str]:
+    """Return the two lines that introduce a metric."""
+    name = f"policyd_rate_limit_{name}"
+    return f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"
+
+
+def fullness(standing: Standing) -> tuple[float, int]:
+    """Return how full the fullest window is, and the most used in one."""
+    return (max((share(one) for one in standing.limits), default=0),
+            max((one.used for one in standing.limits), default=0))
+
+
+def share(window: Window) -> float:
+    """Return the part of a limit that is used."""
+    return window.used / window.mails if window.mails else 1.0
+
+
+def list_standings(standings: Sequence[Standing], now: int,
+                   colour: bool) -> Iterator[str]:
+    """Yield the lines that show the most used, for a terminal."""
+    if not standings:
+        yield "Nobody has used anything."
+    shown = heapq.nlargest(MOST_SHOWN, standings, key=fullness)
+    room = max(16, shutil.get_terminal_size().columns - 58)
+    width = min(room, max((len(one.identity) for one in shown), default=0))
+    for one in shown:
+        name = printable(one.identity)
+        name = name if len(name) <= width else name[:width - 3] + "..."
+        for window in one.limits:
+            yield f"{name:{width}} {describe_window(window, now, colour)}"
+            name = ""
+    if len(standings) > len(shown):
+        yield (f"... and {len(standings) - len(shown)} more: --status ID shows"
+               " one, --json all")
+
+
+def describe_standing(standing: Standing, now: int,
+                      colour: bool) -> Iterator[str]:
+    """Yield the lines that tell all about one identity."""
+    yield printable(standing.identity)
+    yield f"last mail: {moment(standing.last_mail)}"
+    yield f"limits, from {standing.source}:"
+    if not standing.limits:
+        yield "  none"
+    for window in standing.limits:
+        noted = (f"; {window.noted} refusals for the next report"
+                 if window.noted else "")
+        yield f"  {describe_window(window, now, colour)}{noted}"
+
+
+def describe_window(window: Window, now: int, colour: bool) -> str:
+    """Return a limit with a bar of what is used, and when there is room."""
+    filled = min(10, math.ceil(10 * share(window)))
+    bar = "#" * filled + "." * (10 - filled)
+    if colour:
+        code = next(code for least, code in COLOURS if share(window) >= least)
+        bar = f"\033[{code}m{bar}\033[0m"
+    use = f"{window.used}/{window.mails}"
+    text = f"{duration(window.seconds):>4} [{bar}] {use:<11}"
+    if window.room_at is not None:
+        text += f" room at {moment(window.room_at)}"
+    return text.rstrip()
+
+
+def duration(seconds: int) -> str:
+    """Return a number of seconds in the largest unit that fits."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def moment(date: int) -> str:
+    """Return a time as people write it."""
+    if not date:
+        return "none"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
+
 
 
 # ---------------------------------------------------------------------------
@@ -2157,7 +2837,9 @@ def serve(settings: Settings, owner: Owner | None,
     """
     signals = catch_signals()
     make_folders(settings, owner)
-    service = Service(settings, open_ledger(settings))
+    warn_unaddressed(settings)
+    alarm = Alarm()
+    service = Service(settings, open_ledger(settings), alarm=alarm.refused)
     with hold_pidfile(settings.pidfile, owner), \
             PolicyServer(service) as server:
         become(owner)
@@ -2166,18 +2848,20 @@ def serve(settings: Settings, owner: Owner | None,
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
+        threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals, service, load)
-        notify("STOPPING=1")
-        server.stop(settings.db_timeout + 2)
+        with Bulletin(service.counters, settings.pidfile) as bulletin:
+            obey(signals, service, load, bulletin)
+            notify("STOPPING=1")
+            server.stop(settings.db_timeout + 2)
 
 
 def catch_signals() -> queue.SimpleQueue[int]:
     """Return the queue into which signals come from now on."""
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
-                   signal.SIGHUP):
+                   signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, lambda number, _: signals.put(number))
     return signals
 
@@ -2191,13 +2875,17 @@ def raise_file_limit() -> int:
 
 
 def obey(signals: queue.SimpleQueue[int], service: Service,
-         load: Callable[[], Settings]) -> None:
-    """Reload at HUP, return at any other signal; clean meanwhile."""
+         load: Callable[[], Settings], bulletin: Bulletin) -> None:
+    """Reload at HUP, sum up at USR2, return at others; clean meanwhile."""
     while True:
+        bulletin.publish()
         try:
             number = signals.get(timeout=CLEAN_PAUSE)
         except queue.Empty:
             service.clean()
+            continue
+        if number == signal.SIGUSR2:
+            bulletin.sum_up()
             continue
         if number != signal.SIGHUP:
             return
@@ -2217,6 +2905,7 @@ def reload(service: Service, load: Callable[[], Settings]) -> None:
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
+    warn_unaddressed(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
 
@@ -2249,8 +2938,14 @@ def main(argv: list[str] | None = None) -> int:
                          (logging.WARNING, "warning: "),
                          (logging.ERROR, "error: ")):
         logging.addLevelName(level, label)
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as head(1) does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except PolicydError as error:
         log.error("%s", error)
         return error.exit_code
@@ -2276,6 +2971,17 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     commands.add_argument(
         "--check", dest="command", action="store_const", const=check,
         help="check the configuration, the folders and the database")
+    commands.add_argument(
+        "--status", metavar="ID", nargs="?", const="",
+        help="show who has used how much, or all about one identity")
+    commands.add_argument(
+        "--prometheus", dest="command", action="store_const",
+        const=prometheus, help="show it, and what the daemon has counted,"
+        " for node_exporter's textfile collector")
+    commands.add_argument(
+        "--reset", metavar="ID", help="forget what an identity has used")
+    parser.add_argument(
+        "--json", action="store_true", help="show --status as JSON")
     parser.add_argument(
         "--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     parser.add_argument(
@@ -2290,6 +2996,14 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.get_config is not None:
         options.command = get_config
+    if options.reset is not None:
+        options.command = reset
+    if options.json and options.command is run:
+        options.status = options.status or ""
+    if options.status is not None:
+        options.command = status
+    elif options.json:
+        parser.error("--json goes with --status")
     return options
 
 
@@ -2342,10 +3056,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def clean(options: argparse.Namespace) -> None:
-    """Delete what no limit can see any more."""
-    settings = load(options)
-    become(owner_of(options, settings))
-    ledger = open_ledger(settings)
+    """Delete what no limit can see any more, and send the report."""
+    settings, ledger = enter(options)
     after: str | None = ""
     deleted = 0
     try:
@@ -2356,6 +3068,64 @@ def clean(options: argparse.Namespace) -> None:
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
+    if settings.report:
+        send_reports(ledger, settings)
+
+
+def enter(options: argparse.Namespace) -> tuple[Settings, Ledger]:
+    """Return settings and ledger of a command, without root's rights."""
+    settings = load(options)
+    become(owner_of(options, settings))
+    return settings, open_ledger(settings)
+
+
+def status(options: argparse.Namespace) -> None:
+    """Show who has used how much."""
+    settings, ledger = enter(options)
+    now = int(time.time())
+    identity = fold(options.status) or None
+    standings = ledger.survey(settings, now, identity)
+    if options.json:
+        shown = sorted(standings, key=fullness, reverse=True)
+        print(json.dumps({"time": now, "identities": [
+            {**one._asdict(), "limits": [w._asdict() for w in one.limits]}
+            for one in shown]}, indent=2))
+    elif identity is not None:
+        print("\n".join(describe_standing(standings[0], now, has_colour())))
+    else:
+        print("\n".join(list_standings(standings, now, has_colour())))
+
+
+def has_colour() -> bool:
+    """Say whether to colour what is shown (no-color.org)."""
+    return (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb")
+
+
+def prometheus(options: argparse.Namespace) -> None:
+    """Show it for node_exporter's textfile collector, as UTF-8."""
+    settings, ledger = enter(options)
+    tally = read_tally(settings.pidfile)
+    lines = count_metrics(tally)  # even if the database is away
+    try:
+        standings = ledger.survey(settings, int(time.time()))
+        lines = itertools.chain(lines, usage_metrics(standings))
+    finally:
+        text = "".join(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+
+
+def reset(options: argparse.Namespace) -> None:
+    """Forget what an identity has used, and say how much that was."""
+    settings, ledger = enter(options)
+    identity = fold(options.reset)
+    [standing] = ledger.survey(settings, int(time.time()), identity)
+    mails = ledger.forget(identity)
+    used = ", ".join(f"{one.used}/{one.mails} in {duration(one.seconds)}"
+                     for one in standing.limits) or "nothing limited"
+    print(f"{printable(identity)} had used {used}: {mails} mails forgotten"
+          if mails else f"{printable(identity)} has used nothing")
 
 
 def check(options: argparse.Namespace) -> None:
