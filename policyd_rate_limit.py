@@ -837,14 +837,8 @@ class Ledger:
 
     def hits(self, address: str) -> tuple[Hits, Hits]:
         """Return the refusals noted, and older ones an address is owed."""
-        def work(cursor: Cursor) -> tuple[Hits, Hits]:
-            noted = self._run(cursor, NOTED).fetchall()
-            owed = self._run(cursor, OWED, address).fetchall()
-            return ({(identity, window): hit for identity, window, hit in
-                     noted}, {(identity, window): int(hit)
-                              for identity, window, hit in owed})
-
-        return self.transact(work)
+        return self.transact(lambda cursor: (
+            self._hits(cursor, NOTED), self._hits(cursor, OWED, address)))
 
     def tell(self, noted: Hits, others: Sequence[str]) -> None:
         """Forget what an address was told; the others are owed it.
@@ -856,11 +850,10 @@ class Ledger:
             keep = ("", *others)
             self._run(cursor, PAY.format(", ".join("?" * len(keep))), *keep)
 
-        def move(some: Sequence[tuple[tuple[str, int], int]],
-                 cursor: Cursor) -> None:
-            for (identity, window), hit in some:
-                self._run(cursor, TELL, hit, identity, window)
-                self._run(cursor, TOLD, identity, window)
+        def move(some: Sequence[tuple[Any, int]], cursor: Cursor) -> None:
+            for key, hit in some:
+                self._run(cursor, TELL, hit, *key)
+                self._run(cursor, TOLD, *key)
             self._write(cursor, OWE, [(address, *key, hit) for key, hit in some
                                       for address in others])
 
@@ -896,8 +889,10 @@ class Ledger:
                 identity: str | None) -> list[Standing]:
         """Read it in two scans of the index, however many there are."""
         cursor.execute("SELECT * FROM mail_count LIMIT 0")
-        old = all(one[0] != "recipient_count" for one in cursor.description)
-        count = "1" if old else "COALESCE(recipient_count, 1)"
+        count = ("COALESCE(recipient_count, 1)" if "recipient_count" in
+                 columns_of(cursor, "mail_count") else "1")
+        noted = columns_of(cursor, "limit_report")
+        hits = self._hits(cursor, NOTED) if noted else {}
         chosen = () if identity is None else (identity,)
         where = "WHERE id = ?" if chosen else ""
         newest = dict.fromkeys(chosen, 0)
@@ -906,42 +901,43 @@ class Ledger:
         ruled = self._rule(cursor, settings, newest)
         windows = sorted({limit.seconds for limits, _ in ruled.values()
                           for limit in limits})
-        sums = [f"SUM(CASE WHEN date > ? THEN {count} ELSE 0 END)"
-                for _ in windows]
-        rows = self._run(cursor, USED.format(", ".join(["0", *sums]), where),
-                         *(now - seconds for seconds in windows), *chosen)
-        used = {one: dict(zip(windows, map(int, row)))
-                for one, _, *row in rows.fetchall()}
-        hits = {} if not columns_of(cursor, "limit_report") else {
-            (one, window): hit for one, window, hit in
-            self._run(cursor, NOTED).fetchall()}
-        return [Standing(one, newest[one], source, tuple(
-            Window(*limit, use, self._room_at(
-                cursor, LEAVING.format(count), one, limit, use, now),
-                hits.get((one, limit.seconds), 0))
-            for limit in limits for use in [use_of.get(limit.seconds, 0)]))
-            for one, (limits, source) in ruled.items()
-            for use_of in [used.get(one, {})]
-            if chosen or any(use_of.get(s, 0) for _, s in limits)]
+        sums = ["0"] + [f"SUM(CASE WHEN date > ? THEN {count} ELSE 0 END)"
+                        for _ in windows]
+        used = {one: dict(zip(windows, map(int, row))) for one, _, *row in
+                self._run(cursor, USED.format(", ".join(sums), where), *(
+                    now - window for window in windows), *chosen).fetchall()}
+        standings = []
+        for one, (limits, source) in ruled.items():
+            of = [used.get(one, {}).get(limit.seconds, 0) for limit in limits]
+            if chosen or any(of):
+                standings.append(Standing(one, newest[one], source, tuple(
+                    Window(*limit, use, self._room_at(
+                        cursor, LEAVING.format(count), one, limit, use, now),
+                        hits.get((one, limit.seconds), 0))
+                    for limit, use in zip(limits, of))))
+        return standings
+
+    def _hits(self, cursor: Cursor, statement: str, *values: object) -> Hits:
+        """Read refusals by identity and window."""
+        return {(identity, window): int(hit) for identity, window, hit in
+                self._run(cursor, statement, *values).fetchall()}
 
     def _rule(self, cursor: Cursor, settings: Settings,
               identities: Iterable[str]) -> dict[str, tuple[Limits, str]]:
-        """Return for identities the limits, and the setting they are from."""
+        """Return identities with limits and the setting these are from."""
         ruled = {}
-        if self.query:
-            cursor.execute("BEGIN")
+        cursor.execute("BEGIN")
         for identity in identities:
             own = settings.limits_by_id.get(fold(identity))
             source = "limits" if own is None else "limits_by_id"
             account = Account(
                 identity, settings.limits if own is None else own)
+            if self._ask_limits(cursor, account):
+                source = "sql_limits_by_id"
             if self.query:
-                if self._ask_limits(cursor, account):
-                    source = "sql_limits_by_id"
                 cursor.execute("RELEASE SAVEPOINT limits")
             ruled[identity] = account.limits, source
-        if self.query:
-            cursor.execute("ROLLBACK")
+        cursor.execute("ROLLBACK")
         return ruled
 
     def _room_at(self, cursor: Cursor, statement: str, identity: str,
@@ -1312,7 +1308,7 @@ class SQLite(Backend):
         """Open the file to read; a missing one is not made."""
         path = urllib.parse.quote(os.path.abspath(self.config["database"]))
         return self.driver.connect(**{
-            **self.config, "database": f"file:{path}?mode=ro", "uri": True})
+            **self.config, "database": f"file:{path}?mode=rw", "uri": True})
 
     def is_stale(self) -> bool:
         """Say whether the file is no longer the one that was opened."""
@@ -1455,40 +1451,26 @@ def open_ledger(settings: Settings) -> Ledger:
 # ---------------------------------------------------------------------------
 
 
-class Tally(NamedTuple):
-    """What the daemon has done since it was started."""
-
-    requests: int = 0
-    passed: int = 0
-    refused: int = 0
-    database_errors: int = 0
-    seconds: float = 0  # that decisions took: passed, refused and errors
-    slowest: float = 0  # of the decisions since the last summary
-
-
 class Counters:
-    """A tally that any thread adds to."""
+    """What the daemon has done since its start; any thread may add."""
 
     def __init__(self) -> None:
         """Begin with nothing."""
-        self._sums: dict[str, Any] = Tally()._asdict()
         self._lock = threading.Lock()
+        self._sums: dict[str, float] = dict.fromkeys((
+            "requests", "passed", "refused", "database_errors",
+            "decision_seconds"), 0)
 
     def count(self, name: str, seconds: float = 0) -> None:
         """Count a request, or a decision and the time it took."""
         with self._lock:
             self._sums[name] += 1
-            self._sums["seconds"] += seconds
-            if seconds > self._sums["slowest"]:
-                self._sums["slowest"] = seconds
+            self._sums["decision_seconds"] += seconds
 
-    def read(self, anew: bool = False) -> Tally:
-        """Return the tally; anew: the slowest is looked for anew."""
+    def read(self) -> dict[str, float]:
+        """Return all counts."""
         with self._lock:
-            tally = Tally(**self._sums)
-            if anew:
-                self._sums["slowest"] = 0
-        return tally
+            return dict(self._sums)
 
 
 class Service:
@@ -1835,20 +1817,18 @@ def remove_stale_socket(path: str) -> None:
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
 ALERTS_KNOWN = 10000  # identities and windows remembered, of 200 bytes each
-TALLY_PAUSE = 60  # seconds between two writings of the tally
 MOST_SHOWN = 20  # identities on a terminal
-COLOURS = ((1.0, "31"), (0.8, "33"), (0.0, "32"))  # red, yellow, green
+METRIC = PROGRAM.replace("-", "_")
 
 
 def send_reports(ledger: Ledger, settings: Settings) -> None:
     """Mail each address the refusals that it was not told of yet.
 
-    What an address does not take it is owed, in a table of its own, so that
-    the next report tells it, and the others nothing twice.
+    What an address does not take it is owed, in a table of its own: so its
+    next report tells it, and nobody is told anything twice.
     """
+    warn_unaddressed(settings)
     addresses = {fold(address): address for address in settings.report_to}
-    if not addresses:
-        warn_unaddressed(settings)
     failed: dict[str, list[str]] = {}
     for key, address in addresses.items():
         try:
@@ -1858,7 +1838,7 @@ def send_reports(ledger: Ledger, settings: Settings) -> None:
                 mail(settings, address, settings.report_subject, report(hits))
                 ledger.tell(noted, [one for one in addresses if one != key])
         except Exception as error:  # a strange address raises many kinds
-            failed.setdefault(explain_smtp(error), []).append(address)
+            failed.setdefault(reason(error), []).append(address)
     if failed:
         raise CleanError("no report to " + "; ".join(
             f"{', '.join(some)}: {why}" for why, some in failed.items()))
@@ -1866,24 +1846,20 @@ def send_reports(ledger: Ledger, settings: Settings) -> None:
 
 def warn_unaddressed(settings: Settings) -> None:
     """Warn if nobody is named to get reports or alerts."""
-    if settings.report and not settings.report_to:
-        log.warning("report_to: nobody is named to get the report")
-    if settings.alert and not (settings.report_to or settings.alert_command):
-        log.warning("report_to: nobody is named to get alerts")
+    alert = settings.alert and not settings.alert_command
+    if (settings.report or alert) and not settings.report_to:
+        log.warning("report_to: nobody is named to get reports and alerts")
 
 
-def report(hits: Hits) -> str:
+def report(hits: Mapping[tuple[str, int], int]) -> str:
     """Return the text of a report, most hits first."""
-    if not hits:
-        return "Nobody hit a limit.\n"
-    rows = [("identity", "window", "hits")]
-    rows += [(printable(identity), f"{window} s", str(hit))
-             for (identity, window), hit in
-             sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
-    width = max(len(row[0]) for row in rows)
+    rows = [(printable(identity), f"{window} s", str(hit))
+            for (identity, window), hit in
+            sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
+    width = max((len(row[0]) for row in rows), default=8)
     return "Mails refused since the last report:\n\n" + "".join(
         f"{identity:{width}} {window:>12} {hit:>10}\n"
-        for identity, window, hit in rows)
+        for identity, window, hit in [("identity", "window", "hits"), *rows])
 
 
 def mail(settings: Settings, address: str, subject: str, text: str) -> None:
@@ -1923,26 +1899,14 @@ def secure(smtp: smtplib.SMTP, settings: Settings) -> None:
         smtp.login(*settings.smtp_credentials)
 
 
-def explain_smtp(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return in one line why a mail was not taken."""
-    text: Any = str(error) or type(error).__name__
-    if isinstance(error, smtplib.SMTPResponseException):
-        text = error.smtp_error
-    elif isinstance(error, smtplib.SMTPRecipientsRefused):
+    text: Any = getattr(error, "smtp_error", "") or str(error) or repr(error)
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
         [(_, text), *_] = error.recipients.values()
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     return printable(" ".join(text.split()))
-
-
-class Alert(NamedTuple):
-    """Somebody hit a limit for the first time in its window."""
-
-    settings: Settings
-    broken: Usage
-    client: str
-    since: float
-    refused: int  # since the last alert, this one too
 
 
 class Alarm:
@@ -1951,7 +1915,8 @@ class Alarm:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Count the hours by a clock."""
         self._clock = clock
-        self._queue: queue.Queue[Alert] = queue.Queue(2 * ALERTS_AN_HOUR)
+        self._queue: queue.Queue[tuple[Settings, dict[str, str]]] = (
+            queue.Queue(2 * ALERTS_AN_HOUR))
         self._lock = threading.Lock()  # of _known
         self._known: dict[tuple[str, int], tuple[float, int]] = {}
         self._sent: list[float] = []  # when, in the last hour
@@ -1959,83 +1924,71 @@ class Alarm:
 
     def refused(self, broken: Usage, client: str, settings: Settings,
                 now: float) -> None:
-        """Take note of a refusal: no more than a look-up, for mail waits."""
-        key = broken.identity, broken.limit.seconds
-        if not settings.alert or key[1] not in settings.report_limits:
+        """Take note of a refusal: by a look-up only, for mail waits."""
+        identity, _, _, (mails, window) = broken
+        if not settings.alert or window not in settings.report_limits:
             return
         with self._lock:
-            since, refused = self._known.pop(key, (-math.inf, 0))
-            due = abs(now - since) >= key[1]
-            self._known[key] = (now, 0) if due else (since, refused + 1)
+            told, refused = self._known.pop(
+                (identity, window), (-math.inf, 0))
+            due = abs(now - told) >= window  # the clock may be set back
+            told, refused = (now, 0) if due else (told, refused + 1)
+            self._known[identity, window] = told, refused
             if len(self._known) > ALERTS_KNOWN:
                 del self._known[next(iter(self._known))]
-        if due:
-            with contextlib.suppress(queue.Full):  # it is in the report
-                self._queue.put_nowait(Alert(
-                    settings, broken, client, now, refused + 1))
+        if not due:
+            return
+        facts = {"identity": printable(identity),
+                 "limit": f"{mails} mails in {window} s",
+                 "since": moment(int(now)),
+                 "client_address": printable(client),
+                 "refused_since_last_alert": str(refused + 1)}
+        with contextlib.suppress(queue.Full):  # the report will tell
+            self._queue.put_nowait((settings, facts))
 
     def run(self) -> None:
         """Send alerts for ever."""
         while True:
-            alert = self._queue.get()
+            settings, facts = self._queue.get()
             try:
-                self._send(alert)
+                self._send(settings, facts)
             except Exception as error:  # this thread must go on
-                log.warning("an alert was not sent: %s", explain_smtp(error),
+                log.warning("an alert was not sent: %s", reason(error),
                             extra=SELDOM)
 
-    def _send(self, alert: Alert) -> None:
+    def _send(self, settings: Settings, facts: dict[str, str]) -> None:
         """Send an alert, unless there were too many within the hour."""
         now = self._clock()
         self._sent = [sent for sent in self._sent if now < sent + 3600]
         if len(self._sent) < ALERTS_AN_HOUR:
             self._sent.append(now)
-            deliver(alert.settings, facts_of(alert))
-        elif now >= self._silent + 3600:
+        elif now < self._silent + 3600:
+            return
+        else:
             self._silent = now
-            deliver(alert.settings, {
-                "SUBJECT": f"{PROGRAM}: no more alerts for now",
-                "TEXT": f"There were {ALERTS_AN_HOUR} alerts within an hour."
-                " The rest is left to the report."})
-
-
-def facts_of(alert: Alert) -> dict[str, str]:
-    """Return what an alert tells; a program finds it as POLICYD_..."""
-    identity, _, _, (mails, seconds) = alert.broken
-    facts = {
-        "IDENTITY": identity, "LIMIT": f"{mails} mails in {seconds} s",
-        "SINCE": time.strftime("%Y-%m-%d %H:%M:%S %z",
-                               time.localtime(alert.since)),
-        "CLIENT_ADDRESS": alert.client, "REFUSED": str(alert.refused)}
-    facts = {name: printable(text) for name, text in facts.items()}
-    return {
-        **facts, "SUBJECT": f"{PROGRAM}: {facts['IDENTITY']} hit a limit",
-        "TEXT": (
-            f"identity: {facts['IDENTITY']}\nlimit: {facts['LIMIT']}\n"
-            f"since: {facts['SINCE']}\nclient: {facts['CLIENT_ADDRESS']}\n"
-            f"refused since the last alert: {facts['REFUSED']}\n")}
-
-
-def deliver(settings: Settings, facts: Mapping[str, str]) -> None:
-    """Hand an alert to alert_command, or mail it to report_to."""
-    if settings.alert_command:
-        run_program(settings.alert_command, facts)
-        return
-    for address in settings.report_to:
-        try:
-            mail(settings, address, facts["SUBJECT"], facts["TEXT"])
-        except Exception as error:  # the next address may work
-            log.warning("no alert to %s: %s", address, explain_smtp(error),
-                        extra=SELDOM)
+            facts = {"notice": f"{ALERTS_AN_HOUR} alerts within an hour: the"
+                               " rest is left to the report"}
+        if settings.alert_command:
+            run_program(settings.alert_command, facts)
+            return
+        subject = f"{PROGRAM} alert: {next(iter(facts.values()))}"
+        text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
+        for address in settings.report_to:
+            try:
+                mail(settings, address, subject, text)
+            except Exception as error:  # the next one may take it
+                log.warning("no alert to %s: %s", address, reason(error),
+                            extra=SELDOM)
 
 
 def run_program(command: Sequence[str], facts: Mapping[str, str],
                 patience: float = MAIL_PATIENCE) -> None:
     """Run a program with facts in its environment; kill it if it hangs."""
+    environment = {f"POLICYD_{name.upper()}": fact
+                   for name, fact in facts.items()}
     with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, **{f"POLICYD_{name}": text
-                                  for name, text in facts.items()}}) as child:
+            env={**os.environ, **environment}) as child:
         try:
             code = child.wait(patience)
         except subprocess.TimeoutExpired:
@@ -2049,187 +2002,129 @@ class Bulletin:
     """Tells the log and --prometheus what the daemon has counted.
 
     By a file beside the pidfile: it needs no database, whose errors it
-    counts, and no protocol by which strangers could ask; it is the host's
-    own, and gone when the daemon is.
+    counts, and no protocol by which strangers could ask.
     """
 
     def __init__(self, counters: Counters, pidfile: str) -> None:
         """Begin an hour."""
         self._counters = counters
-        self._path = pidfile + ".tally"
-        self._last = Tally()
-        self._since = time.monotonic()
-        self._due = self._since  # when to write the file
-        self._well = True  # the file could be written
+        self._path = tally_of(pidfile)
+        self._last = counters.read()
+        self._began = time.monotonic()
 
-    def __enter__(self) -> Bulletin:
-        return self
+    def publish(self, asked: bool = False) -> None:
+        """Write the file, and log a summary each hour or when asked."""
+        counts = self._counters.read()
+        with contextlib.suppress(OSError):  # --prometheus says what it lacks
+            with open(self._path + ".new", "w", encoding="ascii") as file:
+                json.dump({"time": time.time(), **counts}, file)
+            os.replace(self._path + ".new", self._path)
+        past = time.monotonic() - self._began
+        new = {name: counts[name] - self._last[name] for name in counts}
+        if asked or (past >= 3600 and new["requests"]):
+            seconds = new.pop("decision_seconds")
+            decided = new["passed"] + new["refused"] + new["database_errors"]
+            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
+                    ", ".join(f"{new[name]} {name}" for name in new),
+                    1000 * seconds / (decided or 1))
+        if past >= 3600:
+            self._last, self._began = counts, time.monotonic()
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Remove the file."""
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 
-    def publish(self) -> None:
-        """Write the tally each minute, and log it each hour."""
-        now = time.monotonic()
-        if now >= self._due:
-            self._due = now + TALLY_PAUSE
-            self._write()
-        if now < self._since + 3600:
-            return
-        if self._counters.read().requests > self._last.requests:
-            self.sum_up()
-        self._last = self._counters.read(anew=True)
-        self._since = now
 
-    def sum_up(self) -> None:
-        """Log what was counted in this hour, and write the tally."""
-        tally = self._counters.read()
-        requests, passed, refused, errors, seconds = (
-            new - old for new, old in zip(tally[:5], self._last))
-        decisions = passed + refused + errors
-        log.log(NOTICE, "in %d minutes: %d requests, %d passed, %d refused,"
-                " %d not counted, %d database errors; a decision took %.1f ms,"
-                " the slowest %.1f ms",
-                (time.monotonic() - self._since) / 60, requests, passed,
-                refused, requests - decisions, errors,
-                1000 * seconds / (decisions or 1), 1000 * tally.slowest)
-        self._write()
-
-    def _write(self) -> None:
-        """Write the file anew, so that it is always whole."""
-        try:
-            with open(self._path + ".new", "w", encoding="ascii") as file:
-                json.dump([time.time(), self._counters.read()], file)
-            os.replace(self._path + ".new", self._path)
-            self._well = True
-        except OSError as error:
-            if self._well:
-                log.warning("--prometheus will lack counters: %s", error)
-            self._well = False
+def tally_of(pidfile: str) -> str:
+    """Return the path of the file with what the daemon has counted."""
+    return pidfile + ".tally"
 
 
-def read_tally(pidfile: str) -> Tally | None:
-    """Return what the daemon has counted, None if none is running."""
+def read_tally(pidfile: str) -> dict[str, float]:
+    """Return what the daemon has counted, nothing if none is running."""
     try:
-        with open(pidfile + ".tally", encoding="ascii") as file:
-            written, tally = json.load(file)
-        return Tally(*tally) if time.time() < written + 300 else None
-    except (OSError, ValueError, TypeError):
-        return None
+        with open(tally_of(pidfile), encoding="ascii") as file:
+            counts = dict(json.load(file))
+    except (OSError, ValueError) as error:
+        log.warning("no counters of the daemon: %s", error)
+        return {}
+    return counts if time.time() < counts.pop("time") + 60 else {}
 
 
-def count_metrics(tally: Tally | None) -> Iterator[str]:
-    """Yield the daemon's counters in Prometheus's text format."""
-    up = int(tally is not None)
-    metrics = [("up", "gauge", "Whether the daemon runs.", up)]
-    if tally is not None:
-        counts = zip(tally._fields, tally[:4])
-        metrics += [(f"{name}_total", "counter", f"Since the start: {name}.",
-                     value) for name, value in counts]
-    for name, kind, meaning, value in metrics:
-        yield from head(name, kind, meaning)
-        yield f"policyd_rate_limit_{name} {value}"
-    if tally is not None:
-        name = "decision_seconds"
-        yield from head(name, "summary", "The time that decisions took.")
-        yield f"policyd_rate_limit_{name}_sum {tally.seconds:.6f}"
-        yield f"policyd_rate_limit_{name}_count {sum(tally[1:4])}"
+def metrics(name: str, kind: str,
+            values: Mapping[str, float]) -> Iterator[str]:
+    """Yield a metric, a value for each labels, as Prometheus reads it."""
+    yield f"# TYPE {METRIC}_{name} {kind}\n"
+    for labels, value in values.items():
+        yield f"{METRIC}_{name}{labels} {value}\n"
 
 
 def usage_metrics(standings: Sequence[Standing]) -> Iterator[str]:
-    """Yield what identities have used, in Prometheus's text format."""
-    for name, meaning in (("used", "Mails used in a window."),
-                          ("limit", "Mails allowed in a window.")):
-        yield from head(name, "gauge", meaning)
-        for one in standings:
-            identity = re.sub(r'(["\\])', r"\\\1", printable(one.identity))
-            windows = {window.seconds: window for window in sorted(
-                one.limits, reverse=True)}  # of two, the narrower limit
-            for seconds, window in windows.items():
-                value = window.used if name == "used" else window.mails
-                yield (f'policyd_rate_limit_{name}{{identity="{identity}",'
-                       f'window="{seconds}"}} {value}')
-
-
-def head(name: str, kind: str, meaning: str) -> tuple[str, str]:
-    """Return the two lines that introduce a metric."""
-    name = f"policyd_rate_limit_{name}"
-    return f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"
+    """Yield what identities have used, and may use, for Prometheus."""
+    windows = {}
+    for one in standings:
+        name = re.sub(r'(["\\])', r"\\\1", printable(one.identity))
+        for window in sorted(one.limits, reverse=True):  # the narrowest last
+            windows[f'{{identity="{name}",window="{window.seconds}"}}'] = (
+                window)
+    for name, get in (("used", operator.attrgetter("used")),
+                      ("limit", operator.attrgetter("mails"))):
+        yield from metrics(name, "gauge", {
+            labels: get(window) for labels, window in windows.items()})
 
 
 def fullness(standing: Standing) -> tuple[float, int]:
-    """Return how full the fullest window is, and the most used in one."""
-    return (max((share(one) for one in standing.limits), default=0),
-            max((one.used for one in standing.limits), default=0))
+    """Return how full the fullest window is, and what is used of one."""
+    return max(((one.used / max(one.mails, 1), one.used)
+                for one in standing.limits), default=(0, 0))
 
 
-def share(window: Window) -> float:
-    """Return the part of a limit that is used."""
-    return window.used / window.mails if window.mails else 1.0
-
-
-def list_standings(standings: Sequence[Standing], now: int,
-                   colour: bool) -> Iterator[str]:
-    """Yield the lines that show the most used, for a terminal."""
-    if not standings:
-        yield "Nobody has used anything."
+def show_most(standings: Sequence[Standing], colour: bool) -> Iterator[str]:
+    """Yield the lines that show who has used most, for a terminal."""
     shown = heapq.nlargest(MOST_SHOWN, standings, key=fullness)
-    room = max(16, shutil.get_terminal_size().columns - 58)
+    room = max(16, shutil.get_terminal_size().columns - 57)
     width = min(room, max((len(one.identity) for one in shown), default=0))
     for one in shown:
         name = printable(one.identity)
         name = name if len(name) <= width else name[:width - 3] + "..."
         for window in one.limits:
-            yield f"{name:{width}} {describe_window(window, now, colour)}"
+            yield f"{name:{width}} {show_window(window, colour)}"
             name = ""
     if len(standings) > len(shown):
-        yield (f"... and {len(standings) - len(shown)} more: --status ID shows"
+        yield (f"and {len(standings) - len(shown)} more: --status ID shows"
                " one, --json all")
 
 
-def describe_standing(standing: Standing, now: int,
-                      colour: bool) -> Iterator[str]:
+def show_one(standing: Standing, colour: bool) -> Iterator[str]:
     """Yield the lines that tell all about one identity."""
+    last = standing.last_mail
     yield printable(standing.identity)
-    yield f"last mail: {moment(standing.last_mail)}"
+    yield f"last mail: {moment(last) if last else 'none'}"
     yield f"limits, from {standing.source}:"
-    if not standing.limits:
-        yield "  none"
     for window in standing.limits:
-        noted = (f"; {window.noted} refusals for the next report"
-                 if window.noted else "")
-        yield f"  {describe_window(window, now, colour)}{noted}"
+        yield "  " + show_window(window, colour)
+        if window.noted:
+            yield f"       {window.noted} refusals for the next report"
 
 
-def describe_window(window: Window, now: int, colour: bool) -> str:
+def show_window(window: Window, colour: bool) -> str:
     """Return a limit with a bar of what is used, and when there is room."""
-    filled = min(10, math.ceil(10 * share(window)))
+    mails, seconds, used, room_at, _ = window
+    filled = min(10, math.ceil(10 * used / max(mails, 1)))
     bar = "#" * filled + "." * (10 - filled)
-    if colour:
-        code = next(code for least, code in COLOURS if share(window) >= least)
-        bar = f"\033[{code}m{bar}\033[0m"
-    use = f"{window.used}/{window.mails}"
-    text = f"{duration(window.seconds):>4} [{bar}] {use:<11}"
-    if window.room_at is not None:
-        text += f" room at {moment(window.room_at)}"
-    return text.rstrip()
-
-
-def duration(seconds: int) -> str:
-    """Return a number of seconds in the largest unit that fits."""
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds % size == 0:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"
+    if colour and used >= mails:
+        bar = f"\033[31m{bar}\033[0m"
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if seconds % size == 0)
+    room = f"room at {moment(room_at)}" if room_at else ""
+    return (f"{seconds // size:>3}{unit} [{bar}] {f'{used}/{mails}':<11}"
+            f" {room}").rstrip()
 
 
 def moment(date: int) -> str:
     """Return a time as people write it."""
-    if not date:
-        return "none"
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
-
 
 
 # ---------------------------------------------------------------------------
@@ -2851,10 +2746,11 @@ def serve(settings: Settings, owner: Owner | None,
         threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        with Bulletin(service.counters, settings.pidfile) as bulletin:
-            obey(signals, service, load, bulletin)
-            notify("STOPPING=1")
-            server.stop(settings.db_timeout + 2)
+        bulletin = Bulletin(service.counters, settings.pidfile)
+        obey(signals, service, load, bulletin)
+        notify("STOPPING=1")
+        server.stop(settings.db_timeout + 2)
+        bulletin.close()
 
 
 def catch_signals() -> queue.SimpleQueue[int]:
@@ -2885,7 +2781,7 @@ def obey(signals: queue.SimpleQueue[int], service: Service,
             service.clean()
             continue
         if number == signal.SIGUSR2:
-            bulletin.sum_up()
+            bulletin.publish(asked=True)
             continue
         if number != signal.SIGHUP:
             return
@@ -3083,49 +2979,41 @@ def status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, ledger = enter(options)
     now = int(time.time())
-    identity = fold(options.status) or None
+    identity = fold(options.status) if options.status else None
     standings = ledger.survey(settings, now, identity)
     if options.json:
         shown = sorted(standings, key=fullness, reverse=True)
         print(json.dumps({"time": now, "identities": [
             {**one._asdict(), "limits": [w._asdict() for w in one.limits]}
             for one in shown]}, indent=2))
-    elif identity is not None:
-        print("\n".join(describe_standing(standings[0], now, has_colour())))
-    else:
-        print("\n".join(list_standings(standings, now, has_colour())))
-
-
-def has_colour() -> bool:
-    """Say whether to colour what is shown (no-color.org)."""
-    return (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-            and os.environ.get("TERM") != "dumb")
+        return
+    colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+              and os.environ.get("TERM") != "dumb")
+    for line in (show_most(standings, colour) if identity is None else
+                 show_one(standings[0], colour)):
+        print(line)
 
 
 def prometheus(options: argparse.Namespace) -> None:
-    """Show it for node_exporter's textfile collector, as UTF-8."""
+    """Show it for node_exporter's textfile collector, which reads UTF-8."""
     settings, ledger = enter(options)
-    tally = read_tally(settings.pidfile)
-    lines = count_metrics(tally)  # even if the database is away
-    try:
-        standings = ledger.survey(settings, int(time.time()))
-        lines = itertools.chain(lines, usage_metrics(standings))
-    finally:
-        text = "".join(f"{line}\n" for line in lines)
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace"))
+    counts = read_tally(settings.pidfile)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.writelines(metrics("up", "gauge", {"": int(bool(counts))}))
+    for name, value in counts.items():
+        sys.stdout.writelines(
+            metrics(f"{name}_total", "counter", {"": value}))
+    sys.stdout.writelines(
+        usage_metrics(ledger.survey(settings, int(time.time()))))
 
 
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
-    settings, ledger = enter(options)
+    _, ledger = enter(options)
     identity = fold(options.reset)
-    [standing] = ledger.survey(settings, int(time.time()), identity)
     mails = ledger.forget(identity)
-    used = ", ".join(f"{one.used}/{one.mails} in {duration(one.seconds)}"
-                     for one in standing.limits) or "nothing limited"
-    print(f"{printable(identity)} had used {used}: {mails} mails forgotten"
-          if mails else f"{printable(identity)} has used nothing")
+    print(f"{printable(identity)}: {mails} recorded mails forgotten")
 
 
 def check(options: argparse.Namespace) -> None:
