@@ -1932,8 +1932,9 @@ class Alarm:
             told, refused = self._known.pop(
                 (identity, window), (-math.inf, 0))
             due = abs(now - told) >= window  # the clock may be set back
-            told, refused = (now, 0) if due else (told, refused + 1)
-            self._known[identity, window] = told, refused
+            refused += 1
+            self._known[identity, window] = (now, 0) if due else (
+                told, refused)
             if len(self._known) > ALERTS_KNOWN:
                 del self._known[next(iter(self._known))]
         if not due:
@@ -1942,7 +1943,7 @@ class Alarm:
                  "limit": f"{mails} mails in {window} s",
                  "since": moment(int(now)),
                  "client_address": printable(client),
-                 "refused_since_last_alert": str(refused + 1)}
+                 "refused_since_last_alert": str(refused)}
         with contextlib.suppress(queue.Full):  # the report will tell
             self._queue.put_nowait((settings, facts))
 
@@ -2083,7 +2084,7 @@ def fullness(standing: Standing) -> tuple[float, int]:
 def show_most(standings: Sequence[Standing], colour: bool) -> Iterator[str]:
     """Yield the lines that show who has used most, for a terminal."""
     shown = heapq.nlargest(MOST_SHOWN, standings, key=fullness)
-    room = max(16, shutil.get_terminal_size().columns - 57)
+    room = max(16, shutil.get_terminal_size().columns - 58)
     width = min(room, max((len(one.identity) for one in shown), default=0))
     for one in shown:
         name = printable(one.identity)
@@ -2985,7 +2986,7 @@ def status(options: argparse.Namespace) -> None:
         shown = sorted(standings, key=fullness, reverse=True)
         print(json.dumps({"time": now, "identities": [
             {**one._asdict(), "limits": [w._asdict() for w in one.limits]}
-            for one in shown]}, indent=2))
+            for one in shown]}))
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
