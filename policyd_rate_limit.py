@@ -69,13 +69,11 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
-from ipaddress import IPv6Network
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union
 
 T = TypeVar("T")
@@ -119,7 +117,7 @@ class Seldom(logging.Filter):
         """Say whether to let a record through."""
         if not hasattr(record, "seldom"):
             return True
-        if record.created < self.said.get(record.msg, 0) + 60:
+        if 0 <= record.created - self.said.get(record.msg, 0) < 60:
             return False
         self.said[record.msg] = record.created
         return True
@@ -199,6 +197,8 @@ def fold(identity: str) -> str:
     Names are compared without regard to case (RFC 8265, 3.3), addresses by
     value.  A name too long for a database's key ends in its hash instead.
     """
+    if len(identity) > 4096:  # normalizing takes the square of the length
+        identity = hashlib.sha256(identity.encode()).hexdigest()
     folded = unicodedata.normalize("NFC", identity.lower()).rstrip() or "<>"
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
@@ -234,7 +234,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 def as_bool(value: object) -> bool:
     """True or False"""
-    if value not in (None, 0, 1):  # as are False and True
+    if value not in (0, 1):  # as are False and True
         raise ValueError
     return bool(value)
 
@@ -284,6 +284,8 @@ def as_texts(value: object) -> tuple[str, ...]:
 
 def as_action(value: object) -> str:
     """an action of access(5), such as "dunno\""""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # 450
     if not as_text(value).isprintable():  # a newline ends the reply
         raise ValueError
     return as_text(value).strip()
@@ -298,7 +300,7 @@ def as_limits(value: object) -> Limits:
 def as_limits_by_id(value: object) -> Mapping[str, Limits]:
     """identities, each with a list of [mails, seconds]"""
     entries = as_mapping(value).items()
-    if any(isinstance(key, bool) for key, _ in entries):
+    if any(isinstance(key, (bool, type(None))) for key, _ in entries):
         raise TypeError  # YAML reads a user called yes as True
     return {fold(str(key)): as_limits(limits) for key, limits in entries}
 
@@ -306,19 +308,25 @@ def as_limits_by_id(value: object) -> Mapping[str, Limits]:
 def as_networks(value: object) -> tuple[Network, ...]:
     """a list of networks such as [10.0.0.0/8, "::/0"]"""
     return tuple(ipaddress.ip_network(as_text(item), strict=False)
-                 for item in as_list(value or []))
+                 for item in as_list(value))
 
 
 def as_mapping(value: object) -> Mapping[str, Any]:
     """names with values"""
-    if value is not None and not isinstance(value, dict):
+    if not isinstance(value, dict):
         raise TypeError
-    return value or {}
+    return value
 
 
 def as_windows(value: object) -> tuple[int, ...]:
     """a list of seconds, such as [86400]"""
     return tuple(as_seconds(item) for item in as_list(value))
+
+
+def as_sqlite(value: object) -> Mapping[str, Any]:
+    """names with values, among them database, a path"""
+    as_text(as_mapping(value).get("database"))
+    return as_mapping(value)
 
 
 def as_backend(value: object) -> int:
@@ -342,15 +350,15 @@ def as_socket(value: object) -> str | tuple[str, int]:
 def as_smtp_server(value: object) -> tuple[str, int]:
     """["host", port] or a host"""
     host, port = (value, 25) if isinstance(value, str) else as_list(value)
-    return as_text(host), as_whole(port, 65535)
+    return as_text(host), as_whole(int(port), 65535)
 
 
 def as_credentials(value: object) -> tuple[str, str] | None:
     """["user", "password"] or null"""
-    if value is None:
+    if not value:
         return None
     user, password = as_list(value)
-    return as_text(user), as_text(password)
+    return as_text(user), as_text(str(password))
 
 
 def as_list(value: object) -> Sequence[Any]:
@@ -391,7 +399,7 @@ class Settings:
     backend: int = setting(
         0, as_backend, "where to count: 0 SQLite, 1 MySQL, 2 PostgreSQL")
     sqlite_config: Mapping[str, Any] = setting(
-        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_mapping,
+        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_sqlite,
         "how to open the SQLite database")
     mysql_config: Mapping[str, Any] = setting(
         {"user": "username", "passwd": "*****", "db": "database",
@@ -505,8 +513,7 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
 def parse_request(head: bytes) -> Request:
     """Parse the lines name=value of a request, or raise BadRequest.
 
-    Values are the mail client's: no bytes in them make a request broken, and
-    different bytes stay different.
+    Values are the mail client's: no bytes in them make a request broken.
     """
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
         raise BadRequest("too many attributes, or binary rubbish")
@@ -889,8 +896,8 @@ class Ledger:
                 identity: str | None) -> list[Standing]:
         """Read it in two scans of the index, however many there are."""
         cursor.execute("SELECT * FROM mail_count LIMIT 0")
-        count = ("COALESCE(recipient_count, 1)" if "recipient_count" in
-                 columns_of(cursor, "mail_count") else "1")
+        counted = "recipient_count" in (one[0] for one in cursor.description)
+        count = "COALESCE(recipient_count, 1)" if counted else "1"
         noted = columns_of(cursor, "limit_report")
         hits = self._hits(cursor, NOTED) if noted else {}
         chosen = () if identity is None else (identity,)
@@ -957,6 +964,8 @@ class Ledger:
     def _settle(self, batch: Batch, deadline: float) -> None:
         """Settle all charges of a batch in one transaction."""
         with hold(self._lock, deadline):
+            if batch.closed:  # it failed with the batch before
+                return
             self._open, began = Batch(), time.monotonic()
             batch.closed = True
             charges = [one for one in batch.charges if not one.abandoned]
@@ -1013,14 +1022,17 @@ class Ledger:
         return cursor
 
     def _roll_back(self, keep: bool) -> None:
-        """Undo what is half done, by closing the connection if in doubt."""
+        """Undo what is half done; keep the connection, or close it."""
         connection = self._connection
-        with contextlib.suppress(Exception):
-            if keep:
-                connection.cursor().execute("ROLLBACK")
-                return
+        if not keep:
             self._connection = None
-            connection.close()
+        if connection is None:
+            return
+        with contextlib.suppress(Exception):  # a lock outlives close() alone
+            connection.cursor().execute("ROLLBACK")
+        with contextlib.suppress(Exception):
+            if not keep:
+                connection.close()
 
     def _prepare(self, cursor: Cursor) -> None:
         """Make the tables, or bring those of the original up to date."""
@@ -1196,6 +1208,7 @@ def columns_of(cursor: Cursor, table: str) -> list[str]:
     try:
         cursor.execute(f"SELECT * FROM {table} LIMIT 0")
     except Exception:
+        cursor.execute("SELECT 1")  # raises if it was the connection
         return []
     return [column[0] for column in cursor.description]
 
@@ -1212,9 +1225,9 @@ def usage_statement(accounts: int, windows: int) -> str:
     A row for each: its place, newest date, newest total, and for each window
     the total before its first row.
     """
-    look_ups = [NEWEST.format("date"), NEWEST.format("total")]
-    look_ups += [BEFORE] * windows
-    columns = ", ".join(f"({look_up})" for look_up in look_ups)
+    queries = [NEWEST.format("date"), NEWEST.format("total")]
+    queries += [BEFORE] * windows
+    columns = ", ".join(f"({query})" for query in queries)
     return " UNION ALL ".join(
         f"SELECT {n}, {columns}" for n in range(accounts))
 
@@ -1238,7 +1251,7 @@ class Backend:
 
     def __init__(self, settings: Settings) -> None:
         """Take how to connect; raise ConfigError if there is no driver."""
-        self.timeout = settings.db_timeout
+        self.timeout = min(settings.db_timeout, 90)  # Postfix waits 100 s
         self.deadline = math.inf  # of the transaction in hand
         self.config = self.choose(settings)
         self.driver = import_driver(self.drivers)
@@ -1554,9 +1567,9 @@ class Service:
                 "database_errors", time.perf_counter() - began)
             self._tell_database(error)
             return None
-        if self._away:
-            self._tell_database(None)
         passed = verdict.broken is None
+        if self._away and passed:  # a refusal writes nothing: it may be full
+            self._tell_database(None)
         self.counters.count("passed" if passed else "refused",
                             time.perf_counter() - began)
         if not passed:
@@ -1714,25 +1727,29 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service = service
         self.handlers: dict[PolicyHandler, threading.Thread] = {}
         self.most = MAX_CONNECTIONS
+        self.path: str | None = None  # of the unix socket, once it is ours
         address = service.settings.SOCKET
-        self.path = address if isinstance(address, str) else None
-        if self.path is not None:
+        if isinstance(address, str):
             self.address_family = socket.AF_UNIX
         elif ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(
-            address, PolicyHandler)  # type: ignore[arg-type]
+        with lock_folder(address):
+            super().__init__(
+                address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
-        if self.path is not None:
-            remove_stale_socket(self.path)
-        allowed = self.service.settings.socket_permission
-        before = os.umask(0o777 & ~allowed)
+        settings = self.service.settings
+        if isinstance(settings.SOCKET, str):
+            remove_stale_socket(settings.SOCKET)
+        before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
         finally:
             os.umask(before)
+        if isinstance(settings.SOCKET, str):
+            self.path = settings.SOCKET
+            self.made = os.lstat(self.path)
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; when descriptors run out, make room."""
@@ -1780,12 +1797,29 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             thread.join(max(0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
-        """Close the listening socket and remove its path."""
+        """Close the listening socket and remove its path, if still ours."""
         super().server_close()
-        if self.path is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.path is not None and os.path.samestat(
+                    os.lstat(self.path), self.made):
                 os.unlink(self.path)
-            self.path = None
+
+
+@contextlib.contextmanager
+def lock_folder(address: str | tuple[str, int]) -> Iterator[None]:
+    """Keep others from judging a socket stale until it listens."""
+    if not isinstance(address, str):
+        yield
+        return
+    folder = os.open(os.path.dirname(os.path.abspath(address)), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise AlreadyRunning(f"{address}: another process is about to listen"
+                             " there") from None
+    finally:
+        os.close(folder)
 
 
 def remove_stale_socket(path: str) -> None:
@@ -1802,7 +1836,7 @@ def remove_stale_socket(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except socket.timeout:
+        except (socket.timeout, BlockingIOError):
             pass  # it listens, but is busy
     raise AlreadyRunning(f"{path}: another process listens there")
 
@@ -2185,7 +2219,8 @@ def warn_of_unknown(values: Mapping[str, Any], places: Mapping[str, str],
         if name in known or name == "config_file":
             continue
         close = difflib.get_close_matches(str(name), known, 1)
-        log.warning("%s: %s: no such setting%s", places.get(name, path), name,
+        log.warning("%s: %s: no such setting%s",
+                    places.get(str(name), path), name,
                     f"; is {close[0]} meant?" if close else "")
 
 
@@ -2194,9 +2229,11 @@ def read_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         values, lines = parse_yaml(text)
     except YamlError as error:
-        values, lines = read_with_pyyaml(text, path, error), {}
+        values = read_with_pyyaml(text, path, error)
+        lines = {key: number for number, line in enumerate(
+            text.splitlines(), 1) for key in re.findall(r"^(\w+) *:", line)}
     if not isinstance(values, (dict, type(None))):
-        raise ConfigError(f"{path}: found {reprlib.repr(values)},"
+        raise ConfigError(f"{path}: found {show(values)},"
                           " expected lines NAME: VALUE")
     return values or {}, lines
 
@@ -2219,7 +2256,7 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         body = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", 0)
+        line = getattr(error, "lineno", None) or 1
         raise ConfigError(f"{path}:{line}: not Python: {error}") from None
     known: dict[str, Any] = {"SQLITE_DB": 0, "MYSQL_DB": 1, "PGSQL_DB": 2}
     values: dict[str, Any] = {}
@@ -2229,9 +2266,10 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
             [target] = getattr(node, "targets", [None])
             value = evaluate(getattr(node, "value", None), known | values)
             values[target.id], lines[target.id] = value, node.lineno
-        except (AttributeError, TypeError, ValueError, ArithmeticError):
-            log.warning("%s:%d: skipped: it is not NAME = VALUE",
-                        path, node.lineno)
+        except (AttributeError, TypeError, ValueError, ArithmeticError,
+                RecursionError):
+            log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
+                        path, node.lineno, ast.unparse(node)[:60])
     return values, lines
 
 
@@ -2263,8 +2301,8 @@ def evaluate(node: object, known: Mapping[str, Any]) -> Any:
 
 
 def as_number(value: object) -> float:
-    """Check a number: text times a number could fill the memory."""
-    if isinstance(value, (int, float)):
+    """Check a number that cannot fill the memory, as text times one could."""
+    if isinstance(value, (int, float)) and abs(value) < 2**63:
         return value
     raise ValueError
 
@@ -2297,14 +2335,23 @@ def check_settings(config: Config) -> Settings:
         if one.name not in config.values:
             continue
         value, check = config.values[one.name], one.metadata["check"]
+        if value is None:
+            continue  # left empty: the default holds
         try:
             values[one.name] = check(value)
         except (TypeError, ValueError):
             raise one.metadata["error"](
                 f"{config.places.get(one.name, config.path)}: {one.name}:"
-                f" found {reprlib.repr(value)}, expected {check.__doc__}"
-            ) from None
+                f" found {show(value)}, expected {check.__doc__}") from None
     return Settings(**values)
+
+
+def show(value: object) -> str:
+    """Return a value as a message shows it."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to write out so long a number
+        return "a huge number"
 
 
 def look_up(config: Config, name: str) -> Any:
@@ -2332,297 +2379,196 @@ def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
 
 YAML_DEPTH = 50  # levels of nesting
 YAML_KEY = 1024  # characters in a key, PyYAML's own bound
-YAML_WORDS = {
-    spelling: value
-    for value, words in (
-        (True, "yes true on"), (False, "no false off"), (None, "null ~"))
-    for word in words.split()
-    for spelling in (word, word.title(), word.upper())
-}
-YAML_INT = re.compile(r"[-+]?(?:0[0-7]{0,20}|[1-9][0-9]{0,17})")
-YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,18}\.[0-9]{0,18}")
-YAML_ODD = re.compile(r"""
-    [-+]? \.? [0-9][0-9_]* (?:\.[0-9_]*)? (?:[eE][-+]?[0-9]+)?  # 1_0 08 1e5
-  | [-+]? 0 (?: [xX][0-9a-fA-F_]+ | [bB][01_]+ )                 # 0x1F
-  | [-+]? [0-9][0-9_]* (?: :[0-9]{1,2} )+ (?:\.[0-9_]*)?        # 1:30 is 90
-  | [-+]? \. (?: [iI][nN][fF] | [nN][aA][nN] )
-  | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?          # 2024-12-31
+YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
+              "false": False, "off": False, "null": None, "~": None}
+YAML_INT = re.compile(r"[-+]?(?:(0[0-7]{0,20})|[1-9][0-9]{0,17})")
+YAML_ODD = re.compile(r"""  # not simply text, at least to some readers
+    (?! (?:[0-9]{1,4}:){7}[0-9]+$ )  # an IPv6 address is text to us
+    [-+]? \.?[0-9][0-9_]* (?: :[0-9]{1,2} )*  # 1_0 08, and 1:30 is 90
+          (?: \.[0-9_]* )? (?: [eE][-+]?[0-9]+ )?  # 1.5 1e5
+  | [-+]? (?: 0[bx][0-9a-fA-F_]+ | \.(?i:inf|nan) )  # 0x1F .inf
+  | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?  # 2024-12-31
   | << | =
 """, re.VERBOSE)
 
-# Control characters, half characters and line ends few would expect.
-YAML_BAD = re.compile("[^\t\n -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe"
-                      "\uff00-\ufffd\U00010000-\U0010ffff]")
-YAML_MARK = re.compile(r"^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
+# Control characters, half characters, line ends few would expect, and marks
+# of where a document starts or ends; but one --- may come first.
+YAML_BAD = re.compile(
+    r"[^\t\n -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+    r"|[\u2028\u2029\ufeff]|^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
+YAML_START = re.compile(r"\A((?: *(?:#.*)?\n)*)---(?=(?: +#.*| *)\n)")
 YAML_GAP = re.compile(r"(?: *(?:#.*)?\n)* *")  # to the next thing to read
 YAML_EOL = re.compile(r"(?: *(?:#.*)?\n)+ *")  # the same, on a later line
-YAML_DASH = re.compile(r"-(?=[ \t\n])")
-YAML_ESCAPE = re.compile(
-    r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
-YAML_ESCAPES = dict(zip("0abtnvfre \"\\/", "\0\a\b\t\n\v\f\r\x1b \"\\/"))
 
-# A text: quoted, or words with spaces between them.  A colon ends it if a
-# space follows; inside brackets, more characters end it.
-YAML_QUOTED = r'''"(?:[^"\\\n]|\\.)*"|'(?:[^'\n]|'')*'(?!')'''
+# A text, quoted or words with spaces between them, and a key's colon.  A
+# colon before a space ends a text; inside brackets, more characters do.
+YAML_QUOTED = (r'"(?:[^"\\\n]|\\(?:["\\/nt]|x[0-9A-Fa-f]{2}'
+               r'|u(?![Dd][89A-Fa-f])[0-9A-Fa-f]{4}))*"'
+               r"|'(?:[^'\n]|'')*'(?!')")
+YAML_ESCAPE = re.compile(r"\\(?:x(..)|u(....)|(.))")
+YAML_FIRST = r"(?![][{},#&*!|>'\"%@`]|[-?][ \t\n])"
 YAML_WORD = r"(?:[^ \t\n:]|:(?![ \t\n]))+"
-YAML_PLAIN = (r"(?![][{},#&*!|>'\"%@`]|[-?][ \t\n])"
-              rf"{YAML_WORD}(?: +(?!\#){YAML_WORD})*")
-YAML_TEXT = re.compile(rf"{YAML_QUOTED}|{YAML_PLAIN}")
-YAML_NAME = re.compile(rf"({YAML_QUOTED}|{YAML_PLAIN}) *:(?=[ \t\n])")
-FLOW_WORD = r"(?:[^][{},? \t\n:]|:(?![][{}, \t\n]))+"
-FLOW_PLAIN = (r"(?![#&*!|>'\"%@`:]|-[ \t\n])"
-              rf"{FLOW_WORD}(?: +(?!\#){FLOW_WORD})*")
-FLOW_TEXT = re.compile(rf"{YAML_QUOTED}|{FLOW_PLAIN}")
-FLOW_NAME = re.compile(
-    rf"((?:{YAML_QUOTED})(?= *:)|{FLOW_PLAIN}(?= *:[][{{}}, \t\n])) *:")
+FLOW_WORD = r"(?:[^][{},? \t\n:]|:(?![][{},? \t\n]))+"
+YAML_TEXT = re.compile(rf"({YAML_QUOTED}|{YAML_FIRST}{YAML_WORD}"
+                       rf"(?: +(?!\#){YAML_WORD})*)( *:(?=[ \t\n]))?")
+FLOW_TEXT = re.compile(rf"({YAML_QUOTED}|(?!:){YAML_FIRST}{FLOW_WORD}"
+                       rf"(?: +(?!\#){FLOW_WORD})*)( *:)?")
 
 
 class YamlError(Exception):
     """Say what in a document cannot be read, and on which line."""
 
     def __init__(self, message: str, line: int) -> None:
+        """Keep the line apart from the message."""
         super().__init__(message)
         self.line = line
 
 
-@dataclass
-class YamlDoc:
-    """Hold a document's text, and what is known of it while it is read."""
-
-    text: str
-    depth: int = 0
-    keys: dict[str, int] = field(default_factory=dict)  # the outermost ones
-
-
-YamlRead = tuple[int, Any]
-YamlReader = Callable[[YamlDoc, int], YamlRead]
-
-
 def parse_yaml(text: str) -> tuple[object, dict[str, int]]:
     """Return the document's value and the line of each top-level key."""
-    doc, pos = open_document(text)
-    value = None
-    if pos < len(doc.text):
-        pos, value = read_node(doc, pos)
-    if pos < len(doc.text):
-        refuse_here(doc, pos, "wrong indentation, or several lines of text:")
-    ends = [end.start() for end in re.finditer("\n", doc.text)]
-    return value, {key: bisect(ends, at) + 1 for key, at in doc.keys.items()}
+    reader = YamlReader(text)
+    value = reader.read(YAML_TEXT, nest=True) if reader.column() >= 0 else None
+    if reader.column() >= 0:
+        reader.refuse("wrong indentation, or several lines of text:")
+    return value, reader.lines
 
 
-def open_document(text: str) -> tuple[YamlDoc, int]:
-    """Check the characters, take off --- and ... and find the start."""
-    text = text[1:] if text.startswith("\ufeff") else text
-    doc = YamlDoc(text.replace("\r\n", "\n").replace("\r", "\n") + "\n")
-    bad = YAML_BAD.search(doc.text)
-    if bad:
-        refuse(doc, bad.start(), f"character {ascii(bad[0])} is not allowed")
-    pos = start = skip_gap(doc, 0)
-    mark = YAML_MARK.search(doc.text)
-    if mark and mark[0] == "---" and mark.start() == start:
-        pos = end_line(doc, mark.end())
-        mark = YAML_MARK.search(doc.text, mark.end())
-    if mark:
-        end = end_line(doc, mark.end())
-        if end < len(doc.text) or mark[0] == "---" or mark.start() == start:
-            refuse(doc, mark.start(), "--- can only start and ... only end "
-                   "the one document in a file")
-        doc.text = doc.text[:mark.start()]
-    return doc, pos
+class YamlReader:
+    """Read a document; each method goes on from the position reached."""
 
+    def __init__(self, text: str) -> None:
+        """Check the characters, blank out --- and find the start."""
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+        self.text = YAML_START.sub(r"\1   ", text.rstrip("\n") + "\n")
+        self.pos, self.line, self.depth = 0, 1, 0
+        self.lines: dict[str, int] = {}  # of the top-level keys
+        bad = YAML_BAD.search(self.text)
+        if bad:
+            line = self.text.count("\n", 0, bad.start()) + 1
+            raise YamlError(f"{ascii(bad[0])} is not allowed here", line)
+        self.skip(YAML_GAP)
 
-def skip_gap(doc: YamlDoc, pos: int) -> int:
-    """Go over spaces, comments and ends of lines."""
-    gap = YAML_GAP.match(doc.text, pos)
-    return gap.end() if gap else pos
+    def skip(self, gap: re.Pattern[str]) -> None:
+        """Go over spaces, comments and ends of lines."""
+        found = gap.match(self.text, self.pos)
+        if not found:
+            self.refuse("cannot read this (no quotes?):")
+        self.line += found[0].count("\n")
+        self.pos = found.end()
 
+    def column(self) -> int:
+        """Tell the column reached; the end of the text is left of all."""
+        start = self.text.rfind("\n", 0, self.pos) + 1
+        return self.pos - start if self.pos < len(self.text) else -1
 
-def end_line(doc: YamlDoc, pos: int) -> int:
-    """Go to the next line with content; only a comment may come before."""
-    gap = YAML_EOL.match(doc.text, pos)
-    return gap.end() if gap else refuse_here(doc, pos)
+    def at(self, *signs: str) -> bool:
+        """Tell whether one of the signs comes next."""
+        return self.text.startswith(signs, self.pos)
 
+    def at_dash(self) -> bool:
+        """Tell whether a dash comes next that starts an item."""
+        return self.at("- ", "-\t", "-\n")
 
-def read_node(doc: YamlDoc, pos: int) -> YamlRead:
-    """Read a value that may be a sequence or mapping on lines of its own."""
-    if YAML_DASH.match(doc.text, pos):
-        return read_nested(doc, pos, read_sequence)
-    if YAML_NAME.match(doc.text, pos):
-        return read_nested(doc, pos, read_mapping)
-    return read_last(doc, pos)
+    def read(self, like: re.Pattern[str], nest: bool = False) -> Any:
+        """Read a value and, if it may nest, all lines that belong to it."""
+        self.depth += 1
+        if self.depth > YAML_DEPTH:
+            self.refuse(f"more than {YAML_DEPTH} levels of nesting:")
+        text = like.match(self.text, self.pos)
+        block = nest and bool(self.at_dash() or text and text[2])
+        if block:
+            value = self.read_block()
+        elif self.at("[", "{"):
+            value = self.read_flow()
+        elif text and not text[2]:
+            value = self.read_text(text[1])
+            self.pos = text.end()
+        else:
+            self.refuse("put quotes around")
+        if like is YAML_TEXT and not block:
+            self.skip(YAML_EOL)
+        self.depth -= 1
+        return value
 
+    def read_block(self) -> Any:
+        """Read the lines that start with a dash, or a key, in this column."""
+        pairs: list[tuple[Any, Any]] = []  # a dash is a key of None
+        column, dash = self.column(), self.at_dash()
+        while self.column() == column and self.at_dash() == dash:
+            key = None if dash else self.read_key(YAML_TEXT)
+            self.pos += 1  # over the dash or colon
+            line, value = self.line, None
+            self.skip(YAML_GAP)
+            least = column if self.at_dash() and not dash else column + 1
+            if self.line == line:
+                value = self.read(YAML_TEXT, nest=dash)
+            elif self.column() >= least:
+                value = self.read(YAML_TEXT, nest=True)
+            pairs.append((key, value))
+        return [value for _, value in pairs] if dash else dict(pairs)
 
-def read_nested(doc: YamlDoc, pos: int, read: YamlReader) -> YamlRead:
-    """Read a sequence or mapping, unless it is nested too deep."""
-    doc.depth += 1
-    if doc.depth > YAML_DEPTH:
-        refuse(doc, pos, f"more than {YAML_DEPTH} levels of nesting")
-    pos, value = read(doc, pos)
-    doc.depth -= 1
-    return pos, value
+    def read_flow(self) -> Any:
+        """Read [a, b] or {a: b, c: d}, on one line or more."""
+        pairs: list[tuple[Any, Any]] = []  # in [a, b], the keys are None
+        close, key, more = "]" if self.at("[") else "}", None, True
+        while more:
+            self.pos += 1  # over the bracket or comma
+            self.skip(YAML_GAP)
+            if self.at(close):
+                break
+            if close == "}":
+                key = self.read_key(FLOW_TEXT)
+                self.pos += 1
+                self.skip(YAML_GAP)
+            empty = close == "}" and self.at(",", "}")
+            pairs.append((key, None if empty else self.read(FLOW_TEXT)))
+            self.skip(YAML_GAP)
+            more = self.at(",")
+        if not self.at(close):
+            self.refuse(f"no , or {close} before")
+        self.pos += 1
+        return [value for _, value in pairs] if close == "]" else dict(pairs)
 
+    def read_key(self, like: re.Pattern[str]) -> Any:
+        """Read a key, up to its colon."""
+        text = like.match(self.text, self.pos)
+        if not text or not text[2] or len(text[0]) > YAML_KEY + 1:
+            self.refuse("not `key: value` (no quotes?):")
+        if text[1].endswith(":") and not text[1].endswith("::"):
+            self.refuse("put quotes around")  # as in `- fe80::`
+        key = self.read_text(text[1])
+        if self.depth == 1:
+            self.lines[str(key)] = self.line
+        self.pos = text.end() - 1
+        return key
 
-def read_sequence(doc: YamlDoc, pos: int) -> tuple[int, list[Any]]:
-    """Read the lines that start with a dash in this column."""
-    column = column_of(doc, pos)
-    items: list[Any] = []
-    while column_of(doc, pos) == column and YAML_DASH.match(doc.text, pos):
-        dash, pos = pos, skip_gap(doc, pos + 1)
-        value = None
-        if "\n" not in doc.text[dash:pos] or column_of(doc, pos) > column:
-            pos, value = read_node(doc, pos)
-        items.append(value)
-    return pos, items
+    def read_text(self, text: str) -> Any:
+        """Turn a text, quoted or not, into its value."""
+        if text[0] == "'":
+            return text[1:-1].replace("''", "'")
+        if text[0] == '"':
+            return YAML_ESCAPE.sub(lambda found: (
+                chr(int(found[1] or found[2], 16)) if not found[3] else
+                {"n": "\n", "t": "\t"}.get(found[3], found[3])), text[1:-1])
+        word = text.lower()
+        if word in YAML_WORDS and text in (word, word.title(), word.upper()):
+            return YAML_WORDS[word]
+        number = YAML_INT.fullmatch(text)
+        if number:
+            return int(text, 8 if number[1] else 10)
+        if YAML_ODD.fullmatch(text):
+            self.refuse("put quotes around")
+        return text
 
-
-def column_of(doc: YamlDoc, pos: int) -> int:
-    """Tell the column of a position; the end of the text is left of all."""
-    if pos == len(doc.text):
-        return -1
-    return pos - doc.text.rfind("\n", 0, pos) - 1
-
-
-def read_mapping(doc: YamlDoc, pos: int) -> tuple[int, dict[Any, Any]]:
-    """Read the lines that start with a key in this column."""
-    column = column_of(doc, pos)
-    pairs: dict[Any, Any] = {}
-    while column_of(doc, pos) == column:
-        pos, key = read_key(doc, pos, YAML_NAME)
-        pos, pairs[key] = read_value(doc, pos, column)
-    return pos, pairs
-
-
-def read_key(doc: YamlDoc, pos: int, like: re.Pattern[str]) -> YamlRead:
-    """Read a key and its colon."""
-    name = like.match(doc.text, pos)
-    if not name:
-        refuse_here(doc, pos, "not `key: value` (no quotes?):")
-    if len(name[0]) > YAML_KEY + 1:
-        refuse(doc, pos, f"key longer than {YAML_KEY} characters")
-    if name[1].endswith(":") and is_ipv6(name[1] + ":"):
-        refuse(doc, pos, f"put quotes around {name[1]}:")  # as in `- fe80::`
-    key = read_text(doc, pos, name[1])
-    if doc.depth == 1:
-        doc.keys[str(key)] = pos
-    return name.end(), key
-
-
-def read_value(doc: YamlDoc, pos: int, column: int) -> YamlRead:
-    """Read what belongs to a key that stands in the given column."""
-    if not YAML_EOL.match(doc.text, pos):
-        return read_last(doc, skip_gap(doc, pos))
-    pos = end_line(doc, pos)
-    here = column_of(doc, pos)
-    if here > column or here == column and YAML_DASH.match(doc.text, pos):
-        return read_node(doc, pos)
-    return pos, None
-
-
-def read_last(doc: YamlDoc, pos: int) -> YamlRead:
-    """Read the last value on a line, and go to the next line."""
-    pos, value = read_inline(doc, pos, YAML_TEXT)
-    return end_line(doc, pos), value
-
-
-def read_inline(doc: YamlDoc, pos: int, like: re.Pattern[str]) -> YamlRead:
-    """Read a text, a number or something in brackets."""
-    if doc.text.startswith("[", pos):
-        return read_nested(doc, pos, read_brackets)
-    if doc.text.startswith("{", pos):
-        return read_nested(doc, pos, read_braces)
-    text = like.match(doc.text, pos)
-    if not text:
-        refuse_here(doc, pos, "put quotes around")
-    return text.end(), read_text(doc, pos, text[0])
-
-
-def read_brackets(doc: YamlDoc, pos: int) -> tuple[int, list[Any]]:
-    """Read [a, b], on one line or more."""
-    items: list[Any] = []
-    pos = skip_gap(doc, pos + 1)
-    while not doc.text.startswith("]", pos):
-        pos, item = read_inline(doc, pos, FLOW_TEXT)
-        items.append(item)
-        pos = skip_comma(doc, pos, "]")
-    return pos + 1, items
-
-
-def skip_comma(doc: YamlDoc, pos: int, close: str) -> int:
-    """Go over a comma, or to the closing bracket."""
-    pos = skip_gap(doc, pos)
-    if doc.text.startswith(",", pos):
-        return skip_gap(doc, pos + 1)
-    if not doc.text.startswith(close, pos):
-        refuse_here(doc, pos, f"no , or {close} before")
-    return pos
-
-
-def read_braces(doc: YamlDoc, pos: int) -> tuple[int, dict[Any, Any]]:
-    """Read {a: b, c: d}, on one line or more."""
-    pairs: dict[Any, Any] = {}
-    pos = skip_gap(doc, pos + 1)
-    while not doc.text.startswith("}", pos):
-        pos, key = read_key(doc, pos, FLOW_NAME)
-        pos = skip_gap(doc, pos)
-        pairs[key] = None
-        if not doc.text.startswith((",", "}"), pos):
-            pos, pairs[key] = read_inline(doc, pos, FLOW_TEXT)
-        pos = skip_comma(doc, pos, "}")
-    return pos + 1, pairs
-
-
-def read_text(doc: YamlDoc, pos: int, text: str) -> Any:
-    """Turn a text, quoted or not, into its value."""
-    if text[0] == "'":
-        return text[1:-1].replace("''", "'")
-    if text[0] == '"':
-        return YAML_ESCAPE.sub(
-            lambda match: read_escape(doc, pos, match), text[1:-1])
-    if text in YAML_WORDS:
-        return YAML_WORDS[text]
-    if YAML_INT.fullmatch(text):
-        return int(text, 8 if text.lstrip("+-")[0] == "0" else 10)
-    if YAML_FLOAT.fullmatch(text):
-        return float(text)
-    if YAML_ODD.fullmatch(text) and not is_ipv6(text):
-        refuse(doc, pos, f"put quotes around {text[:60]}")
-    return text
-
-
-def read_escape(doc: YamlDoc, pos: int, match: re.Match[str]) -> str:
-    """Return the character that a backslash sequence stands for."""
-    if match[4] in YAML_ESCAPES:
-        return YAML_ESCAPES[match[4]]
-    code = int(match[1] or match[2] or match[3] or "110000", 16)
-    if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-        refuse(doc, pos, f"unknown escape sequence {match[0]}")
-    return chr(code)
-
-
-def is_ipv6(text: str) -> bool:
-    """Tell whether a text is an IPv6 address or network."""
-    try:
-        return IPv6Network(text, strict=False).version == 6
-    except ValueError:
-        return False
-
-
-def refuse_here(
-    doc: YamlDoc, pos: int, why: str = "cannot read this (no quotes?):",
-) -> NoReturn:
-    """Refuse what stands here, for the reason given or a better one."""
-    rest = doc.text[pos:pos + 60].split("\n")[0]
-    if rest.startswith("\t"):
-        refuse(doc, pos, "write spaces instead of a tab")
-    if rest.startswith(('"', "'")) and not YAML_TEXT.match(doc.text, pos):
-        refuse(doc, pos, f"close the quotes on the same line: {rest}")
-    refuse(doc, pos, f"{why} {rest or 'the end'}")
-
-
-def refuse(doc: YamlDoc, pos: int, message: str) -> NoReturn:
-    """Raise the error for this place."""
-    pos = min(pos, len(doc.text.rstrip("\n")))
-    raise YamlError(message, doc.text.count("\n", 0, pos) + 1)
+    def refuse(self, why: str) -> NoReturn:
+        """Refuse what stands here, for the reason given or a better one."""
+        rest = self.text[self.pos:self.pos + 60].split("\n")[0]
+        if self.at("\t"):
+            why = "write spaces instead of a tab:"
+        elif self.at("'", '"') and not YAML_TEXT.match(self.text, self.pos):
+            why = "close the quotes on the same line, write \\ as \\\\:"
+        raise YamlError(f"{why} {rest or 'the end'}",
+                        min(self.line, self.text.count("\n")))
 
 
 # ---------------------------------------------------------------------------
@@ -2674,20 +2620,21 @@ def become(owner: Owner | None) -> None:
     os.environ["HOME"] = owner.home  # where database drivers look for files
 
 
-def folders(settings: Settings) -> Iterator[tuple[str, int]]:
-    """Yield the folders that a start needs, and the modes to make them."""
+def folders(settings: Settings) -> Mapping[str, int]:
+    """Return the folders that a start needs, and the modes to make them."""
+    modes = {settings.pidfile: 0o755}
+    if settings.backend == 0:
+        modes[settings.sqlite_config["database"]] = 0o750
     if isinstance(settings.SOCKET, str):
-        yield os.path.dirname(os.path.abspath(settings.SOCKET)), 0o755
-    yield os.path.dirname(os.path.abspath(settings.pidfile)), 0o755
-    database = settings.sqlite_config.get("database")
-    if settings.backend == 0 and isinstance(database, str):
-        yield os.path.dirname(os.path.abspath(database)), 0o750
+        modes[settings.SOCKET] = 0o755
+    return {os.path.dirname(os.path.abspath(path)): mode
+            for path, mode in modes.items()}
 
 
 def make_folders(settings: Settings, owner: Owner | None) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
-    for folder, mode in folders(settings):
+    for folder, mode in folders(settings).items():
         if os.path.isdir(folder):
             continue
         os.makedirs(folder, mode)
@@ -2705,30 +2652,35 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.open(path, flags, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            yield  # /dev/null: there is to be no pidfile
+            return
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pid = os.read(file, 20).decode("ascii", "replace").strip()
-        os.close(file)
-        raise AlreadyRunning(f"{path}: another instance is running,"
-                             f" process {pid}") from None
-    try:
+        if not os.path.samestat(os.fstat(file), os.lstat(path)):
+            raise BlockingIOError  # the one that had it is about to end
         os.ftruncate(file, 0)
         os.write(file, f"{os.getpid()}\n".encode())
         if owner is not None:
             os.fchown(file, owner.uid, owner.gid)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    except (BlockingIOError, FileNotFoundError):
+        pid = os.read(file, 20).decode("ascii", "replace").strip()
+        raise AlreadyRunning(f"{path}: another instance is running,"
+                             f" process {pid}") from None
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
         os.close(file)
 
 
 def serve(settings: Settings, owner: Owner | None,
           announce: Callable[[Any], None],
-          load: Callable[[], Settings]) -> None:
+          read: Callable[[], Settings]) -> None:
     """Run the daemon until a signal ends it.
 
-    announce is told the address once clients can come; load returns the
+    announce is told the address once clients can come; read returns the
     settings anew for a reload.
     """
     signals = catch_signals()
@@ -2738,8 +2690,10 @@ def serve(settings: Settings, owner: Owner | None,
     service = Service(settings, open_ledger(settings), alarm=alarm.refused)
     with hold_pidfile(settings.pidfile, owner), \
             PolicyServer(service) as server:
+        if owner is not None and server.path is not None:
+            os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
         become(owner)
-        server.most = min(MAX_CONNECTIONS, raise_file_limit() - 64)
+        server.most = max(16, min(MAX_CONNECTIONS, raise_file_limit() - 64))
         service.clean()  # opens the ledger, and says so if it cannot
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
@@ -2748,18 +2702,24 @@ def serve(settings: Settings, owner: Owner | None,
         announce(server.server_address)
         notify("READY=1")
         bulletin = Bulletin(service.counters, settings.pidfile)
-        obey(signals, service, load, bulletin)
+        obey(signals[0], service, read, bulletin)
         notify("STOPPING=1")
-        server.stop(settings.db_timeout + 2)
+        server.stop(2 * settings.db_timeout + 2)
         bulletin.close()
 
 
-def catch_signals() -> queue.SimpleQueue[int]:
-    """Return the queue into which signals come from now on."""
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+def catch_signals() -> tuple[socket.socket, socket.socket]:
+    """Return a pair of sockets: from the first, signals' numbers come.
+
+    Whatever thread the kernel gives a signal to, this wakes the main one.
+    """
+    signals = socket.socketpair()
+    signals[0].settimeout(CLEAN_PAUSE)
+    signals[1].setblocking(False)
+    signal.set_wakeup_fd(signals[1].fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
                    signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, lambda number, _: signals.put(number))
+        signal.signal(number, lambda *_: None)
     return signals
 
 
@@ -2771,14 +2731,14 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def obey(signals: queue.SimpleQueue[int], service: Service,
-         load: Callable[[], Settings], bulletin: Bulletin) -> None:
+def obey(signals: socket.socket, service: Service,
+         read: Callable[[], Settings], bulletin: Bulletin) -> None:
     """Reload at HUP, sum up at USR2, return at others; clean meanwhile."""
     while True:
         bulletin.publish()
         try:
-            number = signals.get(timeout=CLEAN_PAUSE)
-        except queue.Empty:
+            number = signals.recv(1)[0]
+        except socket.timeout:
             service.clean()
             continue
         if number == signal.SIGUSR2:
@@ -2788,14 +2748,14 @@ def obey(signals: queue.SimpleQueue[int], service: Service,
             return
         microseconds = time.monotonic_ns() // 1000
         notify(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
-        reload(service, load)
+        reload(service, read)
         notify("READY=1")
 
 
-def reload(service: Service, load: Callable[[], Settings]) -> None:
+def reload(service: Service, read: Callable[[], Settings]) -> None:
     """Replace the settings; a broken file leaves the old ones in force."""
     try:
-        new = load()
+        new = read()
     except PolicydError as error:
         log.error("not reloaded, the old settings stay: %s", error)
         return
@@ -2858,25 +2818,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         prog=PROGRAM, description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
     parser.set_defaults(command=run)
-    commands = parser.add_mutually_exclusive_group()
-    commands.add_argument(
-        "--clean", dest="command", action="store_const", const=clean,
-        help="clean old records from the database")
-    commands.add_argument(
-        "--get-config", metavar="PARAMETER_NAME",
-        help="return the value of a config parameter")
-    commands.add_argument(
-        "--check", dest="command", action="store_const", const=check,
-        help="check the configuration, the folders and the database")
-    commands.add_argument(
-        "--status", metavar="ID", nargs="?", const="",
-        help="show who has used how much, or all about one identity")
-    commands.add_argument(
-        "--prometheus", dest="command", action="store_const",
-        const=prometheus, help="show it, and what the daemon has counted,"
-        " for node_exporter's textfile collector")
-    commands.add_argument(
-        "--reset", metavar="ID", help="forget what an identity has used")
+    add_commands(parser.add_mutually_exclusive_group())
     parser.add_argument(
         "--json", action="store_true", help="show --status as JSON")
     parser.add_argument(
@@ -2891,22 +2833,48 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version",
                         version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
-    if options.get_config is not None:
-        options.command = get_config
-    if options.reset is not None:
-        options.command = reset
-    if options.json and options.command is run:
-        options.status = options.status or ""
-    if options.status is not None:
-        options.command = status
-    elif options.json:
+    if options.json and options.command is run and options.status is None:
+        options.status = ""
+    for name, command in (("get_config", get_config), ("reset", reset),
+                          ("status", show_status)):
+        if getattr(options, name) is not None:
+            options.command = command
+    if options.json and options.command is not show_status:
         parser.error("--json goes with --status")
     return options
 
 
-def load(options: argparse.Namespace) -> Settings:
+def add_commands(commands: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the options that do something else than run the daemon."""
+    for name, command, meaning in (
+            ("--clean", clean, "clean old records from the database, and"
+             " send the report"),
+            ("--check", check_start, "check the configuration, the folders"
+             " and the database"),
+            ("--prometheus", show_metrics, "show who has used how much, and"
+             " what the daemon has counted, for node_exporter")):
+        commands.add_argument(name, dest="command", action="store_const",
+                              const=command, help=meaning)
+    commands.add_argument(
+        "--get-config", metavar="PARAMETER_NAME",
+        help="return the value of a config parameter")
+    commands.add_argument(
+        "--status", metavar="ID", nargs="?", const="",
+        help="show who has used how much, or all about one identity")
+    commands.add_argument(
+        "--reset", metavar="ID", help="forget what an identity has used")
+
+
+def load_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of a command, and log as they say."""
-    settings = check_settings(configure(options))
+    config = configure(options)
+    if options.file is None and config.path is not None:
+        options.file = config.path  # also at a reload, with another $HOME
+    settings = check_settings(config)
+    if options.command in (run, check_start) and config.path is not None \
+            and "count_mode" not in config.values:
+        log.warning("%s: count_mode is not set: 1 holds, mails count at DATA;"
+                    " the original 1.2.0 counted at RCPT (0)", config.path)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
     return settings
 
@@ -2939,7 +2907,7 @@ def owner_of(options: argparse.Namespace, settings: Settings) -> Owner | None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the daemon."""
-    settings = load(options)
+    settings = load_settings(options)
 
     def announce(address: Any) -> None:
         """Say that clients can come."""
@@ -2949,7 +2917,7 @@ def run(options: argparse.Namespace) -> None:
             print(main_cf(settings.count_mode, address), flush=True)
 
     serve(settings, owner_of(options, settings), announce,
-          lambda: load(options))
+          lambda: load_settings(options))
 
 
 def clean(options: argparse.Namespace) -> None:
@@ -2962,6 +2930,7 @@ def clean(options: argparse.Namespace) -> None:
             after, some = ledger.clean(
                 after, int(time.time()), 2 * settings.longest_window)
             deleted += some
+            time.sleep(0.005)  # the daemon's turn
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
@@ -2969,16 +2938,21 @@ def clean(options: argparse.Namespace) -> None:
         send_reports(ledger, settings)
 
 
-def enter(options: argparse.Namespace) -> tuple[Settings, Ledger]:
-    """Return settings and ledger of a command, without root's rights."""
-    settings = load(options)
-    become(owner_of(options, settings))
-    return settings, open_ledger(settings)
+def enter(options: argparse.Namespace,
+          make: bool = True) -> tuple[Settings, Ledger]:
+    """Make the folders if so told, give up root's rights, open the ledger."""
+    settings = load_settings(options)
+    owner = owner_of(options, settings)
+    if make:
+        make_folders(settings, owner)
+    ledger = open_ledger(settings)
+    become(owner)
+    return settings, ledger
 
 
-def status(options: argparse.Namespace) -> None:
+def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
-    settings, ledger = enter(options)
+    settings, ledger = enter(options, make=False)
     now = int(time.time())
     identity = fold(options.status) if options.status else None
     standings = ledger.survey(settings, now, identity)
@@ -2995,9 +2969,9 @@ def status(options: argparse.Namespace) -> None:
         print(line)
 
 
-def prometheus(options: argparse.Namespace) -> None:
+def show_metrics(options: argparse.Namespace) -> None:
     """Show it for node_exporter's textfile collector, which reads UTF-8."""
-    settings, ledger = enter(options)
+    settings, ledger = enter(options, make=False)
     counts = read_tally(settings.pidfile)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
@@ -3017,32 +2991,51 @@ def reset(options: argparse.Namespace) -> None:
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
 
 
-def check(options: argparse.Namespace) -> None:
+def check_start(options: argparse.Namespace) -> None:
     """Say whether a start would work, or what is wrong; change nothing."""
-    settings = load(options)
-    is_root = os.geteuid() == 0
-    become(owner_of(options, settings))
-    for folder, _ in folders(settings):
-        if os.path.isdir(folder):
-            usable = os.access(folder, os.W_OK | os.X_OK)
-        else:
-            usable = is_root or can_make(folder)
-        if not usable:
-            raise PolicydError(f"{folder}: cannot be written")
-    print(BACKENDS[settings.backend](settings).probe())
+    settings = load_settings(options)
+    owner = owner_of(options, settings)
+    needed = [*folders(settings)]
+    missing = [name for name in needed if not os.path.isdir(name)]
+    unusable = [name for name in missing if not can_make(name)]  # by root
+    check_socket(settings.SOCKET)
+    backend = BACKENDS[settings.backend](settings)
+    become(owner)
+    unusable += [name for name in needed if name not in missing
+                 and not os.access(name, os.W_OK | os.X_OK)]
+    if os.path.isdir(settings.pidfile):
+        unusable.append(settings.pidfile)
+    if unusable:
+        raise PolicydError(f"{unusable[0]}: cannot be written")
+    print(backend.probe())
     print("OK")
 
 
 def can_make(folder: str) -> bool:
     """Say whether a missing folder could be made by this user."""
-    while not os.path.isdir(folder):
+    while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
-    return os.access(folder, os.W_OK | os.X_OK)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def check_socket(address: str | tuple[str, int]) -> None:
+    """Raise OSError if a socket could not be bound to an address."""
+    if isinstance(address, str):
+        if len(os.fsencode(address)) > 107:  # unix(7), sun_path
+            raise OSError(errno.ENAMETOOLONG, "too long a path", address)
+        if not stat.S_ISSOCK(os.stat(address).st_mode
+                             if os.path.exists(address) else stat.S_IFSOCK):
+            raise FileExistsError(errno.EEXIST, "is not a socket", address)
+    else:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        socket.create_server((address[0], 0), family=family).close()
 
 
 def get_config(options: argparse.Namespace) -> None:
     """Print the value of a setting."""
     value = look_up(configure(options), options.get_config)
+    if options.get_config == "SOCKET" and isinstance(value, list):
+        value = tuple(value)  # as the original prints it
     print(value, end="")
 
 

@@ -12,29 +12,43 @@ import contextlib
 import dataclasses
 import email.message
 import email.policy
+import grp
+import importlib.util
+import io
 import itertools
 import json
 import logging
 import os
 import pty
+import pwd
 import random
 import re
+import resource
 import shutil
 import signal
 import smtplib
 import socket
 import sqlite3
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
+import urllib.parse
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
+from unittest.mock import patch
 
 import policyd_rate_limit as prl
+
+try:
+    import yaml
+except ImportError:
+    yaml = None  # type: ignore[assignment]
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "policyd_rate_limit.py")
@@ -273,13 +287,13 @@ class ShapeTest(unittest.TestCase):
 
     def test_a_section_uses_only_those_above_it(self) -> None:
         defined: dict[str, int] = {}
-        for node in self.tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                defined[node.name] = self.section(node.lineno)
-            elif isinstance(node, ast.Assign):
-                for target in node.targets:
+        for top in self.tree.body:
+            if isinstance(top, (ast.FunctionDef, ast.ClassDef)):
+                defined[top.name] = self.section(top.lineno)
+            elif isinstance(top, ast.Assign):
+                for target in top.targets:
                     if isinstance(target, ast.Name):
-                        defined[target.id] = self.section(node.lineno)
+                        defined[target.id] = self.section(top.lineno)
         for node in ast.walk(self.tree):
             if (isinstance(node, ast.Name) and node.id in defined
                     and isinstance(node.ctx, ast.Load)):
@@ -300,12 +314,11 @@ class ShapeTest(unittest.TestCase):
     def test_public_names_have_docstrings(self) -> None:
         classes = [node for node in self.tree.body
                    if isinstance(node, ast.ClassDef)]
-        nodes: Iterator[ast.stmt] = itertools.chain(
-            self.tree.body, *(one.body for one in classes))
-        for node in nodes:
-            if (isinstance(node, (ast.FunctionDef, ast.ClassDef))
-                    and not node.name.startswith("_")):
-                self.assertIsNotNone(ast.get_docstring(node), node.name)
+        for named in itertools.chain(
+                self.tree.body, *(one.body for one in classes)):
+            if (isinstance(named, (ast.FunctionDef, ast.ClassDef))
+                    and not named.name.startswith("_")):
+                self.assertIsNotNone(ast.get_docstring(named), named.name)
 
 
 class DocsTest(unittest.TestCase):
@@ -319,12 +332,15 @@ class DocsTest(unittest.TestCase):
             cls.readme = file.read()
 
     def test_readme_has_each_setting_with_its_default(self) -> None:
-        for name, default in prl.default_values().items():
-            shown = json.dumps(default) if default is not None else "null"
-            shown = {"true": "True", "false": "False"}.get(shown, shown)
-            if name == "socket_permission":
-                shown = "0666"
-            self.assertIn(f"| `{name}` | `{shown}` |", self.readme)
+        for one in fields(prl.Settings):
+            row = re.search(rf"^\| `{one.name}` \| `(.*?)` \| ", self.readme,
+                            re.MULTILINE)
+            assert row is not None, one.name
+            value, _ = prl.parse_yaml(row[1])
+            if value is not None:
+                value = one.metadata["check"](value)
+            self.assertEqual(value or None, getattr(
+                prl.Settings(), one.name) or None, one.name)
 
     def test_the_sample_file_holds_each_setting_with_its_default(self) -> None:
         config = prl.read_config(os.path.join(HERE, "policyd-rate-limit.yaml"))
@@ -332,8 +348,9 @@ class DocsTest(unittest.TestCase):
         self.assertEqual(prl.check_settings(config), prl.Settings())
 
     def test_readme_has_each_option_and_exit_code(self) -> None:
-        for option in set(re.findall(r"--?[a-z][a-z-]*", run("-h").stdout)):
-            self.assertIn(f"`{option}", self.readme)
+        for option in set(re.findall(
+                r"(?<![\w-])--?[a-z][a-z-]*", run("-h").stdout)):
+            self.assertRegex(self.readme, f"`{option}[ `]")
         codes = [error.exit_code
                  for error in prl.PolicydError.__subclasses__()]
         for code in {0, 6, *codes}:
@@ -431,9 +448,10 @@ class PolicyTest(unittest.TestCase):
         self.assertEqual({prl.fold(name) for name in names}, names)
 
     def test_identity_is_user_then_sender_then_address(self) -> None:
-        everything: dict[str, Any] = {"limit_by_sasl": True, "limit_by_sender": True,
-                      "limit_by_ip": True, "limited_networks":
-                      prl.as_networks(["192.0.2.0/24", "2001:db8::/32"])}
+        everything: dict[str, Any] = {
+            "limit_by_sasl": True, "limit_by_sender": True,
+            "limit_by_ip": True, "limited_networks":
+            prl.as_networks(["192.0.2.0/24", "2001:db8::/32"])}
         cases: Any = (
                 ({}, {}, "joe"),
                 ({}, {"sasl_username": ""}, "joe@example.org"),
@@ -843,6 +861,2080 @@ class ServiceTest(FolderTest):
         self.assertEqual([("away" in line, "back" in line) for line in said],
                          [(True, False), (False, True)])
 
+
+WIDE = "limits: [[100000, 86400]]\ndebug: False\n"  # limits that nobody hits
+AWAY = "defer_if_permit no database"
+
+
+def counted(path: str) -> dict[str, int]:
+    """Return what the database at a path holds of each identity."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return dict(connection.execute(
+            "SELECT id, sum(recipient_count) FROM mail_count GROUP BY id"))
+
+
+def status(daemon: Daemon, name: str) -> list[int]:
+    """Return the numbers of a line of /proc/PID/status."""
+    with open(f"/proc/{daemon.process.pid}/status") as file:
+        [line] = [line for line in file if line.startswith(name + ":")]
+    return [int(word) for word in line.split()[1:] if word.isdigit()]
+
+
+def cpu_seconds(daemon: Daemon) -> float:
+    """Return the processor time that a daemon has used."""
+    with open(f"/proc/{daemon.process.pid}/stat") as file:
+        words = file.read().rpartition(")")[2].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def tcp_address(daemon: Daemon) -> tuple[str, int]:
+    """Return the address and port where a daemon says that it listens."""
+    found = re.search(r"listening on \[?(.*?)\]?:(\d+)\n", daemon.log())
+    assert found, daemon.log()
+    return found[1], int(found[2])
+
+
+def together(clients: int, work: Callable[[int], list[str]]) -> list[str]:
+    """Run work in so many threads at once; return all their answers."""
+    answers: list[str] = []
+    gate = threading.Barrier(clients)
+
+    def begin(number: int) -> None:
+        gate.wait()
+        answers.extend(work(number))
+
+    threads = [threading.Thread(target=begin, args=(n,))
+               for n in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def asks(address: Any, times: int) -> list[str]:
+    """Ask some times on a connection of its own."""
+    with Client(address) as client:
+        return [client.ask() for _ in range(times)]
+
+
+class NetTest(FolderTest):
+    """What the tests of this part share."""
+
+    def passes(self, daemon: Daemon, *users: str) -> None:
+        """Check that the daemon counts a mail of each user."""
+        before = counted(daemon.database)
+        for user in users or ("honest",):
+            self.assertEqual(daemon.ask(sasl_username=user), PASS)
+            name = user.lower()
+            self.assertEqual(counted(daemon.database)[name],
+                             before.get(name, 0) + 1)
+
+    def crowd(self, daemon: Daemon, size: int) -> list[Client]:
+        """Open many connections, which end with the test."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < size + 100:
+            skip(f"a hard limit of {size + 100} open files")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self.addCleanup(
+            resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(daemon.client())
+                       for _ in range(size)]
+            self.addCleanup(stack.pop_all().close)
+        return clients
+
+    def few_files(self, files: int) -> str:
+        """Write a program that runs the daemon with few descriptors."""
+        return self.write(f"few{files}.py", (
+            "import resource, runpy\n"
+            f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files},) * 2)\n"
+            f"runpy.run_path({PROGRAM!r}, run_name='__main__')\n"))
+
+
+class ServerTest(NetTest):
+    """Connections: whatever their number and their pieces."""
+
+    def test_it_listens_on_unix_ipv4_and_ipv6_sockets(self) -> None:
+        self.passes(self.daemon())
+        for host in "127.0.0.1", "::1":
+            with self.subTest(host):
+                if host == "::1" and not os.path.exists("/proc/net/if_inet6"):
+                    skip("IPv6")
+                daemon = self.daemon(
+                    WIDE, "-o", f'SOCKET=["{host}", 0]', name=f"at{host}")
+                self.assertEqual(asks(tcp_address(daemon), 2), [PASS, PASS])
+                self.assertEqual(counted(daemon.database), {"joe": 2})
+
+    def test_requests_may_come_in_any_pieces(self) -> None:
+        daemon = self.daemon("limit_by_sasl: no\nlimit_by_sender: yes\n")
+        wire = request_text(sender="zoë@example.org")
+        cut = wire.index(b"\xc3") + 1  # inside the character
+        for pieces in ([wire + wire], [wire[:cut], wire[cut:] + wire],
+                       [wire[i:i + 1] for i in range(len(wire))] + [wire],
+                       [wire[:-1], wire[-1:] + wire[:5], wire[5:]]):
+            with self.subTest(pieces=len(pieces)), daemon.client() as client:
+                for piece in pieces:
+                    client.socket.sendall(piece)
+                self.assertEqual([client.read(), client.read()], [PASS] * 2)
+        self.assertEqual(counted(daemon.database), {"zoë@example.org": 8})
+
+    def test_attributes_are_not_left_over_for_the_next_request(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]\n")
+        with daemon.client() as client:
+            self.assertEqual(client.ask(), PASS)
+            client.socket.sendall(b"request=smtpd_access_policy\n"
+                                  b"protocol_state=DATA\n\n")
+            self.assertEqual(client.read(), PASS)  # nobody's mail
+            self.assertEqual(client.ask(sasl_username="ann"), PASS)
+        self.assertEqual(counted(daemon.database), {"joe": 1, "ann": 1})
+
+    def test_an_idle_connection_is_closed(self) -> None:
+        with self.daemon("delay_to_close: 1\n").client() as client:
+            self.assertEqual(client.ask(), PASS)
+            start = time.monotonic()
+            self.assertEqual(client.read(), "")
+        self.assertAlmostEqual(time.monotonic() - start, 1, delta=0.8)
+
+    def test_a_request_that_trickles_in_for_ever_is_hung_up_on(self) -> None:
+        with self.daemon("delay_to_close: 1\n").client() as client:
+            client.socket.settimeout(0.2)
+
+            def cut_off() -> bool:
+                try:
+                    client.socket.sendall(b"a")
+                    return client.socket.recv(1) == b""
+                except socket.timeout:
+                    return False
+                except OSError:
+                    return True
+
+            wait_for(cut_off, "the daemon to hang up")
+
+    def test_a_burst_of_connections_waits_in_the_backlog(self) -> None:
+        daemon = self.daemon(WIDE)
+        daemon.send(signal.SIGSTOP)
+        clients = self.crowd(daemon, 200)
+        for client in clients:
+            client.socket.sendall(request_text())
+        daemon.send(signal.SIGCONT)
+        self.assertEqual({client.read() for client in clients}, {PASS})
+        self.assertEqual(counted(daemon.database), {"joe": 200})
+
+    def test_a_hundred_clients_at_once_get_exactly_the_limit(self) -> None:
+        daemon = self.daemon("limits: [[150, 600]]\ndebug: False\n")
+        answers = together(100, lambda n: asks(daemon.socket, 3))
+        self.assertEqual(answers.count(PASS), 150)
+        self.assertEqual(answers.count(REFUSED), 150)
+        self.assertEqual(counted(daemon.database), {"joe": 150})
+
+    def test_two_daemons_share_one_limit(self) -> None:
+        config = "limits: [[100, 600]]\ndebug: False\n"
+        shared = "sqlite_config.database=" + self.path("shared")
+        pair = [self.daemon(config, "-o", shared, name=name)
+                for name in ("one", "two")]
+        answers = together(20, lambda n: asks(pair[n % 2].socket, 10))
+        self.assertEqual(answers.count(PASS), 100)
+        self.assertEqual(answers.count(REFUSED), 100)
+        self.assertEqual(counted(self.path("shared")), {"joe": 100})
+
+    def test_kill_9_forgets_no_mail_that_was_let_through(self) -> None:
+        daemon = self.daemon(WIDE)
+        passed: list[str] = []
+
+        def load(number: int) -> list[str]:
+            with daemon.client() as client, contextlib.suppress(OSError):
+                while client.ask() == PASS:
+                    passed.append(PASS)
+                    if len(passed) == 1000:
+                        daemon.process.kill()
+            return []
+
+        together(16, load)
+        daemon.process.wait()
+        self.assertGreaterEqual(len(passed), 1000)
+        found = counted(daemon.database)["joe"]
+        self.assertLessEqual(len(passed), found)
+        self.assertLessEqual(found, len(passed) + 16)  # those in flight
+        daemon.start()
+        self.passes(daemon)
+
+    def test_data_and_end_of_message_count_a_mail_once(self) -> None:
+        table = (  # requests as state, instance, recipients; who has used
+            ("D1 E1", [PASS] * 2, 1), ("D1 E1 E1", [PASS] * 3, 2),
+            ("E1", [PASS], 1), ("D1 E2", [PASS] * 2, 2),
+            ("D1 D2 E2 E1", [PASS] * 4, 3), ("D1 R1 E1", [PASS] * 3, 2),
+            ("D D E E", [PASS] * 4, 4),  # without an instance: four mails
+            ("D1 E1 D2 E2 D3 E3 D4 E4 D5 E5 D6 E6 D7 E7",
+             [PASS] * 10 + [REFUSED] * 4, 5))
+        states = {"D": "DATA", "E": "END-OF-MESSAGE", "R": "RCPT"}
+        daemon = self.daemon("limits: [[5, 600]]\n")
+        for n, (dialogue, answers, used) in enumerate(table):
+            with self.subTest(dialogue), daemon.client() as client:
+                self.assertEqual(answers, [
+                    client.ask(sasl_username=f"user{n}", instance=word[1:],
+                               protocol_state=states[word[0]])
+                    for word in dialogue.split()])
+                self.assertEqual(counted(daemon.database)[f"user{n}"], used)
+
+
+class HostileTest(NetTest):
+    """What a stranger can send: it harms nobody else."""
+
+    def test_rubbish_is_hung_up_on_with_one_line_of_log(self) -> None:
+        head = b"request=smtpd_access_policy\nprotocol_state=DATA\n"
+        table = (
+            head + b"a=" + b"x" * 70000, b"a" * 10_000_000,
+            head + b"a=b\n" * 1000 + b"\n", b"a=b\n" * 100_000,
+            head + b"no equals sign\n\n", head + b"a=\0\n\n", b"\0" * 99999,
+            b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(range(256)),
+            b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", b"\n\n", b"\n",
+            b"request=other\n\n", b"=\n\n", b"sasl_username=joe\n\n")
+        daemon = self.daemon(WIDE)
+        start, log = status(daemon, "VmRSS")[0], daemon.log()
+        for rubbish in table:
+            with self.subTest(rubbish[:40]), daemon.client() as client:
+                with contextlib.suppress(ConnectionError):
+                    client.socket.sendall(rubbish)
+                    client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.read(), "")
+                self.passes(daemon)
+        said = daemon.log()[len(log):].splitlines()
+        self.assertEqual(len(said), 1, said)
+        self.assertLess(status(daemon, "VmRSS")[0], start + 8000)
+
+    def test_tls_and_http_hellos_end_with_the_patience(self) -> None:
+        daemon = self.daemon("delay_to_close: 1\n")
+        for hello in b"\x16\x03\x01\x02\0\x01", b"GET / HTTP/1.1\r\n\r\n":
+            with self.subTest(hello), daemon.client() as client:
+                client.socket.sendall(hello)
+                self.assertEqual(client.read(), "")
+
+    def test_a_thousand_half_open_clients_do_no_harm(self) -> None:
+        daemon = self.daemon("debug: False\n")
+        for client in self.crowd(daemon, 1000):
+            client.socket.sendall(b"request=smtpd_acc")
+        self.passes(daemon)
+
+    def test_500_idle_connections_take_under_64_mb(self) -> None:
+        daemon = self.daemon(WIDE)
+        clients = self.crowd(daemon, 500)
+        self.assertEqual({client.ask() for client in clients}, {PASS})
+        self.assertLess(status(daemon, "VmRSS")[0], 64_000)
+
+    def test_an_honest_client_gets_in_when_connections_run_out(self) -> None:
+        daemon = self.daemon(WIDE, program=self.few_files(128))
+        self.check_crowded(daemon, 300)
+
+    def test_an_honest_client_gets_in_when_descriptors_run_out(self) -> None:
+        daemon = self.daemon(WIDE)
+        resource.prlimit(  # the cap on connections is far above it now
+            daemon.process.pid, resource.RLIMIT_NOFILE, (60, 60))
+        self.check_crowded(daemon, 80)
+
+    def check_crowded(self, daemon: Daemon, size: int) -> None:
+        """Check that who asks is served while many others only connect."""
+        with daemon.client() as old:
+            self.assertEqual(old.ask(), PASS)
+            self.crowd(daemon, size)
+            self.passes(daemon)
+            self.assertEqual(old.ask(), PASS)  # those who ask are kept
+        used, start = cpu_seconds(daemon), time.monotonic()
+        wait_for(lambda: time.monotonic() > start + 0.5, "a while")
+        self.assertLess(cpu_seconds(daemon) - used, 0.25)
+        self.assertLess(len(daemon.log().splitlines()), 8, daemon.log())
+
+    def test_very_few_descriptors_still_serve_two_clients(self) -> None:
+        daemon = self.daemon(WIDE, program=self.few_files(64))
+        with daemon.client() as one, daemon.client() as two:
+            self.assertEqual([one.ask(), two.ask()] * 2, [PASS] * 4)
+            self.assertEqual([one.ask(), two.ask()] * 2, [PASS] * 4)
+
+    def test_a_client_that_reads_no_answer_stops_nobody(self) -> None:
+        daemon = self.daemon(WIDE + "db_timeout: 1\n")
+        with daemon.client() as deaf:
+            deaf.socket.settimeout(0.3)
+            with contextlib.suppress(socket.timeout):
+                deaf.socket.sendall(request_text() * 5000)
+            self.passes(daemon)
+            self.assertEqual(daemon.stop(), 0)
+
+    def test_an_odd_recipient_count_gains_no_room(self) -> None:
+        daemon = self.daemon("limits: [[1000, 600]]\n")
+        for count, cost in (("", 1), ("0", 1), ("-5", 1), ("x", 1), ("²", 1),
+                            ("٣", 1), ("1e3", 1), (" 7", 1), ("1_0", 1),
+                            ("+7", 1), ("7", 7), ("007", 7), ("1" * 9, 0),
+                            ("9" * 400, 0), (2**31, 0), (2**63, 0)):
+            with self.subTest(str(count)[:20]):
+                before = counted(daemon.database).get("joe", 0)
+                answer = daemon.ask(recipient_count=count)
+                self.assertEqual(answer, PASS if cost else REFUSED)
+                after = counted(daemon.database)["joe"]
+                self.assertEqual(after - before, cost)
+
+    def test_a_request_may_lack_any_attribute(self) -> None:
+        daemon = self.daemon("limit_by_sender: True\nlimit_by_ip: True\n"
+                             "limited_networks: ['0.0.0.0/0', '::/0']\n")
+        lines = request_text(client_address="unknown").splitlines(True)
+        for n, line in enumerate(lines[1:-1], 1):
+            with self.subTest(line), daemon.client() as client:
+                client.socket.sendall(b"".join(lines[:n] + lines[n + 1:]))
+                self.assertEqual(client.read(), PASS)
+        for address in "unknown", "", "999.1.1.1", "::g", "1" * 1900:
+            with self.subTest(address[:20]):
+                self.assertEqual(PASS, daemon.ask(
+                    sasl_username="", sender="", client_address=address))
+        self.assertNotIn("unknown", counted(daemon.database))
+
+    def test_any_sender_is_counted_as_one_identity(self) -> None:
+        daemon = self.daemon("limits: [[2, 600]]\nlimit_by_sasl: no\n"
+                             "limit_by_sender: yes\n")
+        for n, sender in enumerate((
+                "a" * 1900, "é" * 900, "a=b=c@example.org", "=", "'\"; --",
+                "%s{0}\\x00", "\udcff\udcfe@example.org", "😀@例え.jp", "?",
+                "x" * 189 + "😀" * 3, " ", "\r\x1b[2J", "NULL", "\u202etxe")):
+            with self.subTest(sender[:20]):
+                self.assertEqual(
+                    [daemon.ask(sender=sender, helo_name=sender,
+                                recipient=sender) for _ in range(3)],
+                    [PASS, PASS, REFUSED])
+                table = counted(daemon.database)
+                self.assertEqual(set(table.values()), {2})
+                self.assertEqual(len(table), n + 1)
+                self.assertLessEqual(max(map(len, table)), 190)
+
+    def test_long_senders_with_one_beginning_are_two_identities(self) -> None:
+        daemon = self.daemon("limits: [[1, 600]]\nlimit_by_sasl: no\n"
+                             "limit_by_sender: yes\n")
+        for tail in "a", "b":
+            self.assertEqual(daemon.ask(sender="x" * 1900 + tail), PASS)
+            self.assertEqual(daemon.ask(sender="X" * 1900 + tail), REFUSED)
+
+    def test_another_spelling_is_the_same_identity(self) -> None:
+        daemon = self.daemon(
+            "limits: [[1, 600]]\nlimit_by_ip: yes\nlimit_by_sender: yes\n"
+            "limited_networks: ['0.0.0.0/0', '::/0']\n")
+        nobody = {"sasl_username": "", "sender": ""}
+        for name, first, *others in (
+                ("sasl_username", "Ann@Example.org", "ann@EXAMPLE.ORG"),
+                ("sasl_username", "Zo\u00eb", "zoe\u0308", "ZO\u00cb"),
+                ("sender", "ÉVA@x.org", "éva@X.org"),
+                ("client_address", "2001:db8::a", "2001:DB8:0:0:0:0:0:A",
+                 "2001:0db8:0000:0000:0000:0000:0000:000a"),
+                ("client_address", "192.0.2.1", "::ffff:192.0.2.1",
+                 "::FFFF:c000:201", "0:0:0:0:0:ffff:192.0.2.1")):
+            with self.subTest(first):
+                self.assertEqual(daemon.ask(**{**nobody, name: first}), PASS)
+                for other in others:
+                    self.assertEqual(
+                        daemon.ask(**{**nobody, name: other}), REFUSED, other)
+
+    def test_control_characters_never_reach_the_log_raw(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]\nlog_requests: True\n"
+                             "limit_by_sasl: no\nlimit_by_sender: yes\n")
+        rubbish = "x\r\x1b[2J\x01\x7f\x85\u2028\u202e\x0b\udcff<,\t"
+        for state in "DATA", "DATA", "RCPT", rubbish:
+            daemon.ask(sender=rubbish, queue_id=rubbish, helo_name=rubbish,
+                       protocol_state=state, **{"\x1bname": rubbish})
+        with open(os.path.join(daemon.folder, "log"), "rb") as file:
+            text = file.read().decode()  # strictly
+        self.assertIn("action=", text)
+        self.assertEqual(
+            [], [c for c in text if not c.isprintable() and c != "\n"])
+
+    def test_a_name_of_combining_characters_takes_no_time(self) -> None:
+        daemon = self.daemon(WIDE)  # normalising is quadratic in their number
+        name = "a" + "\u0301" * 15000 + "\u0316" * 15000
+        used = cpu_seconds(daemon)
+        self.assertEqual(daemon.ask(sasl_username=name), PASS)
+        self.assertLess(cpu_seconds(daemon) - used, 0.3)
+
+
+class SystemDaemon(Daemon):
+    """The program as root starts it: with nothing but -f."""
+
+    def __init__(self, folder: str, config: str) -> None:
+        """Start it with folders of its own that do not exist yet."""
+        os.makedirs(folder)
+        self.folder, self.program = folder, PROGRAM
+        self.socket, self.database, self.pidfile = (
+            os.path.join(folder, *names) for names in (
+                ("socket", "policy"), ("lib", "db"), ("run", "deep", "pid")))
+        self.config = os.path.join(folder, "test.yaml")
+        with open(self.config, "w", encoding="utf-8") as file:
+            file.write(f"SOCKET: {self.socket}\npidfile: {self.pidfile}\n"
+                       f"sqlite_config: {{database: {self.database}}}\n"
+                       + config)
+        self.options = ["-f", self.config]
+        self.start()
+
+
+class ProcessTest(NetTest):
+    """Signals, the pidfile, the socket's path, root's rights."""
+
+    def test_a_signal_ends_it_in_peace(self) -> None:
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+            with self.subTest(number):
+                daemon = self.daemon(WIDE, name=f"signal{number}")
+                self.passes(daemon)
+                self.assertEqual(daemon.stop(number), 0)
+                self.assertFalse(os.path.exists(daemon.pidfile))
+                self.assertFalse(os.path.exists(daemon.socket))
+
+    def test_requests_in_hand_are_answered_before_the_end(self) -> None:
+        for options in (), ("-o", 'SOCKET=["127.0.0.1", 0]'):
+            daemon = self.daemon(WIDE, *options, name=f"d{len(options)}")
+            address = tcp_address(daemon) if options else daemon.socket
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(Client(address))
+                           for _ in range(20)]
+                self.assertEqual({c.ask() for c in clients}, {PASS})
+                daemon.send(signal.SIGSTOP)
+                for client in clients:
+                    client.socket.sendall(request_text())
+                start = time.monotonic()
+                self.assertEqual(daemon.stop(), 0)
+                self.assertLess(time.monotonic() - start, 5)  # at once
+                self.assertEqual({c.read() for c in clients}, {PASS})
+            self.assertEqual(counted(daemon.database), {"joe": 40})
+
+    def test_a_request_that_waits_for_the_database_is_answered(self) -> None:
+        daemon = self.daemon(WIDE)
+        self.passes(daemon)
+        with daemon.client() as client:
+            with locked(daemon.database):
+                client.socket.sendall(request_text())
+                wait_for(lambda: status(daemon, "Threads") == [3], "a thread")
+                daemon.send(signal.SIGTERM)
+                wait_for(lambda: not os.path.exists(daemon.socket), "the end")
+            self.assertEqual(client.read(), PASS)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(counted(daemon.database)["joe"], 1)
+
+    def test_hup_takes_new_settings_for_open_connections(self) -> None:
+        daemon = self.daemon("limits: [[1, 600]]\nfail_action: first\n")
+        with daemon.client() as client:
+            self.assertEqual([client.ask(), client.ask()], [PASS, "first"])
+            self.write("daemon/test.yaml",
+                       "limits: [[2, 600]]\nfail_action: second\n")
+            daemon.send(signal.SIGHUP)
+            daemon.wait_log("configuration reloaded")
+            self.assertEqual([client.ask(), client.ask()], [PASS, "second"])
+
+    def test_hup_with_a_broken_file_keeps_the_settings(self) -> None:
+        daemon = self.daemon("limits: [[1, 600]]\n")
+        with daemon.client() as client:
+            for text in ("limits: [2, 500]\n", "limits: [[", "\0", "- 1",
+                         "[" * 5000, "user: {1: 2", "limits: 1:3"):
+                said = len(daemon.log())
+                self.write("daemon/test.yaml", text)
+                with self.subTest(text[:20]):
+                    daemon.send(signal.SIGHUP)
+                    wait_for(lambda said=said: "not reloaded"  # type: ignore
+                             in daemon.log()[said:], "a complaint")
+            os.unlink(daemon.config)
+            daemon.send(signal.SIGHUP)
+            daemon.wait_log("no such configuration file")
+            self.assertEqual([client.ask(), client.ask()], [PASS, REFUSED])
+
+    def test_another_instance_does_the_first_no_harm(self) -> None:
+        daemon = self.daemon(WIDE)
+        for options in (), ("-o", "pidfile=" + self.path("other.pid")):
+            with self.subTest(options), open(daemon.pidfile) as file:
+                inode = os.stat(daemon.socket).st_ino
+                done = run("--standalone", daemon.folder, *options)
+                self.assertEqual(done.returncode, 3, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertEqual(file.read(), f"{daemon.process.pid}\n")
+                self.assertTrue(os.path.samestat(
+                    os.stat(daemon.pidfile), os.fstat(file.fileno())))
+                self.assertTrue(os.path.exists(daemon.socket))
+                self.assertEqual(os.stat(daemon.socket).st_ino, inode)
+                self.passes(daemon)
+        self.assertFalse(os.path.exists(self.path("other.pid")))
+
+    def test_stale_files_do_not_block_a_start(self) -> None:
+        os.mkdir(self.path("daemon"))
+        for pid in (f"{os.getpid()}\n", "1\n", "rubbish", ""):
+            with self.subTest(pid):
+                path = self.write("daemon/policyd-rate-limit.pid", pid)
+                with socket.socket(socket.AF_UNIX) as stale:
+                    stale.bind(self.path("daemon/policy"))
+                daemon = self.daemon(WIDE)
+                self.passes(daemon)
+                with open(path) as file:
+                    self.assertEqual(file.read(), f"{daemon.process.pid}\n")
+                self.assertEqual(daemon.stop(), 0)
+
+    def test_a_file_that_is_no_socket_is_left_alone(self) -> None:
+        os.mkdir(self.path("full"))
+        precious = self.write("precious", "text")
+        os.symlink(precious, self.path("link"))
+        for name in "precious", "full", "link":
+            with self.subTest(name):
+                done = run("--standalone", self.path("daemon"),
+                           "-o", "SOCKET=" + self.path(name))
+                self.assertEqual(done.returncode, 6, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertTrue(os.path.lexists(self.path(name)))
+        with open(precious) as file:
+            self.assertEqual(file.read(), "text")
+
+    def test_a_socket_that_is_not_its_own_is_not_removed(self) -> None:
+        old = self.daemon(WIDE)
+        os.unlink(old.socket)  # an admin's mistake, and another instance
+        new = self.daemon(WIDE, "-o", f"SOCKET={old.socket}", name="new")
+        self.assertEqual(old.stop(), 0)
+        self.assertTrue(os.path.exists(old.socket))
+        self.assertEqual(Client(old.socket).ask(), PASS)
+        self.assertEqual(new.stop(), 0)
+
+    def test_a_socket_between_bind_and_listen_is_not_stolen(self) -> None:
+        path = self.path("policy")
+        config = {"SOCKET": path, "sqlite_config": {"database": "x"}}
+        service = prl.Service(settings_of(config), prl.Ledger(
+            prl.SQLite(settings_of(config))))
+
+        class Slow(prl.PolicyServer):
+            def server_activate(self) -> None:
+                with contextlib.suppress(prl.PolicydError):
+                    prl.PolicyServer(service).server_close()
+                super().server_activate()
+
+        with Slow(service) as first, Client(path):
+            first.path = None  # nothing is left for it to remove
+
+    def test_a_pidfile_is_held_by_one_process_at_a_time(self) -> None:
+        path, holders, most = self.path("pid"), [0], [0]
+
+        def hold(number: int) -> list[str]:
+            for _ in range(2000):
+                with contextlib.suppress(prl.AlreadyRunning), \
+                        prl.hold_pidfile(path, None):
+                    holders[0] += 1
+                    most[0] = max(most[0], holders[0])
+                    time.sleep(0)
+                    holders[0] -= 1
+            return []
+
+        together(4, hold)
+        self.assertEqual(most, [1])
+
+    def test_a_pidfile_that_cannot_be_written_is_exit_6(self) -> None:
+        os.mkdir(self.path("full"))
+        self.write("file", "")
+        for name in "full", "file/pid":
+            with self.subTest(name):
+                done = run("--standalone", self.path("daemon"),
+                           "-o", "pidfile=" + self.path(name))
+                self.assertEqual(done.returncode, 6, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertFalse(os.path.exists(self.path("daemon/policy")))
+
+    def test_a_pidfile_that_is_no_file_is_left_alone(self) -> None:
+        path = self.path("fifo")  # it could as well be /dev/null
+        os.mkfifo(path)
+        run("--standalone", self.path("daemon"), "-o", f"pidfile={path}",
+            "-o", f"SOCKET={self.folder}")  # does not start in any case
+        self.assertTrue(os.path.exists(path))
+
+    def test_systemd_is_told_each_state(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.settimeout(30)
+            manager.bind(self.path("notify"))
+            os.environ["NOTIFY_SOCKET"] = self.path("notify")
+            self.addCleanup(os.environ.pop, "NOTIFY_SOCKET")
+            daemon = self.daemon(WIDE)
+            self.assertEqual(manager.recv(99), b"READY=1")
+            daemon.send(signal.SIGHUP)
+            self.assertRegex(manager.recv(99),
+                             rb"\ARELOADING=1\nMONOTONIC_USEC=\d+\Z")
+            self.assertEqual(manager.recv(99), b"READY=1")
+            daemon.stop()
+            self.assertEqual(manager.recv(99), b"STOPPING=1")
+
+    def test_root_makes_the_folders_and_becomes_the_user(self) -> None:
+        if os.geteuid() != 0:
+            skip("root")
+        group = "nogroup" if "nogroup" in {
+            entry.gr_name for entry in grp.getgrall()} else "nobody"
+        ids = pwd.getpwnam("nobody").pw_uid, grp.getgrnam(group).gr_gid
+        daemon = SystemDaemon(self.path("daemon"), (
+            f"user: nobody\ngroup: {group}\nsocket_permission: 0660\n"))
+        self.addCleanup(daemon.stop)
+        self.passes(daemon)
+        self.assertEqual(status(daemon, "Uid"), [ids[0]] * 4)
+        self.assertEqual(status(daemon, "Gid"), [ids[1]] * 4)
+        groups = set(os.getgrouplist("nobody", ids[1]))
+        self.assertEqual(set(status(daemon, "Groups")), groups)
+        for path, mode in ((daemon.socket, 0o660), (daemon.database, 0o600),
+                           (daemon.database + "-wal", 0o600),
+                           (daemon.pidfile, 0o644),
+                           (os.path.dirname(daemon.socket), 0o755),
+                           (os.path.dirname(daemon.pidfile), 0o755),
+                           (os.path.dirname(daemon.database), 0o750)):
+            with self.subTest(path):
+                found = os.stat(path)
+                self.assertEqual(oct(stat.S_IMODE(found.st_mode)), oct(mode))
+                self.assertEqual((found.st_uid, found.st_gid), ids)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertFalse(os.path.exists(daemon.socket))
+        self.assertFalse(os.path.exists(daemon.pidfile))
+
+    def test_an_unknown_user_is_exit_2_for_root(self) -> None:
+        if os.geteuid() != 0:
+            skip("root")
+        done = run("-f", self.write("test.yaml", "user: no-such-user\n"))
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("adduser", done.stderr)
+
+
+@contextlib.contextmanager
+def locked(path: str, timeout: float = 30) -> Iterator[None]:
+    """Hold the lock of a database as another process would."""
+    with contextlib.closing(sqlite3.connect(
+            path, isolation_level=None, timeout=timeout)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def moved_away(path: str) -> Iterator[None]:
+    """Let a folder, or a database, be missing for a while."""
+    names = [path + end for end in ("", "-wal", "-shm")
+             if os.path.exists(path + end)]
+    for name in names:
+        os.rename(name, name + ".moved")
+    yield
+    for name in names:
+        os.rename(name + ".moved", name)
+
+
+@contextlib.contextmanager
+def replaced(path: str, content: bytes | None, mode: int) -> Iterator[None]:
+    """Put another file in a file's place, or a folder, for a while."""
+    with moved_away(path):
+        if content is None:
+            os.mkdir(path)
+        else:
+            with open(path, "wb", opener=lambda name, flags: os.open(
+                    name, flags, mode)) as file:
+                file.write(content)
+        yield
+        os.rename(path, path + ".rubbish")
+        for end in "-wal", "-shm":
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + end)
+
+
+@contextlib.contextmanager
+def disk_full(daemon: Daemon) -> Iterator[None]:
+    """Let no file of a daemon grow."""
+    pid, kind = daemon.process.pid, resource.RLIMIT_FSIZE
+    soft, hard = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (8192, hard))  # two pages do not fit
+    yield
+    resource.prlimit(pid, kind, (soft, hard))
+
+
+def settings_of(values: dict[str, Any]) -> prl.Settings:
+    """Return settings as a file with these values would give them."""
+    return prl.check_settings(prl.Config("test", values, {}))
+
+
+class DatabaseFailureTest(NetTest):
+    """As long as the database is away, the answer is db_error_action."""
+
+    config = (f"limits: [[1000, 600]]\ndb_timeout: 1\n"
+              f"db_error_action: {AWAY}\ndebug: False\n")
+
+    def check_away(self, daemon: Daemon,
+                   broken: contextlib.AbstractContextManager[None]) -> None:
+        """Check the answers and the log while it is broken, and after."""
+        for _ in range(10):
+            daemon.ask()
+        before = counted(daemon.database)["joe"]
+        with broken:
+            for _ in range(2):
+                start = time.monotonic()
+                self.assertEqual(daemon.ask(), AWAY)
+                self.assertLess(time.monotonic() - start, 1.7)
+        self.assertEqual([daemon.ask(), daemon.ask()], [PASS, PASS])
+        self.assertEqual(counted(daemon.database)["joe"], before + 2)
+        log = daemon.log()
+        self.assertEqual(log.count("the database is away"), 1, log)
+        self.assertEqual(log.count("the database is back"), 1, log)
+        self.assertNotIn("Traceback", log)
+
+    def test_a_locked_database(self) -> None:
+        daemon = self.daemon(self.config)
+        self.check_away(daemon, locked(daemon.database))
+
+    def test_a_full_disk(self) -> None:
+        daemon = self.daemon(self.config)
+        self.check_away(daemon, disk_full(daemon))
+
+    def test_a_folder_that_is_missing_for_a_while(self) -> None:
+        os.mkdir(self.path("lib"))
+        daemon = self.daemon(self.config, "-o", "sqlite_config.database="
+                             + self.path("lib/db"))
+        daemon.database = self.path("lib/db")
+        self.check_away(daemon, moved_away(self.path("lib")))
+
+    def test_another_file_in_its_place(self) -> None:
+        for name, content, mode in (
+                ("corrupt", b"rubbish" * 9999, 0o600),
+                ("damaged", b"SQLite format 3\0" + b"\x7f" * 9999, 0o600),
+                ("a folder", None, 0), ("unreadable", b"", 0)):
+            with self.subTest(name):
+                if name == "unreadable" and os.geteuid() == 0:
+                    continue  # root reads all
+                daemon = self.daemon(self.config, name=name)
+                self.check_away(
+                    daemon, replaced(daemon.database, content, mode))
+
+    def test_it_starts_without_a_database(self) -> None:
+        path = self.write("db", "rubbish" * 999)
+        daemon = self.daemon(
+            self.config, "-o", f"sqlite_config.database={path}")
+        daemon.database = path
+        self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
+        os.unlink(path)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(counted(path), {"joe": 1})
+        self.assertEqual(daemon.log().count("the database is away"), 1)
+
+    def test_a_database_that_is_deleted_is_made_anew(self) -> None:
+        daemon = self.daemon(self.config)
+        self.passes(daemon)
+        for suffix in "", "-wal", "-shm":
+            os.unlink(daemon.database + suffix)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(counted(daemon.database), {"joe": 1})
+
+    def test_a_table_that_is_dropped_is_made_anew(self) -> None:
+        daemon = self.daemon(self.config)
+        self.passes(daemon)
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.execute("DROP TABLE mail_count")
+        wait_for(lambda: daemon.ask() == PASS, "a table")
+        self.passes(daemon)
+
+    def test_a_wait_of_many_for_a_lock_is_bounded(self) -> None:
+        daemon = self.daemon(self.config)
+        waits: list[float] = []
+
+        def ask(number: int) -> list[str]:
+            with daemon.client() as client:
+                wait_for(lambda: time.monotonic() > start + number / 20, "")
+                asked = time.monotonic()
+                answer = client.ask()
+                waits.append(time.monotonic() - asked)
+            return [answer]
+
+        self.passes(daemon)
+        with locked(daemon.database):
+            start = time.monotonic()
+            self.assertEqual(set(together(20, ask)), {AWAY})
+        self.assertLess(max(waits), 1.7)
+
+    def test_refusals_do_not_call_a_database_back(self) -> None:
+        daemon = self.daemon(self.config.replace("1000", "1"))
+        self.passes(daemon, "greedy")
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.execute(  # as on a full disk: what is there can be read
+                "CREATE TRIGGER full BEFORE INSERT ON mail_count"
+                " BEGIN SELECT RAISE(ABORT, 'full'); END")
+        for _ in range(5):
+            self.assertEqual(daemon.ask(), AWAY)
+            with locked(daemon.database, 0):  # nothing is left half done
+                pass
+            self.assertEqual(daemon.ask(sasl_username="greedy"), REFUSED)
+        self.assertLess(daemon.log().count("database is"), 4, daemon.log())
+
+    def test_the_columns_are_those_of_the_original_and_a_total(self) -> None:
+        daemon = self.daemon(self.config)
+        self.assertEqual(daemon.ask(sasl_username="Ann", recipient_count=3),
+                         PASS)
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            cursor = other.execute("SELECT * FROM mail_count")
+            names = [column[0] for column in cursor.description]
+            [(identity, date, *rest)] = cursor.fetchall()
+        self.assertEqual(names, ["id", "date", "recipient_count", "instance",
+                                 "protocol_state", "total"])
+        self.assertEqual([identity, *rest],
+                         ["ann", 3, "123.456.7", "DATA", 3])
+        self.assertAlmostEqual(date, time.time(), delta=60)
+
+    def test_an_old_database_keeps_every_count(self) -> None:
+        now = int(time.time())
+        for name, columns, rows, used in (
+                ("five", "id varchar(40) NOT NULL, date bigint NOT NULL,"
+                 " recipient_count int DEFAULT 1, instance varchar(40) NOT"
+                 " NULL, protocol_state varchar(10) NOT NULL",
+                 [("Ann", now - 5, 3, "i", "DATA"), ("ANN", now, 4, "i", "D"),
+                  ("ann", now - 9, None, "i", "DATA"),
+                  ("2001:DB8::1", now - 9, 5, "i", "DATA"),
+                  ("ann", now - 9999, 9, "i", "DATA")],
+                 {"ann": 17, "2001:db8::1": 5}),
+                ("two", "id varchar(40) NOT NULL, date bigint NOT NULL",
+                 [("Ann", now), ("ann", now - 1), ("Ann", now + 50)],
+                 {"ann": 3})):
+            path = self.path(name)
+            with contextlib.closing(sqlite3.connect(path)) as old, old:
+                old.execute(f"CREATE TABLE mail_count ({columns})")
+                old.execute("CREATE INDEX mail_count_index"
+                            " ON mail_count (id, date)")
+                old.executemany("INSERT INTO mail_count VALUES ("
+                                + ", ".join("?" * len(rows[0])) + ")", rows)
+            visible = used["ann"] - (9 if name == "five" else 0)
+            with self.subTest(name):
+                ask = self.service(path, [[visible + 2, 600]])
+                self.assertEqual(ask(now, "ANN", 3), REFUSED)
+                self.assertEqual(ask(now, "Ann", 2), PASS)
+                self.assertEqual(ask(now, "ann", 1), REFUSED)
+                self.assertEqual(ask(now, "2001:DB8:0::1", 1), PASS)
+                found = counted(path)
+                self.assertEqual(found["ann"], used["ann"] + 2)
+
+    def service(self, path: str, limits: list[list[int]],
+                ) -> Callable[[float, str, int], str]:
+        """Return what answers (time, user, cost) from a database."""
+        clock = [0.0]
+        settings = settings_of(
+            {"limits": limits, "sqlite_config": {"database": path}})
+        ledger = prl.open_ledger(settings)
+        service = prl.Service(settings, ledger, lambda: clock[0])
+
+        def ask(now: float, user: str = "joe", cost: int = 1) -> str:
+            clock[0] = now
+            head = request_text(sasl_username=user, recipient_count=cost,
+                                instance="")
+            return service.answer(prl.parse_request(head[:-2]), {})
+
+        return ask
+
+    def test_a_clock_that_is_set_gains_no_room_and_locks_nobody(self) -> None:
+        start = 1_700_000_000
+        for step in 0, 1, 300, 599, 601, 86400, 10**8:
+            with self.subTest(step):
+                ask = self.service(self.path(f"back{step}"), [[3, 60]])
+                self.assertEqual([ask(start + step, "joe", 1) for _ in "abc"],
+                                 [PASS] * 3)
+                for later in range(0, 60, 20):  # set back: all still count
+                    self.assertEqual(ask(start + later, "joe", 1), REFUSED)
+                wait = step if step <= 600 else 0
+                self.assertEqual(ask(start + wait + 60, "joe", 3), PASS)
+                self.assertEqual(ask(start + wait + 61, "joe", 1), REFUSED)
+                late = start + wait + step + 200  # set forward
+                self.assertEqual(ask(late, "joe", 3), PASS)
+                self.assertEqual(ask(late + 59, "joe", 1), REFUSED)
+
+
+YAML_READ: list[tuple[str, Any]] = [
+    ("", None), ("# c\n---  # c\n", None), ("[1]", [1]), ("---#", "---#"),
+    ("\ufeffa: 1\r\nb: 2\r\n", {"a": 1, "b": 2}),
+    ("---\n  a: 1\n  b: 2", {"a": 1, "b": 2}), ("a: 1\na: 2", {"a": 2}),
+    ("a:\n- [1, 2]\n-\nb:", {"a": [[1, 2], None], "b": None}),
+    ("a:\n  - 1\n\n  # c\n  -   2", {"a": [1, 2]}),
+    ("- - 1\n  - 2\n- - - 3", [[1, 2], [[3]]]),
+    ("- k: 1\n  l:\n  - 2\n  m:\n    3\n-\n  n: 4", [
+        {"k": 1, "l": [2], "m": 3}, {"n": 4}]),
+    ("a: {b: 1, c: [2,\n3, # c\n], 'd':e,}", {
+        "a": {"b": 1, "c": [2, 3], "d": "e"}}),
+    ("{b: , c:\n1, 'd' :}", {"b": None, "c": 1, "d": None}),
+    ("'it''s': \"\\t\\\\\\\"\\/\\n\\x41\\u00e9\"", {"it's": "\t\\\"/\nA\xe9"}),
+    ("'a: b': 1\n\"c\" : 2", {"a: b": 1, "c": 2}),
+    ("u: http://x/y#z\nv: a b # c", {"u": "http://x/y#z", "v": "a b"}),
+    ("::1: a\nfe80::1:\n  - ::/0\nx@y: -z\n1.2.3.4: .git\nfe80::: .", {
+        "::1": "a", "fe80::1": ["::/0"], "x@y": "-z", "1.2.3.4": ".git",
+        "fe80::": "."}),
+    ("1:2:3:4:5:6:7:8: [1:2:3:4:5:6:7:8]", {
+        "1:2:3:4:5:6:7:8": ["1:2:3:4:5:6:7:8"]}),
+    ("[yes, Yes, YES, yEs, y, off, True]", [
+        True, True, True, "yEs", "y", False, True]),
+    ("[~, null, Null, NULL, nUll]", [None, None, None, None, "nUll"]),
+    ("[0, -0, +7, 0666, -017, 12, 0o666]", [0, 0, 7, 438, -15, 12, "0o666"]),
+    ("1: a\ntrue: b\n~: c\n'<<': '='", {1: "b", None: "c", "<<": "="}),
+]
+ODD = """
+1:30 0x1F 0b1 1_000 1.5 .5 -2. 1e5 1.5e+3 .inf -.INF .nan 08 2024-12-31 << =
+190:20:30.15 1111111111111111111 @b `b &b *b !!str %b | > |- ? - :
+"""
+YAML_REFUSED = [
+    *((f"\na: {odd}\n", 2, odd) for odd in ODD.split()),
+    ("<<: {a: 1}", 1, "put quotes around <<"), ("[::1]", 1, "around ::1"),
+    ("a: 2024-12-31 10:00:00", 1, "put quotes around 2024-12-31 10:00:00"),
+    ("- fe80::", 1, "put quotes around fe80::"), ("a: b: c", 1, "around b: c"),
+    ("'a''", 1, "same line"), ("[a: 1]", 1, "put quotes around a: 1"),
+    ("a: 'b' c", 1, "cannot read"),
+    ("a:\n  c: 1\n\tb: 1", 3, "tab"), ("a:\tb", 1, ""), ("a: b\t", 1, "tab"),
+    ("a: b\n  c", 2, "several lines"), ("a\nb", 2, "several lines"),
+    ("a: 'b\nc'", 1, "same line"), ("\n\"b", 2, "same line"),
+    *((f'a: "\\{wrong}"', 1, "write \\ as \\\\") for wrong in (
+        "q", "x4", "u123", "ud800", "U00000041", "e")),
+    ("%YAML 1.1\n---\na: 1", 2, "'---' is not"), ("--- a", 1, "'---' is not"),
+    ("a: 1\n---\nb: 2", 2, "'---' is not"), ("a: 1\n...", 2, "'...' is not"),
+    *((f"a:\n {bad}", 2, "not allowed") for bad in "\a\r\u2028\ud800\ufeff"),
+    ("a: [1, 2\n\n", 1, "no , or ] before the end"), ("{", 1, "the end"),
+    ("\na: [1, 2\nb: 1\n", 3, "no , or ] before b: 1"),
+    ("a: {b: ]}", 1, "around ]}"), ("[,]", 1, "around ,]"),
+    ("[a]: b", 1, "cannot read"), ("{[a]: b}", 1, "not `key: value`"),
+    ("{a}", 1, "not `key: value`"), ("{a:1}", 1, "not `key: value`"),
+    ("a: 1\n b: 2", 2, "indentation"), ("a:\n  b: 1\n c: 2", 3, "indent"),
+    ("- 1\nb: 2", 2, "indentation"), ("a: 1\nb", 2, "not `key: value`"),
+    ("[" * 51 + "]" * 51, 1, "levels"), ("- " * 51 + "a", 1, "levels"),
+    ("a" * 1025 + ": b", 1, ""), ("9" * 5000, 1, ""),
+]
+RUBBISH = [
+    "[", "{", "- ", "- a: ", "{a: ", "'", '"', "\\", "a ", "a:", " ", "\n",
+    "# \n", "a: 1\n", "- 1\n", "[],", "[a, ", "1:", "1_", "'' ", "\t", ": ",
+    '"\\x', "---\n", "a b\n", " a\n", "0", "- - -\n", "''", "? ", "a  "]
+GOOD = """
+a b 1 0 -0 +5 0666 no ON y null Null 'q' "d" ::1 x@y 10.0.0.1 a:b a~b [] {}
+"""
+RARE = r"""
+00 1.2.3 - -- --- ... ?a :a : :: fe80:: http://x a#b #c ~ / , a,b a[b a]b é
+a{b a?b a'b a"b 'it''s' '' "" "\t" "\x41" "\q" "\u00e9" 'a~"b' a:~b a~#b -a
+[~a,~b~] {a:~b} {a} [a:~b] {"a":1} 1:30.5 +.1_ \ "a'~ \t \ufeff --- ...
+""" + GOOD + ODD
+
+
+def block(rng: random.Random, indent: int, depth: int) -> str:
+    """Make lines of a sequence or mapping in a column, or a scalar."""
+    words = (RARE if rng.random() < .1 else GOOD).replace("\n", " ")
+    few = [word.replace("~", " ") for word in rng.choices(words.split(), k=3)]
+    if depth == 0 or rng.random() < .2:
+        gap = rng.choice([", ", ",", ",\n", " ,", ", # c\n "])
+        few += [f"[{gap.join(few)}]", f"{{{few[0]} : {few[1]}{gap}}}"]
+        return rng.choice(few) + rng.choice(["\n", "\n", " \n", " # c\n"])
+    text, dash = "", rng.random() < .5
+    for key in few[:rng.randrange(1, 4)]:
+        text += " " * indent if text else ""
+        text += "-" if dash else key + rng.choice([":", ":", " :"])
+        more = indent + rng.choice([1, 2, 4] if dash else [0, 1, 2, 4])
+        text += rng.choice([
+            "\n" + " " * more + block(rng, more, depth - 1), "\n", " # c\n",
+            " " * (more - indent or 1)
+            + block(rng, more + 1, depth - 1 if dash else 0)])
+    return text
+
+
+def document(rng: random.Random) -> str:
+    """Make a document that is likely to be nearly right."""
+    text = rng.choice(["", "", "", "---\n", "\ufeff", "# c\n", "  "])
+    text += block(rng, 0, rng.randrange(5))
+    while rng.random() < .3:
+        at = rng.randrange(len(text) + 1)
+        text = (text[:at] + rng.choice(list(" \n\t:-#'\",[]{}?&a\\") + [
+            "", "", ": ", "- ", "\n  ", "\n...\n", "\r\n"])
+            + text[at + rng.randrange(3):])
+    return text
+
+
+class TestReader(unittest.TestCase):
+    """What is read and what is refused."""
+
+    def test_a_document_of_the_subset_is_read(self) -> None:
+        for text, value in YAML_READ:
+            with self.subTest(text=text):
+                self.assertEqual(repr(prl.parse_yaml(text)[0]), repr(value))
+
+    def test_anything_else_is_refused_with_its_line_and_advice(self) -> None:
+        for text, line, message in YAML_REFUSED:
+            with self.subTest(text=text[:60]):
+                with self.assertRaises(prl.YamlError) as caught:
+                    prl.parse_yaml(text)
+                self.assertEqual(caught.exception.line, line)
+                self.assertIn(message, str(caught.exception))
+
+    def test_the_lines_of_top_level_keys_are_told(self) -> None:
+        text = "\n# c\na:\n  b: 1\na: 2\n1: 3"
+        self.assertEqual(prl.parse_yaml(text)[1], {"a": 5, "1": 6})
+        text = "{a: 1,\n b: {c: 1}}"
+        self.assertEqual(prl.parse_yaml(text)[1], {"a": 1, "b": 2})
+        self.assertEqual(prl.parse_yaml("- a: 1")[1], {})
+
+    def test_rubbish_is_refused_or_read_quickly(self) -> None:
+        for piece in RUBBISH:
+            for head in ("", "a: ", "- ", "[", '"'):
+                with self.subTest(piece=piece, head=head):
+                    start = time.process_time()
+                    with contextlib.suppress(prl.YamlError):
+                        prl.parse_yaml(head + piece * (200_000 // len(piece)))
+                    self.assertLess(time.process_time() - start, 5)
+
+    @unittest.skipIf(yaml is None, "PyYAML is missing")
+    def test_what_is_read_is_read_as_pyyaml_reads_it(self) -> None:
+        rng, read = random.Random(1), 0
+        for _ in range(6000):
+            text = document(rng)
+            with contextlib.suppress(prl.YamlError):
+                value = prl.parse_yaml(text)[0]
+                self.assertEqual(repr(value), repr(yaml.safe_load(text)), text)
+                read += 1
+        self.assertGreater(read, 6000 * .3)
+
+
+def command(*arguments: str) -> tuple[int, str, str]:
+    """Run main here; return the exit status, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    handlers, level, mask = root.handlers[:], prl.log.level, os.umask(0o022)
+    root.handlers[:] = []  # so that main makes one for our stderr
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = prl.main(list(arguments))
+    except SystemExit as stop:  # argparse
+        status = int(stop.code or 0)
+    finally:
+        root.handlers[:] = handlers
+        prl.log.setLevel(level)
+        os.umask(mask)
+    return status, out.getvalue(), err.getvalue()
+
+
+def is_root() -> bool:
+    """Say whether the tests run as root."""
+    return os.geteuid() == 0
+
+
+class SettingsTest(FolderTest):
+    """Each setting: what it takes, and what it says of the rest."""
+
+    ACCEPTED: tuple[tuple[str, str, object], ...] = (
+        ("debug", "no", False), ("debug", "", True), ("debug", "1", True),
+        ("log_requests", "on", True), ("user", "joe", "joe"),
+        ("group", '"0"', "0"), ("pidfile", "/run/é.pid", "/run/é.pid"),
+        ("SOCKET", "ratelimit/policy", "ratelimit/policy"),
+        ("SOCKET", "[127.0.0.1, 8552]", ("127.0.0.1", 8552)),
+        ("SOCKET", '["::1", 8552]', ("::1", 8552)),
+        ("SOCKET", "[0:0::1, 0]", ("::1", 0)),
+        ("socket_permission", "0666", 0o666),
+        ("socket_permission", '"0666"', 0o666),
+        ("socket_permission", "0o660", 0o660),
+        ("socket_permission", "438", 0o666),
+        ("delay_to_close", "10.0", 10), ("db_timeout", "1", 1),
+        ("delay_to_close", "99999999999", 2**31 - 1),
+        ("backend", "0", 0),
+        ("sqlite_config", "{database: db, timeout: 3}",
+         {"database": "db", "timeout": 3}),
+        ("mysql_config", "{}", {}), ("pgsql_config", "{a: {b: 1}}",
+                                   {"a": {"b": 1}}),
+        ("limits", "[]", ()), ("limits", "[[0, 60]]", ((0, 60),)),
+        ("limits", "\n  - [10, 60]\n  - [150, 86400.0]",
+         ((10, 60), (150, 86400))),
+        ("limits_by_id", "", {}), ("limits_by_id", "{}", {}),
+        ("limits_by_id", "{Joe@X.org: [], 12: [[1, 2]]}",
+         {"joe@x.org": (), "12": ((1, 2),)}),
+        ("limits_by_id", "\n  192.168.0.254: []\n  0:0::1: [[1, 2]]",
+         {"192.168.0.254": (), "::1": ((1, 2),)}),
+        ("sql_limits_by_id", "", None), ("sql_limits_by_id", '""', None),
+        ("sql_limits_by_id", "SELECT ?", "SELECT ?"),
+        ("limit_by_sasl", "False", False), ("limit_by_ip", "yes", True),
+        ("limit_by_sender", "TRUE", True), ("limited_networks", "", ()),
+        ("count_mode", "0", 0), ("count_mode", "2", 2),
+        ("success_action", "DUNNO ", "DUNNO"),
+        ("fail_action", '"450 4.7.1 é"', "450 4.7.1 é"),
+        ("db_error_action", "reject", "reject"),
+        ("report", "True", True), ("report_from", "null", None),
+        ("report_to", "a@b.c", ("a@b.c",)), ("report_to", "", ()),
+        ("report_to", "[a@b.c, d@e.f]", ("a@b.c", "d@e.f")),
+        ("report_subject", "Hello", "Hello"), ("report_limits", "[60]", (60,)),
+        ("report_only_if_needed", "off", False), ("smtp_starttls", "0", False),
+        ("smtp_server", "mail", ("mail", 25)),
+        ("smtp_server", "[mail, 587]", ("mail", 587)),
+        ("smtp_credentials", "[joe, x]", ("joe", "x")),
+        ("smtp_credentials", "null", None),
+    )
+
+    EXPECTED = (  # names, what is expected, what is refused
+        ("debug log_requests limit_by_sasl limit_by_sender limit_by_ip report"
+         " report_only_if_needed smtp_starttls", "True or False",
+         ("2", "'yes'", "[]", "-1", "{}")),
+        ("user group pidfile", "text (in quotes, if it looks like a number)",
+         ("5", "True", "''", "['x']")),
+        ("SOCKET", 'a path, or [address, port] such as ["127.0.0.1", 8552]',
+         ("['toto', 1234]", "['localhost', 25]", "['127.0.0.1']", "5",
+          "['127.0.0.1', 65536]", "['127.0.0.1', -1]", "['127.0.0.1', '1']",
+          "['127.0.0.1', 1, 2]", "['', 1]", "''", "[]", "[5, 5]", "{}",
+          "['127.0.0.1', True]")),
+        ("socket_permission", "a file mode such as 0666",
+         ("'999'", "-1", "4096", "'rw'", "True")),
+        ("delay_to_close db_timeout", "a number of seconds, 1 or more",
+         ("0", "-1", "'5'", "True", "[]")),
+        ("backend", "0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
+         ("3", "-1", "'sqlite'", "True")),
+        ("count_mode",
+         "0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)",
+         ("3", "-1", "'1'")),
+        ("sqlite_config", "names with values, among them database, a path",
+         ("'db'", "5", "['db']", "False", "{}")),
+        ("mysql_config pgsql_config", "names with values",
+         ("'db'", "5", "['db']", "False")),
+        ("limits",
+         "a list of [mails, seconds], such as [[10, 60], [150, 86400]]",
+         ("[2, 500]", "5", "[[2]]", "[[2, 500, 3]]", "[[-1, 60]]",
+          "[[1, 0]]", "[[1, -60]]", "[['2', '500']]", "[[True, 60]]",
+          "{2: 500}", "'x'", "[None]", "['ab']")),
+        ("limits_by_id", "identities, each with a list of [mails, seconds]",
+         ("[]", "'x'", "5", "{'joe': None}", "{'joe': [1, 2]}",
+          "{'joe': [[-1, 2]]}", "{True: []}")),
+        ("limited_networks", 'a list of networks such as [10.0.0.0/8, "::/0"]',
+         ("['foo']", "'10.0.0.0/8'", "['10.0.0.0/33']", "[5]", "[[]]",
+          "['10.0.0.']", "['fe80::/129']")),
+        ("success_action fail_action db_error_action",
+         'an action of access(5), such as "dunno"',
+         ("True", "''", "[]", r"'a\nb'", r"'a\x07'")),
+        ("sql_limits_by_id report_from", "text, or null", ("5", "['x']")),
+        ("report_to", "text or a list of texts",
+         ("5", "[5]", "['']", "[None]", "{'a': 1}")),
+        ("report_limits", "a list of seconds, such as [86400]",
+         ("['60']", "[0]", "[-1]", "[[60]]", "'x'")),
+        ("smtp_server", '["host", port] or a host',
+         ("['mail', 'x']", "[]", "['mail', 70000]", "['', 25]", "5")),
+        ("smtp_credentials", '["user", "password"] or null',
+         ("['joe']", "'joe'", "['joe', 'x', 'y']", "[None, 'x']")),
+    )
+
+    def settings(self, text: str) -> prl.Settings:
+        """Return the settings of a YAML file with this text."""
+        path = self.write("test.yaml", text)
+        return prl.check_settings(prl.read_config(path))
+
+    def test_every_setting_takes_its_forms(self) -> None:
+        for name, text, value in self.ACCEPTED:
+            with self.subTest(name=name, text=text):
+                settings = self.settings(f"{name}: {text}\n")
+                self.assertEqual(getattr(settings, name), value)
+        self.assertEqual({name for name, *_ in self.ACCEPTED}
+                         | {"limited_networks"},
+                         {one.name for one in fields(prl.Settings)})
+
+    def test_networks_may_have_host_bits_and_both_families(self) -> None:
+        settings = self.settings(
+            'limited_networks: [10.1.2.3/8, "::/0", 192.0.2.7]\n')
+        self.assertEqual([str(one) for one in settings.limited_networks],
+                         ["10.0.0.0/8", "::/0", "192.0.2.7/32"])
+
+    def test_refusal_names_file_line_setting_found_and_expected(self) -> None:
+        seen = {
+            name for names, *_ in self.EXPECTED for name in names.split()}
+        self.assertEqual(seen | {"report_subject"}, {
+            one.name for one in fields(prl.Settings)})
+        for names, expected, values in self.EXPECTED:
+            for name in names.split():
+                for found in values:
+                    with self.subTest(name=name, found=found):
+                        self.check_refusal(name, found, expected)
+
+    def check_refusal(self, name: str, found: str, expected: str) -> None:
+        """Let the program refuse a value, given as Python writes it."""
+        text = found.replace("None", "null")
+        if "\\" in text:
+            text = text.replace("'", '"')
+        path = self.write("test.yaml", f"# a file\n\n{name}: {text}\n")
+        with self.assertRaises(prl.PolicydError) as caught:
+            prl.check_settings(prl.read_config(path))
+        self.assertEqual(str(caught.exception), f"{path}:3: {name}: found"
+                         f" {found}, expected {expected}")
+        self.assertEqual(caught.exception.exit_code,
+                         4 if name == "SOCKET" else 5)
+
+    def test_an_empty_value_is_the_default(self) -> None:
+        for name in prl.default_values():
+            path = self.write("test.yaml", f"{name}:\n")
+            self.assertEqual(prl.check_settings(prl.read_config(path)),
+                             prl.Settings(), name)
+
+    def test_unusual_files_start(self) -> None:
+        for text in (
+                "", "# nothing\n", "report: True\n", "limits_by_id:\n",
+                "user: nosuch\n", "limits: []\n", "limits:\n- [1, 2]\n",
+                "---\ndebug: no\n...\n", "mysql_config:\n", "a: {b: [c]}\n",
+                "limits: [[1, 1]]\nlimits: [[2, 2]]\n", "1: 2\n"):
+            with self.subTest(text=text):
+                status, out, err = command(
+                    "-f", self.write("test.yaml", text), "--check",
+                    "--standalone", self.path("sa"))
+                self.assertEqual((status, out[-4:]), (0, "\nOK\n"), err)
+
+    def test_what_the_original_works_with_starts(self) -> None:
+        for text in ("fail_action: 450", 'smtp_server: ["localhost", "25"]',
+                     "smtp_server:", "report_subject:", "report_limits:",
+                     "smtp_credentials: []", "smtp_credentials: False",
+                     "smtp_credentials: [joe, 12345]"):
+            with self.subTest(text=text):
+                self.settings(text + "\n")
+
+    def test_a_file_without_count_mode_is_told_of(self) -> None:
+        path = self.write("test.yaml", "debug: no\n")
+        for command_, told in (("--check", 1), ("--clean", 0)):
+            _, _, err = command("-f", path, command_, "--standalone",
+                                self.folder)
+            self.assertEqual(err.count("count_mode is not set"), told)
+
+    def test_unknown_setting_is_a_warning_with_a_guess(self) -> None:
+        for name, guess in (
+                ("limts", "; is limits meant?"), ("LIMITS", ""),
+                ("limit_by_user", "; is limit_by_sender meant?"),
+                ("socket", ""), ("12", ""), ("xyzzy", "")):
+            with self.subTest(name=name):
+                path = self.write("test.yaml", f"count_mode: 1\n{name}: 1\n")
+                status, _, err = command(
+                    "-f", path, "--check", "--standalone", self.folder)
+                self.assertEqual((status, err), (
+                    0, f"warning: {path}:2: {name}: no such setting{guess}\n"))
+
+    def test_backend_never_ends_in_a_traceback(self) -> None:
+        for number in "12":
+            for what in ("--check", "--clean"):
+                with self.subTest(backend=number, command=what):
+                    path = self.write("test.yaml", f"backend: {number}\n")
+                    done = run("-f", path, what, *here_as_ourselves(self))
+                    self.assertIn(done.returncode, (5, 6, 8), done.stderr)
+                    self.assertNotIn("Traceback", done.stderr)
+
+    def test_database_without_a_path_is_refused(self) -> None:
+        for text in ("{}", "{database: 5}", "{database: null}",
+                     "{timeout: 3}"):
+            with self.subTest(text=text), self.assertRaises(prl.ConfigError):
+                self.settings(f"sqlite_config: {text}\n")
+
+
+def here_as_ourselves(test: FolderTest) -> list[str]:
+    """Return options that put a daemon's files into a test's folder."""
+    overrides = {
+        "user": pwd.getpwuid(os.geteuid()).pw_name,
+        "group": grp.getgrgid(os.getegid()).gr_name,
+        "pidfile": test.path("pid"), "SOCKET": test.path("socket"),
+        "sqlite_config.database": test.path("db.sqlite3")}
+    return [word for name, value in overrides.items()
+            for word in ("-o", f"{name}={value}")]
+
+
+class ConfFileTest(FolderTest):
+    """Which file is read, and how."""
+
+    def read(self, text: str, name: str = "test.conf") -> dict[str, Any]:
+        """Return the values of a file with this text."""
+        return prl.read_config(self.write(name, text)).values
+
+    def test_first_of_four_files_is_read(self) -> None:
+        self.assertEqual(prl.CONFIG_FILES, (
+            "~/.config/policyd-rate-limit.conf",
+            "~/.config/policyd-rate-limit.yaml",
+            "/etc/policyd-rate-limit.conf", "/etc/policyd-rate-limit.yaml"))
+        names = tuple(name.replace("/etc", self.path("etc"))
+                      for name in prl.CONFIG_FILES)
+        os.makedirs(self.path(".config"))
+        os.makedirs(self.path("etc"))
+        with patch.object(prl, "CONFIG_FILES", names), \
+                patch.dict(os.environ, HOME=self.folder):
+            paths = [os.path.expanduser(name) for name in names]
+            for path in paths:
+                self.write(os.path.relpath(path, self.folder), "")
+            for path in paths:
+                self.assertEqual(
+                    command("--get-config", "config_file")[:2], (0, path))
+                os.unlink(path)
+            status, out, err = command("--get-config", "config_file")
+            self.assertEqual((status, out), (0, "None"))
+            for options in ((), ("--check",), ("--clean",)):
+                status, out, err = command(*options)
+                self.assertEqual((status, out), (5, ""))
+                self.assertRegex(err, r"^error: no configuration file found; "
+                                 r"looked for ~/.config/.*\.yaml\n$")
+
+    def test_file_that_cannot_be_used_ends_with_5(self) -> None:
+        os.mkdir(self.path("folder.yaml"))
+        with open(self.path("bytes.yaml"), "wb") as file:
+            file.write(b"user: \xff\xfe\n")
+        for name, text, message in (
+                ("none.yaml", None, "{}: no such configuration file"),
+                ("folder.yaml", None, "{}: cannot be read: .*directory"),
+                ("bytes.yaml", None, "{}: cannot be read: 'utf-8' codec"),
+                ("list.yaml", "- 1\n", r"{}: found \[1\], expected lines "),
+                ("word.yaml", "limits\n", "{}: found 'limits', expected "),
+                ("tab.yaml", "a:\n\tb: 1\n", "{}:2: write spaces instead"),
+                ("odd.yaml", "a: 1\nb: [\n", "{}:[23]: "),
+                ("odd.conf", "a = 1\nb = = 2\n", "{}:2: not Python: ")):
+            with self.subTest(name=name):
+                path = self.path(name)
+                if text is not None:
+                    self.write(name, text)
+                for option in (("--check",), ("--clean",), ()):
+                    status, out, err = command("-f", path, *option)
+                    self.assertEqual((status, out), (5, ""))
+                    self.assertRegex(err.splitlines()[-1], "^error: "
+                                     + message.format(re.escape(path)))
+
+    def test_assignments_of_a_conf_are_read(self) -> None:
+        for text, value in (
+                ("1", 1), ("-1.5", -1.5), ("'a' 'b'", "ab"), ("None", None),
+                ("(1, 'x')", (1, "x")), ("[[1, 2], (3, 4)]", [[1, 2], (3, 4)]),
+                ("{'a': [], 1: (2,)}", {"a": [], 1: (2,)}),
+                ("60 * 60 * 24", 86400), ("(7 - 1) // 2 + 6 / 4", 4.5),
+                ("0o666", 0o666), ("SQLITE_DB", 0), ("MYSQL_DB", 1),
+                ("PGSQL_DB", 2), ("before * 2", 6), ("u'x'", "x"),
+                ("[\n  1,  # one\n]", [1]), ("True", True)):
+            with self.subTest(text=text):
+                values = self.read(f"before = 3\nx = {text}\n")
+                self.assertEqual(values["x"], value)
+                self.assertIs(type(values["x"]), type(value))
+
+    def test_rest_of_a_conf_is_skipped_and_never_run(self) -> None:
+        made = self.path("made")
+        for text in (
+                f"open({made!r}, 'w')", f"x = open({made!r}, 'w')",
+                f"x = [open({made!r}, 'w')]", "import os", "x = y", "x.y = 1",
+                f"x = __import__('os').mkdir({made!r})", "x += 1",
+                f"def f(a=open({made!r}, 'w')): pass", "x['y'] = 1",
+                f"x = f\"{{open({made!r}, 'w')}}\"", "x, y = 1, 2",
+                f"class A:\n    open({made!r}, 'w')", "x = y = 1",
+                f"x = [open({made!r}, 'w') for _ in 'a']", "x = lambda: 1",
+                f"if True:\n    open({made!r}, 'w')", "x = not 1",
+                "x = 9**9**9", "x = 'a' * 10**9", "x = 1 << 10**9",
+                "x = [0] * 10**9", "x = 1 / 0", "x = {[]: 1}", "x = {**{}}",
+                "x = 'a' + 'b'", "x = 'a' % 1", "'a doc'", "x = 1, *[2]"):
+            with self.subTest(text=text), self.assertLogs(prl.log) as logs:
+                values = self.read(f"debug = 0\n{text}\nuser = 'joe'\n")
+                self.assertEqual(values, {"debug": 0, "user": "joe"})
+                path = self.path("test.conf")
+                self.assertEqual([one.getMessage() for one in logs.records], [
+                    f"{path}: this format is obsolete; write YAML",
+                    f"{path}:2: skipped: it is not NAME = VALUE: "
+                    + ast.unparse(ast.parse(text).body[0])[:60]])
+        self.assertFalse(os.path.exists(made))
+
+    def test_bombs_are_refused_in_time_and_memory(self) -> None:
+        def bound() -> None:
+            resource.setrlimit(resource.RLIMIT_CPU, (3, 3))
+            resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+
+        nines = "9" * 4000
+        for name, text in (
+                ("squares.conf", f"a = {nines}\n" + "a = a * a\n" * 40),
+                ("twice.conf", "a = [1]\n" + "a = [a, a]\n" * 60
+                 + "limits = a\n"),
+                ("long.conf", f"a = {nines}\nuser = a * a\n"),
+                ("digits.conf", f"user = {nines}{nines}\n"),
+                ("brackets.conf", "limits = " + "[" * 5000 + "]" * 5000),
+                ("minus.conf", "limits = " + "-" * 990 + "1\n"),
+                ("minuses.conf", "limits = " + "-" * 5000 + "1\n"),
+                ("plus.conf", "limits = " + "1+" * 20000 + "1\n"),
+                ("nul.conf", "user = 1\0\n"),
+                ("brackets.yaml", "limits: " + "[" * 5000 + "]" * 5000),
+                ("hex.yaml", f"user: 0x{nines}\n"),
+                ("self.yaml", "limits: &a [*a]\n"),
+                ("big.yaml", "# x\n" * 300000 + "user: 5\n"),
+                ("wide.yaml", "limits: [" + "[1, 2, 3],\n" * 50000 + "]\n")):
+            with self.subTest(name=name):
+                done = run("-f", self.write(name, text), "--check",
+                           "--standalone", self.folder, preexec_fn=bound)
+                self.assertNotIn("Traceback", done.stderr)
+                self.assertIn(done.returncode, (0, 5), done.stderr[-300:])
+                self.assertLess(len(done.stderr), 10000)
+
+    def test_refused_conf_has_a_line_number_or_none(self) -> None:
+        for text in ("a = 1\0\n", "a = " + "[" * 5000, "a = =\n"):
+            with self.subTest(text=text[:10]), \
+                    self.assertRaises(prl.ConfigError) as raised, \
+                    self.assertLogs(prl.log):
+                self.read(text)
+            self.assertRegex(str(raised.exception),
+                             r"\.conf(:[1-9][0-9]*)?: not Python: ")
+
+    def test_original_spelling_limited_netword_is_read(self) -> None:
+        for name, equals in (("a.conf", "="), ("a.yaml", ":")):
+            with self.subTest(name=name):
+                path = self.write(name, f'limited_netword {equals} ["::/0"]\n')
+                status, out, err = command(
+                    "-f", path, "--get-config", "limited_networks")
+                self.assertEqual((status, out), (0, "['::/0']"))
+                self.assertNotIn("such setting", err)
+
+    def test_odd_yaml_is_refused_with_its_line_without_pyyaml(self) -> None:
+        for text, why in (
+                ("1_000", "put quotes around 1_000"),
+                ("1:30", "put quotes around 1:30"),
+                ("0x1F", "put quotes around 0x1F"),
+                ("2024-12-31", "put quotes around 2024-12-31"),
+                ("&a x", "put quotes around &a x"),
+                ("!!str x", "put quotes around !!str x"),
+                ('"a', "close the quotes on the same line, write \\ as \\\\:"
+                 ' "a')):
+            with self.subTest(text=text), \
+                    patch.dict(sys.modules, {"yaml": None}):
+                path = self.write("test.yaml", f"debug: no\nuser: {text}\n")
+                status, _, err = command("-f", path, "--check")
+                self.assertEqual((status, err),
+                                 (5, f"error: {path}:2: {why}\n"))
+
+    def test_pyyaml_reads_what_ours_refuses(self) -> None:
+        if importlib.util.find_spec("yaml") is None:
+            skip("PyYAML is not installed")
+        for text, value in (("1_000", 1000), ("1:30", 90), ("0x1F", 31),
+                            ("!!str 5", "5"), ("|\n  a\n", "a\n"),
+                            ('"a\n  b"', "a b"), ("&a [*a]", None)):
+            with self.subTest(text=text):
+                values = self.read(f"x: {text}\n", "test.yaml")
+                if value is not None:
+                    self.assertEqual(values["x"], value)
+        with self.assertRaisesRegex(prl.ConfigError, r"yaml:2: .*!!python/"):
+            self.read("a: 1\nx: !!python/tuple [1]\n", "test.yaml")
+
+    def test_line_is_named_also_when_pyyaml_read_the_file(self) -> None:
+        if importlib.util.find_spec("yaml") is None:
+            skip("PyYAML is not installed")
+        path = self.write("test.yaml", "db_timeout: 1_0\nlimits: 5\n")
+        self.assertIn(f"{path}:2: limits: ", command("-f", path, "--check")[2])
+
+
+class CommandLineTest(FolderTest):
+    """Each option and command, and its exit status."""
+
+    def get(self, name: str, *options: str) -> tuple[int, str]:
+        """Return the status and output of --get-config."""
+        return command("--get-config", name, *options)[:2]
+
+    def database(self, *rows: tuple[str, int]) -> str:
+        """Make an original's database of (id, age); return its path."""
+        path = self.path("db.sqlite3")
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute(
+                "CREATE TABLE mail_count (id varchar(40) NOT NULL, date bigint"
+                " NOT NULL, recipient_count int DEFAULT 1, instance"
+                " varchar(40) NOT NULL DEFAULT '0', protocol_state varchar(10)"
+                " NOT NULL DEFAULT '0')")
+            now = int(time.time())
+            connection.executemany(
+                "INSERT INTO mail_count (id, date) VALUES (?, ?)",
+                [(identity, now - age) for identity, age in rows])
+            connection.commit()
+        return path
+
+    def test_get_config_prints_str_as_the_original_does(self) -> None:
+        path = self.write("test.yaml", """
+            debug: no
+            limits: [[10, 60], [150, 86400]]
+            limits_by_id: {a: [], 192.168.0.254: [[1, 2]], "::1": []}
+            report_to:
+            socket_permission: 0666
+            foo: {a: {b: 1.50, c: ~, d: [x, 'y"']}}
+            fail_action: é
+            """)
+        for name, value in (
+                ("debug", "False"), ("limits", "[[10, 60], [150, 86400]]"),
+                ("limits_by_id", "{'a': [], '192.168.0.254': [[1, 2]],"
+                 " '::1': []}"), ("limits_by_id.a", "[]"),
+                ("limits_by_id.192.168.0.254", "[[1, 2]]"),
+                ("limits_by_id.::1", "[]"), ("report_to", "None"),
+                ("socket_permission", "438"), ("user", "policyd-rate-limit"),
+                ("foo.a", "{'b': 1.5, 'c': None, 'd': ['x', 'y\"']}"),
+                ("foo.a.b", "1.5"), ("fail_action", "é"),
+                ("config_file", path), ("mysql_config.user", "username"),
+                ("pgsql_config.host", "localhost"), ("delay_to_close", "300"),
+                ("smtp_server", "('localhost', 25)")):
+            with self.subTest(name=name):
+                self.assertEqual(self.get(name, "-f", path), (0, value))
+        for name in ("nope", "debug.x", "limits.0", "sqlite_config.nope",
+                     "foo.", ".", "", "LIMITS", "foo.a.b.c"):
+            with self.subTest(name=name):
+                self.assertEqual(self.get(name, "-f", path), (1, ""))
+
+    def test_get_config_prints_socket_as_the_original_does(self) -> None:
+        path = self.write("test.yaml", 'SOCKET: ["127.0.0.1", 8552]\n')
+        self.assertEqual(
+            self.get("SOCKET", "-f", path), (0, "('127.0.0.1', 8552)"))
+
+    def test_get_config_works_with_no_file_and_bad_values(self) -> None:
+        none, bad = self.path("none.yaml"), self.write("b.yaml", "limits: 5\n")
+        for options, name, status, out in (
+                ((none,), "limits", 0, "[(10, 60), (150, 86400)]"),
+                ((none,), "count_mode", 0, "1"),
+                ((none,), "config_file", 0, "None"), ((none,), "x", 1, ""),
+                ((bad,), "limits", 0, "5"), ((bad,), "debug", 0, "True"),
+                ((bad, "-o", "user=nosuch"), "user", 0, "nosuch")):
+            with self.subTest(name=name):
+                self.assertEqual(self.get(name, "-f", *options), (status, out))
+
+    def test_override_wins_over_the_file(self) -> None:
+        path = self.write("test.yaml", "limits: [[1, 2]]\nlimits_by_id:\n"
+                          "  joe.doe@x.org: [[1, 1]]\nmysql_config:\n")
+        for name, overrides, value in (
+                ("limits", ("limits=[[3, 4]]",), "[[3, 4]]"),
+                ("limits", ("limits=[]", "limits=[[5, 6]]"), "[[5, 6]]"),
+                ("limits_by_id", ("limits_by_id.192.168.0.254=[]",),
+                 "{'joe.doe@x.org': [[1, 1]], '192.168.0.254': []}"),
+                ("limits_by_id", ("limits_by_id.joe.doe@x.org=[]",),
+                 "{'joe.doe@x.org': []}"),
+                ("limits_by_id", ("limits_by_id={}", "limits_by_id.::1=[]"),
+                 "{'::1': []}"),
+                ("mysql_config.host", ("mysql_config.host=db",), "db"),
+                ("debug", ("debug=off",), "False"), ("debug", ("debug=",),
+                                                     "None"),
+                ("fail_action", ("fail_action=a=b c",), "a=b c"),
+                ("socket_permission", ("socket_permission=0600",), "384")):
+            with self.subTest(overrides=overrides):
+                options = [w for one in overrides for w in ("-o", one)]
+                self.assertEqual(
+                    self.get(name, "-f", path, *options), (0, value))
+        self.assertEqual(prl.default_values()["limits_by_id"], {})
+
+    def test_bad_override_ends_with_5_and_says_which(self) -> None:
+        file = self.write("test.yaml", "limits: [[1, 2]]\n")
+        for text, status, message in (
+                ("debug", 5, "expected NAME=VALUE with the name of a setting"),
+                ("nope=1", 5, "expected NAME=VALUE with the name of a setti"),
+                ("=1", 5, "expected NAME=VALUE with the name of a setting"),
+                ("config_file=x", 5, "expected NAME=VALUE with the name of"),
+                ("debug.x=1", 5, "debug holds no names"),
+                ("limits.0=1", 5, "limits holds no names"),
+                ("user=1_0", 5, "put quotes around 1_0"),
+                ("limits=[", 5, ""), ("user='x", 5, "close the quotes on"),
+                ("limits=5", 5, "limits: found 5, expected a list of [mails"),
+                ("limits_by_id.joe=5", 5, "limits_by_id: found {'joe': 5}, "),
+                ("SOCKET=[toto, 1]", 4, "SOCKET: found ['toto', 1], expec")):
+            with self.subTest(text=text):
+                got = command("-f", file, "--check", "-o", text)
+                self.assertEqual(got[:2], (status, ""))
+                self.assertTrue(got[2].startswith(
+                    f"error: -o {text}: {message}"), got[2])
+
+    def test_check_says_ok_and_changes_nothing(self) -> None:
+        self.database(("Joe", 5))
+        file = self.write("test.yaml", "count_mode: 1\n")
+        before = self.contents()
+        for options in (
+                ["--standalone", self.folder], here_as_ourselves(self),
+                ["--standalone", self.path("missing/too")]):
+            with self.subTest(options=options):
+                done = run("-f", file, "--check", *options)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertRegex(done.stdout, r"^SQLite \S+, /\S+3\nOK\n$")
+                self.assertEqual(self.contents(), before)
+
+    def contents(self) -> dict[str, bytes]:
+        """Return the files in the folder."""
+        return {entry.name: b"" if entry.is_dir() else
+                open(entry.path, "rb").read()  # noqa: SIM115
+                for entry in os.scandir(self.folder)}
+
+    def test_check_says_what_is_wrong(self) -> None:
+        os.mkdir(self.path("locked"), 0o555)
+        os.chmod(self.folder, 0o777)
+        file = self.write("test.yaml", "debug: no\n")
+        bad = self.write("bad.sqlite3", "rubbish" * 1000)
+        os.chmod(bad, 0o666)
+        options = here_as_ourselves(self)
+        if is_root():
+            nobody = pwd.getpwnam("nobody")
+            options += ["-o", "user=nobody", "-o", "group="
+                        + grp.getgrgid(nobody.pw_gid).gr_name]
+        locked = self.path("locked")
+        cases = [
+            (f"SOCKET={locked}/s", 6, f"{locked}: cannot be written"),
+            (f"pidfile={locked}/p", 6, f"{locked}: cannot be written"),
+            (f"sqlite_config.database={locked}/db", 6, f"{locked}: cannot be"),
+            (f"sqlite_config.database={bad}", 6, f"{bad}: file is not a data"),
+            (f"sqlite_config.database={locked}", 6, f"{locked}: unable to op")]
+        if is_root():
+            cases += [("user=nosuch", 2, "no user nosuch or no group "),
+                      ("group=nosuch", 2, "no user nobody or no group nosuc")]
+        for override, status, message in cases:
+            with self.subTest(override=override):
+                done = run("-f", file, "--check", *options, "-o", override)
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertIn(f"error: {message}", done.stderr)
+                self.assertNotIn("OK", done.stdout)
+
+    def test_check_fails_where_a_start_would(self) -> None:
+        file = self.write("a.yaml", "debug: no\n")
+        long, other = self.path("x" * 200), self.write("other", "")
+        for override in (
+                f"SOCKET={long}", f"pidfile={self.folder}",
+                f"SOCKET={file}/sub/policy", f"pidfile={file}/sub/pid",
+                f"SOCKET={other}",
+                'SOCKET=["192.0.2.1", 8552]'):
+            with self.subTest(override=override):
+                options = [*here_as_ourselves(self), "-o", override]
+                done = run("-f", file, "--check", *options)
+                self.assertEqual(run("-f", file, *options).returncode, 6)
+                self.assertEqual((done.returncode, done.stdout[-3:]), (6, ""))
+
+    def test_start_that_fails_removes_nothing_of_others(self) -> None:
+        file = self.write("a.yaml", "limits: [[1, 60]]\n")
+        run("-f", file, *here_as_ourselves(self), "-o", f"SOCKET={file}")
+        self.assertTrue(os.path.exists(file))
+        daemon = self.daemon()
+        done = run("--standalone", self.path("second"), "-o",
+                   f"SOCKET={daemon.socket}")
+        self.assertEqual(done.returncode, 3, done.stderr)
+        self.assertEqual(daemon.ask(), PASS)
+
+    def test_clean_deletes_only_what_no_limit_can_see(self) -> None:
+        rows = (("joe", 150000), ("joe", 300000), ("ann", 150000),
+                ("joe", 7100), ("joe", 7300), ("ann", 100), ("ann", 130))
+        query = ("sql_limits_by_id: SELECT '[[1, 100000]]' WHERE 'joe' = ?\n")
+        for config, deleted in (
+                ("limits: [[1, 60]]\n", 6), ("limits: [[9, 3600]]\n", 4),
+                ("limits: [[1, 1], [9, 3600], [2, 60]]\n", 4),
+                ("limits: [[1, 60]]\nlimits_by_id: {x: [[1, 3600]]}\n", 4),
+                ("limits: []\n", 1), ("limits: [[1, 160000]]\n", 0),
+                ("limits: [[1, 60]]\n" + query, 3),
+                ("limits: [[1, 999999999999]]\n", 0)):
+            with self.subTest(config=config):
+                for suffix in ("", "-wal", "-shm"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.path("db.sqlite3" + suffix))
+                path = self.database(*rows)
+                clean = ("--clean", "-f", self.write("test.yaml", config),
+                         "--standalone", self.folder)
+                self.assertEqual(command(*clean), (
+                    0, f"{deleted} records deleted\n", ""))
+                self.assertEqual(command(*clean)[1], "0 records deleted\n")
+                with contextlib.closing(sqlite3.connect(path)) as connection:
+                    left, = connection.execute(
+                        "SELECT count(*) FROM mail_count").fetchone()
+                self.assertEqual(left, len(rows) - deleted)
+
+    def test_clean_works_while_a_daemon_works(self) -> None:
+        daemon = self.daemon("limits: [[3, 60]]\ndebug: no\n")
+        self.assertEqual(daemon.ask(recipient_count=2), PASS)
+        now = int(time.time())
+        with contextlib.closing(sqlite3.connect(daemon.database)) as database:
+            database.executemany(
+                "INSERT INTO mail_count (id, date) VALUES (?, ?)",
+                [(f"user{n}", now - 1000) for n in range(5000)])
+            database.commit()
+        cleaner = subprocess.Popen(
+            [sys.executable, PROGRAM, "--clean", *daemon.options],
+            stdout=subprocess.PIPE, text=True)
+        with daemon.client() as client:
+            while cleaner.poll() is None:
+                self.assertEqual(client.ask(recipient_count=2), REFUSED)
+            self.assertEqual(client.ask(recipient_count=1), PASS)
+        out, _ = cleaner.communicate()
+        self.assertEqual((cleaner.returncode, out), (0, "5000 records "
+                                                     "deleted\n"))
+        self.assertNotIn("database", daemon.log())
+
+    def test_clean_that_fails_ends_with_8(self) -> None:
+        with open(self.path("db.sqlite3"), "wb") as file:
+            file.write(b"rubbish" * 1000)
+        status, out, err = command("--clean", "--standalone", self.folder)
+        self.assertEqual((status, out), (8, ""))
+        self.assertEqual(err, f"error: {self.path('db.sqlite3')}: "
+                         "file is not a database\n")
+
+    def test_standalone_needs_only_its_folder(self) -> None:
+        os.makedirs(self.path("home/.config"))
+        os.mkdir(self.path("empty"))
+        self.write("home/.config/policyd-rate-limit.yaml", "limits: broken\n")
+        sa = self.path("new/sa")
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--standalone", "../new/sa"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            cwd=self.path("empty"), env={**os.environ, "HOME": self.path(
+                "home"), "PYTHONDONTWRITEBYTECODE": "1"})
+        self.addCleanup(process.kill)
+        assert process.stdout is not None
+        with process.stdout as stdout:
+            told = [stdout.readline(), stdout.readline()]
+        self.assertEqual(told, [
+            f"Listening on {sa}/policy; for main.cf:\n",
+            "smtpd_data_restrictions = check_policy_service"
+            f" {{ unix:{sa}/policy, default_action=DUNNO }}\n"])
+        with Client(f"{sa}/policy") as client:
+            self.assertEqual(client.ask(recipient_count=10), PASS)
+            self.assertEqual(client.ask(), REFUSED)
+        for name in ("policy", "db.sqlite3", "policyd-rate-limit.pid"):
+            self.assertEqual(os.stat(f"{sa}/{name}").st_uid, os.geteuid())
+        self.assertEqual(run("--standalone", sa).returncode, 3)
+        process.terminate()
+        self.assertEqual(process.wait(30), 0)
+        self.assertEqual(os.listdir(self.path("empty")), [])
+        self.assertEqual(sorted(os.listdir(self.folder)),
+                         ["empty", "home", "new"])
+        self.assertEqual(os.listdir(sa), ["db.sqlite3"])
+
+    def test_standalone_takes_the_rest_from_a_file_and_o(self) -> None:
+        daemon = self.daemon(
+            "count_mode: 0\nuser: nosuch\nSOCKET: /nowhere/s\nbackend: 2\n"
+            "limits: [[9, 9]]\n", "-o", "limits=[[1, 60]]",
+            "-o", 'SOCKET=["127.0.0.1", 0]')
+        found = re.search(r"smtpd_recipient_restrictions = "
+                          r"check_policy_service { inet:127\.0\.0\.1:(\d+), "
+                          r"default_action=DUNNO }\n",
+                          daemon.wait_log("main.cf:\nsmtpd_recipient"))
+        assert found is not None
+        with Client(("127.0.0.1", int(found[1]))) as client:
+            actions = [client.ask(protocol_state="RCPT") for _ in "12"]
+        self.assertEqual(actions, [PASS, REFUSED])
+
+    def test_main_cf_line_suits_count_mode_and_socket(self) -> None:
+        for mode, address, stage, where in (
+                (0, "/var/spool/postfix/ratelimit/policy", "recipient",
+                 "unix:ratelimit/policy"),
+                (1, "/run/p", "data", "unix:/run/p"),
+                (2, ("::1", 8552), "data", "inet:[::1]:8552")):
+            with self.subTest(address=address):
+                self.assertEqual(
+                    prl.main_cf(mode, address),
+                    f"smtpd_{stage}_restrictions = check_policy_service"
+                    f" {{ {where}, default_action=DUNNO }}")
+
+    def test_usage_version_and_help(self) -> None:
+        for arguments, status, text in (
+                ("--version", 0, f"policyd-rate-limit {prl.VERSION}\n"),
+                ("--bogus", 2, "unrecognized arguments: --bogus"),
+                ("foo", 2, "unrecognized arguments: foo"),
+                ("--get-config", 2, "expected one argument"),
+                ("-f", 2, "expected one argument"),
+                ("--clean --check", 2, "not allowed with argument"),
+                ("--clean --get-config debug", 2, "not allowed with argument"),
+                ("-h", 0, "usage: policyd-rate-limit "), ("--help", 0, "")):
+            with self.subTest(arguments=arguments):
+                got, out, err = command(*arguments.split())
+                self.assertEqual(got, status)
+                self.assertIn(text, err if status else out)
+        for option in ("-h", "--help", "--clean", "--get-config", "--check",
+                       "--file", "-f", "-o", "--standalone", "--version"):
+            self.assertRegex(command("-h")[1], rf"(?<![\w-]){option}\b")
+
+    def test_old_ways_to_write_options_work(self) -> None:
+        path = self.write("test.yaml", "debug: no\n")
+        for line in (f"--file={path} --get-config=debug",
+                     f"-f{path} --get debug", f"--get-config debug -f {path}",
+                     f"--fil {path} --get-config debug"):
+            with self.subTest(line=line):
+                self.assertEqual(command(*line.split())[:2], (0, "False"))
+
+    def test_unknown_user_ends_with_2_after_the_file(self) -> None:
+        if not is_root():
+            skip("only root looks for the user")
+        file = self.write("test.yaml", "user: nosuch\n")
+        bad = self.write("bad.yaml", "user: nosuch\nlimits: 5\n")
+        for path, option, status in (
+                (file, "--clean", 2), (file, "--check", 2),
+                (bad, "--check", 5), (self.path("none"), "--clean", 5)):
+            with self.subTest(path=path, option=option):
+                status_, _, err = command("-f", path, option)
+                self.assertEqual(status_, status)
+                self.assertEqual("adduser --system" in err, status == 2)
+        done = run("-f", file)
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertEqual(self.get("user", "-f", file), (0, "nosuch"))
+
+    def test_reload_reads_the_file_of_the_start(self) -> None:
+        if not is_root():
+            skip("only root's HOME changes with the user")
+        os.makedirs(self.path("home/.config"))
+        os.makedirs(self.path("run"), 0o755)
+        os.chown(self.path("run"), pwd.getpwnam("nobody").pw_uid, -1)
+        self.write(
+            "home/.config/policyd-rate-limit.yaml", "user: nobody\n"
+            f"group: {grp.getgrgid(pwd.getpwnam('nobody').pw_gid).gr_name}\n"
+            f"SOCKET: {self.path('run/s')}\npidfile: {self.path('run/p')}\n"
+            f"sqlite_config: {{database: {self.path('run/db')}}}\n")
+        with patch.dict(os.environ, HOME=self.path("home")):
+            daemon = Daemon.__new__(Daemon)
+            daemon.folder, daemon.program = self.folder, PROGRAM
+            daemon.options = []
+            daemon.start()
+        self.addCleanup(daemon.stop)
+        daemon.send(signal.SIGHUP)
+        wait_for(lambda: "reloaded" in daemon.log(), "the reload")
+        self.assertIn("configuration reloaded", daemon.log())
+
+
+MAIN_CF = """\
+compatibility_level = 3.6
+queue_directory = {0}/queue
+data_directory = {0}/data
+maillog_file = {0}/log
+maillog_file_prefixes = {0}
+inet_interfaces = 127.0.0.1
+myhostname = mx.test
+mynetworks = 0.0.0.0/0 [::]/0
+smtpd_authorized_xclient_hosts = 127.0.0.1
+smtpd_peername_lookup = no
+smtpd_error_sleep_time = 0
+smtpd_relay_restrictions = permit_mynetworks reject_unauth_destination
+local_recipient_maps =
+local_transport = discard:
+relay_transport = discard:
+default_transport = discard:
+"""
+MASTER_CF = """\
+127.0.0.1:{} inet n - n - - smtpd
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+discard unix - - n - - discard
+postlog unix-dgram n - n - 1 postlogd
+"""
+POSTCONF = "/usr/sbin/postconf"
+
+
+class Postfix:
+    """A Postfix of our own in a folder; it discards what it takes."""
+
+    def __init__(self, folder: str, **main_cf: str) -> None:
+        """Start it, for half an hour at most, and wait for its banner."""
+        self.folder = folder
+        for name in ("config", "queue/pid", "data", *(
+                f"queue/{queue}" for queue in (
+                    "active", "defer", "deferred", "incoming", "private",
+                    "public"))):
+            os.makedirs(os.path.join(folder, name))
+            if name not in ("config", "queue/pid"):
+                shutil.chown(os.path.join(folder, name), "postfix")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        settings = "".join(f"{k} = {v}\n" for k, v in main_cf.items())
+        self.write("log", "")
+        self.write("config/master.cf", MASTER_CF.format(self.port))
+        path = self.write("config/main.cf", MAIN_CF.format(folder) + settings)
+        os.utime(path, (1, 1))  # Postfix waits while it is young
+        programs = subprocess.check_output(
+            [POSTCONF, "-dh", "daemon_directory"], text=True).strip()
+        self.master = subprocess.Popen(
+            [f"{programs}/master", "-e", "1800", "-c", f"{folder}/config"],
+            start_new_session=True)
+        try:
+            wait_for(self.is_up, "Postfix to answer")
+        except AssertionError as error:
+            self.stop()
+            raise AssertionError(f"{error}:\n{self.log()}") from None
+
+    @staticmethod
+    def missing() -> str | None:
+        """Name what this machine lacks to run Postfix, if anything."""
+        if not os.access(POSTCONF, os.X_OK):
+            return "Postfix"
+        return "the rights of root, for Postfix" if os.geteuid() else None
+
+    def write(self, name: str, text: str) -> str:
+        """Write a file in the folder and return its path."""
+        path = os.path.join(self.folder, name)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def is_up(self) -> bool:
+        """Tell whether smtpd answers."""
+        with contextlib.suppress(OSError), socket.create_connection(
+                ("127.0.0.1", self.port), PATIENCE) as client:
+            return client.recv(512).startswith(b"220 ")
+        return False
+
+    def log(self) -> str:
+        """Return what Postfix has logged so far."""
+        with open(os.path.join(self.folder, "log"), "rb") as log:
+            return log.read().decode("utf-8", "replace")
+
+    def wait_log(self, text: str) -> None:
+        """Wait until a text stands in the log, which Postfix writes late."""
+        wait_for(lambda: text in self.log(), f"{text!r} in Postfix's log")
+
+    def stop(self) -> None:
+        """Kill all of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.master.pid, signal.SIGKILL)
+        self.master.wait()
+
+    def connect(self, login: str = "", address: str = "") -> smtplib.SMTP:
+        """Connect as a client with this SASL name and address."""
+        smtp = smtplib.SMTP("127.0.0.1", self.port, "client.test", PATIENCE)
+        smtp.command_encoding = "utf-8"
+        smtp.ehlo()
+        name = urllib.parse.quote(login, "@").replace("%", "+")
+        family = "IPV6:" if ":" in address else ""
+        xclient = (f" LOGIN={name}" if name else "") + (
+            f" ADDR={family}{address}" if address else "")
+        if xclient:
+            code, reply = smtp.docmd("XCLIENT" + xclient)
+            if code != 220:
+                raise AssertionError(f"XCLIENT{xclient}: {code} {reply!r}")
+            smtp.ehlo()
+        return smtp
+
+    def send(self, login: str = "", recipients: int = 1,
+             address: str = "", sender: str = "s@a.test") -> list[int]:
+        """Send a mail on a connection of its own, as mail() does."""
+        with self.connect(login, address) as smtp:
+            return mail(smtp, recipients, sender)
+
+
+def mail(smtp: smtplib.SMTP, recipients: int = 1,
+         sender: str = "s@a.test") -> list[int]:
+    """Send a mail; return the codes for each RCPT and the last for DATA."""
+    utf8 = "" if sender.isascii() else " SMTPUTF8"
+    code, reply = smtp.docmd(f"MAIL FROM:<{sender}>{utf8}")
+    if code != 250:
+        raise AssertionError(f"MAIL FROM {sender}: {code} {reply!r}")
+    codes = [smtp.docmd(f"RCPT TO:<r{n}@b.test>")[0]
+             for n in range(recipients)]
+    try:
+        if 250 in codes:
+            codes.append(smtp.data("Subject: test\n\n")[0])
+    except smtplib.SMTPDataError as error:
+        codes.append(error.smtp_code)
+    smtp.docmd("RSET")
+    return codes
+
+
+SENDERS = (
+    "joe@example.org", "jörg@exämple.org", '"j ö"@example.org',
+    "a=b@example.org", '"a b=c"@example.org', '"a\\"b\\\\"@example.org',
+    "a" * 1900 + "@example.org")
+RAW = (  # what a mail client may say at EHLO and MAIL FROM
+    (b"EHLO a\xff\xfeb", b"<x@a.test>"), (b"EHLO a b=c", b"<>"),
+    (b"EHLO " + b"h" * 1900, b"<" + b"s" * 1900 + b"@a.test>"),
+    (b"HELO \xc3\xb6", b"<a\xff\xfe@a.test>"), (b"EHLO a\tb\x01\x00c", b"<>"),
+    (b"EHLO x", b"<a\xff\xfe@a.test> SMTPUTF8"),
+    (b"EHLO x", b"<j\xc3\xb6@a.test> SMTPUTF8"),
+    (b"EHLO x", b'<"a\tb\x01\rc"@a.test>'), (b"EHLO x", b"<a@b\xff.test>"),
+    (b"EHLO x", b'<"a\\=\\ \\\x00"@a.test>'))
+
+
+class PostfixTest(FolderTest):
+    """The daemon under a real Postfix, which is told who its clients are."""
+
+    def setUp(self) -> None:
+        """Skip where there is no Postfix."""
+        super().setUp()
+        if Postfix.missing():
+            skip(f"missing: {Postfix.missing()}")
+
+    def start(self, config: str, *stages: str, name: str = "mx",
+              **main_cf: str) -> Postfix:
+        """Start a daemon, and a Postfix that asks it at these stages."""
+        self.policy = self.daemon(config, name=f"{name}-daemon")
+        self.addCleanup(self.check_log, self.policy)
+        check = ("check_policy_service"
+                 f" {{ unix:{self.policy.socket}, default_action=DUNNO }}")
+        return self.postfix(name, **main_cf, **{
+            f"smtpd_{stage}_restrictions": check
+            for stage in stages or ("data",)})
+
+    def check_log(self, policy: Daemon) -> None:
+        """Whatever Postfix sent, the daemon could read it."""
+        for text in ("hung up", "fault in a", "Traceback", "is away"):
+            self.assertNotIn(text, policy.log())
+
+    def postfix(self, name: str, **main_cf: str) -> Postfix:
+        """Start a Postfix that ends with the test."""
+        postfix = Postfix(self.path(name), **main_cf)
+        self.addCleanup(postfix.stop)
+        return postfix
+
+    def test_who_is_over_the_limit_gets_450_and_others_go_on(self) -> None:
+        postfix = self.start("limits: [[2, 3600]]")
+        with postfix.connect("joe") as smtp:
+            self.assertEqual([250, 250], mail(smtp))
+            self.assertEqual([250, 250], mail(smtp))
+            self.assertEqual([250, 450], mail(smtp))
+        self.assertEqual([250, 450], postfix.send("JOE"))
+        self.assertEqual([250, 250], postfix.send("ann"))
+        postfix.wait_log("450 4.7.1 <DATA>: Data command rejected: Rate limit"
+                         " reach, retry later")
+        self.assertIn("identity=<joe>, cost=1, used=2/2/3600s",
+                      self.policy.log())
+
+    def test_recipients_of_a_mail_pass_all_or_none(self) -> None:
+        postfix = self.start("limits: [[10, 3600]]")
+        self.assertEqual([250] * 9, postfix.send("joe", 8))
+        self.assertEqual([250] * 3 + [450], postfix.send("joe", 3))
+        self.assertEqual([250] * 3, postfix.send("joe", 2))
+        self.assertEqual([250, 450], postfix.send("joe"))
+
+    def test_one_recipient_too_many_gives_none_back(self) -> None:
+        postfix = self.start("{count_mode: 0, limits: [[10, 3600]]}",
+                             "recipient")
+        self.assertEqual([250] * 10 + [450, 250], postfix.send("joe", 11))
+        self.assertEqual([450] * 11, postfix.send("joe", 11))
+        self.assertEqual([250, 250], postfix.send("ann"))
+
+    def test_mail_flows_while_the_daemon_is_stopped(self) -> None:
+        postfix = self.start("limits: [[1, 3600]]")
+        with postfix.connect("joe") as smtp:
+            self.assertEqual([250, 250], mail(smtp))
+            self.assertEqual([250, 450], mail(smtp))
+            self.policy.stop()
+            self.assertEqual([250, 250], mail(smtp))
+            self.policy.start()
+            self.assertEqual([250, 450], mail(smtp))
+
+    def test_a_mail_asked_about_twice_counts_once(self) -> None:
+        postfix = self.start("{count_mode: 2, limits: [[2, 3600]]}",
+                             "data", "end_of_data")
+        with postfix.connect("joe") as smtp:
+            self.assertEqual([250, 250], mail(smtp))
+            self.assertEqual([250, 250], mail(smtp))
+            self.assertEqual([250, 450], mail(smtp))
+        self.assertEqual(3, self.policy.log().count("identity=<joe>"))
+
+    def test_a_mail_is_refused_at_its_end(self) -> None:
+        postfix = self.start("limits: [[3, 3600]]", "end_of_data")
+        self.assertEqual([250, 250, 250], postfix.send("joe", 2))
+        self.assertEqual([250, 250, 450], postfix.send("joe", 2))
+        postfix.wait_log(
+            "<END-OF-MESSAGE>: End-of-data rejected: Rate limit reach")
+
+    def test_any_sender_is_counted(self) -> None:
+        postfix = self.start("{limit_by_sender: True, limits: [[1, 3600]]}")
+        for sender in SENDERS:
+            with self.subTest(sender[:40]):
+                self.assertEqual([250, 250], postfix.send(sender=sender))
+                self.assertEqual([250, 450], postfix.send(sender=sender))
+
+    def test_any_bytes_of_a_client_are_counted(self) -> None:
+        postfix = self.start("limits: [[1000, 3600]]", smtputf8_enable="no")
+        taken = 0
+        for helo, sender in RAW:
+            with self.subTest(helo + sender), postfix.connect("joe") as smtp:
+                for line in (helo, b"MAIL FROM:" + sender,
+                             b"RCPT TO:<r@b.test>", b"DATA"):
+                    smtp.send(line + b"\r\n")
+                    code, _ = smtp.getreply()
+                taken += code == 354
+                smtp.close()
+        log = self.policy.wait_log(f" used={taken}/1000/3600s")
+        self.assertEqual(taken, log.count("identity=<joe>"))
+        self.assertGreaterEqual(taken, 5, postfix.log())
+
+    def test_client_addresses_are_counted_by_value(self) -> None:
+        postfix = self.start(
+            "{limit_by_ip: True, limits: [[1, 3600]],"
+            ' limited_networks: [192.0.2.0/24, "2001:db8::/32"]}')
+        for address, again in (
+                ("192.0.2.7", "192.0.2.7"),
+                ("2001:db8::ab", "2001:DB8:0:0:0000:0:0:AB")):
+            self.assertEqual([250, 250], postfix.send(address=address))
+            self.assertEqual([250, 450], postfix.send(address=again))
+        self.assertIn("identity=<2001:db8::ab>", self.policy.log())
+        for _ in range(2):
+            self.assertEqual([250, 250], postfix.send(address="203.0.113.7"))
+
+    def test_the_wrong_restriction_list_is_told_the_right_line(self) -> None:
+        for mode, stage, over in ((0, "data", [450]),
+                                  (1, "recipient", [250, 450])):
+            with self.subTest(count_mode=mode):
+                postfix = self.start(
+                    f"{{count_mode: {mode}, limits: [[1, 3600]]}}", stage,
+                    name=stage)
+                self.assertEqual([250, 250], postfix.send("joe"))
+                self.assertEqual([250, 250], postfix.send("joe"))
+                log = self.policy.wait_log("nothing is limited")
+                line = log.partition("put this into main.cf: ")[2]
+                name, _, value = line.partition("\n")[0].partition(" = ")
+                other = self.postfix(f"not-{stage}", **{name: value})
+                self.assertEqual([250, 250], other.send("joe"))
+                self.assertEqual(over, other.send("joe"))
 
 
 if __name__ == "__main__":
