@@ -1573,7 +1573,9 @@ class Service:
         self.counters.count("passed" if passed else "refused",
                             time.perf_counter() - began)
         if not passed:
-            self._alarm(verdict.broken, request.client_address, settings, now)
+            with contextlib.suppress(Exception):  # the answer comes first
+                self._alarm(
+                    verdict.broken, request.client_address, settings, now)
         action = settings.success_action if passed else settings.fail_action
         level = logging.INFO if passed else NOTICE
         if log.isEnabledFor(level):
@@ -2050,8 +2052,8 @@ class Bulletin:
     def publish(self, asked: bool = False) -> None:
         """Write the file, and log a summary each hour or when asked."""
         counts = self._counters.read()
-        with contextlib.suppress(OSError):  # --prometheus says what it lacks
-            with open(self._path + ".new", "w", encoding="ascii") as file:
+        with contextlib.suppress(Exception):  # the daemon must go on
+            with open(self._path + ".new", "w", encoding="utf-8") as file:
                 json.dump({"time": time.time(), **counts}, file)
             os.replace(self._path + ".new", self._path)
         past = time.monotonic() - self._began
@@ -2079,7 +2081,7 @@ def tally_of(pidfile: str) -> str:
 def read_tally(pidfile: str) -> dict[str, float]:
     """Return what the daemon has counted, nothing if none is running."""
     try:
-        with open(tally_of(pidfile), encoding="ascii") as file:
+        with open(tally_of(pidfile), encoding="utf-8") as file:
             counts = dict(json.load(file))
     except (OSError, ValueError) as error:
         log.warning("no counters of the daemon: %s", error)

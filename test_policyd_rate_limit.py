@@ -1304,7 +1304,7 @@ class ProcessTest(NetTest):
         with daemon.client() as client:
             with locked(daemon.database):
                 client.socket.sendall(request_text())
-                wait_for(lambda: status(daemon, "Threads") == [3], "a thread")
+                wait_for(lambda: status(daemon, "Threads") == [4], "a thread")
                 daemon.send(signal.SIGTERM)
                 wait_for(lambda: not os.path.exists(daemon.socket), "the end")
             self.assertEqual(client.read(), PASS)
@@ -1943,6 +1943,10 @@ class SettingsTest(FolderTest):
         ("report_to", "[a@b.c, d@e.f]", ("a@b.c", "d@e.f")),
         ("report_subject", "Hello", "Hello"), ("report_limits", "[60]", (60,)),
         ("report_only_if_needed", "off", False), ("smtp_starttls", "0", False),
+        ("smtp_tls_verify", "False", False), ("alert", "True", True),
+        ("alert_command", "null", ()),
+        ("alert_command", "/bin/x", ("/bin/x",)),
+        ("alert_command", "[/bin/x, -v]", ("/bin/x", "-v")),
         ("smtp_server", "mail", ("mail", 25)),
         ("smtp_server", "[mail, 587]", ("mail", 587)),
         ("smtp_credentials", "[joe, x]", ("joe", "x")),
@@ -1951,7 +1955,8 @@ class SettingsTest(FolderTest):
 
     EXPECTED = (  # names, what is expected, what is refused
         ("debug log_requests limit_by_sasl limit_by_sender limit_by_ip report"
-         " report_only_if_needed smtp_starttls", "True or False",
+         " report_only_if_needed smtp_starttls smtp_tls_verify alert",
+         "True or False",
          ("2", "'yes'", "[]", "-1", "{}")),
         ("user group pidfile", "text (in quotes, if it looks like a number)",
          ("5", "True", "''", "['x']")),
@@ -1988,7 +1993,7 @@ class SettingsTest(FolderTest):
          'an action of access(5), such as "dunno"',
          ("True", "''", "[]", r"'a\nb'", r"'a\x07'")),
         ("sql_limits_by_id report_from", "text, or null", ("5", "['x']")),
-        ("report_to", "text or a list of texts",
+        ("report_to alert_command", "text or a list of texts",
          ("5", "[5]", "['']", "[None]", "{'a': 1}")),
         ("report_limits", "a list of seconds, such as [86400]",
          ("['60']", "[0]", "[-1]", "[[60]]", "'x'")),
