@@ -39,7 +39,9 @@ import fcntl
 import functools
 import grp
 import hashlib
+import heapq
 import importlib
+import io
 import ipaddress
 import itertools
 import json
@@ -48,21 +50,30 @@ import math
 import operator
 import os
 import pwd
+import queue
 import random
 import re
 import reprlib
 import resource
+import shutil
 import signal
+import smtplib
 import socket
 import socketserver
+import ssl
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from email.message import EmailMessage
+from email.utils import format_datetime, localtime, make_msgid
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union
 
 T = TypeVar("T")
@@ -440,14 +451,25 @@ class Settings:
         ("localhost", 25), as_smtp_server, "where to send reports")
     smtp_starttls: bool = setting(
         False, as_bool, "encrypt the connection to smtp_server")
+    smtp_tls_verify: bool = setting(
+        True, as_bool, "check smtp_server's certificate, unless it is local")
     smtp_credentials: tuple[str, str] | None = setting(
         None, as_credentials, "user and password for smtp_server")
+    alert: bool = setting(
+        False, as_bool, "mail report_to at once when somebody hits a limit")
+    alert_command: tuple[str, ...] = setting(
+        None, as_texts, "a program to run in place of mailing an alert")
 
     @property
     def longest_window(self) -> int:
         """Return the longest window of the file's limits, in seconds."""
         limits = itertools.chain(self.limits, *self.limits_by_id.values())
         return max((limit.seconds for limit in limits), default=86400)
+
+    @property
+    def noted_windows(self) -> tuple[int, ...]:
+        """Return the windows whose refusals are kept for the report."""
+        return self.report_limits if self.report else ()
 
 
 # ---------------------------------------------------------------------------
@@ -634,6 +656,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS limit_report (id {identity} NOT NULL,"
     " delta int NOT NULL, hit int NOT NULL DEFAULT 0,"
     " PRIMARY KEY (id, delta))",
+    "CREATE TABLE IF NOT EXISTS report_owed (address {identity} NOT NULL,"
+    " id {identity} NOT NULL, delta int NOT NULL, hit int NOT NULL)",
     "CREATE TABLE IF NOT EXISTS mail_turn"
     " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
 )
@@ -659,6 +683,39 @@ FORGET_OLD = "DELETE FROM mail_count WHERE id = ? AND date <= ?"
 FORGET_TURNS = ("DELETE FROM mail_turn WHERE id > ? AND id <= ? AND NOT"
                 " EXISTS (SELECT 1 FROM mail_count c"
                 " WHERE c.id = mail_turn.id)")
+NOTED = "SELECT id, delta, hit FROM limit_report"
+OWED = ("SELECT id, delta, SUM(hit) FROM report_owed WHERE address = ?"
+        " GROUP BY id, delta")
+OWE = "INSERT INTO report_owed (address, id, delta, hit) VALUES {}"
+PAY = "DELETE FROM report_owed WHERE address NOT IN ({})"
+TELL = "UPDATE limit_report SET hit = hit - ? WHERE id = ? AND delta = ?"
+TOLD = "DELETE FROM limit_report WHERE id = ? AND delta = ? AND hit <= 0"
+NEWEST_OF = "SELECT id, MAX(date) FROM mail_count {} GROUP BY id"
+USED = "SELECT id, {} FROM mail_count {} GROUP BY id"
+LEAVING = ("SELECT date, {} FROM mail_count WHERE id = ? AND date > ?"
+           " ORDER BY date LIMIT ?")
+RECORDED = "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?"
+
+Hits = dict[tuple[str, int], int]  # refusals by identity and window
+
+
+class Window(NamedTuple):
+    """A limit, and what an identity has used of it."""
+
+    mails: int
+    seconds: int
+    used: int
+    room_at: int | None  # when a mail passes again; None: now, or never
+    noted: int  # refusals for the next report
+
+
+class Standing(NamedTuple):
+    """What an identity has used."""
+
+    identity: str
+    last_mail: int  # 0: none that is recorded
+    source: str  # the setting that its limits come from
+    limits: tuple[Window, ...]
 
 
 class Charge:
@@ -722,10 +779,15 @@ class Ledger:
     given after its own commit, and one connection alone pays nothing.
     """
 
-    def __init__(self, backend: Backend, query: str | None = None) -> None:
-        """Open nothing yet; query is the setting sql_limits_by_id."""
+    def __init__(self, backend: Backend, query: str | None = None,
+                 noted: tuple[int, ...] = ()) -> None:
+        """Open nothing yet; query is the setting sql_limits_by_id.
+
+        Refusals in the windows noted are kept for the report.
+        """
         self.backend = backend
         self.query = query
+        self.noted = noted
         self._open = Batch()
         self._lock = threading.Lock()  # of the connection
         self._connection: Connection = None
@@ -785,6 +847,125 @@ class Ledger:
             return more[0] if more else None, deleted
 
         return self.transact(work)
+
+    def hits(self, address: str) -> tuple[Hits, Hits]:
+        """Return the refusals noted, and older ones an address is owed."""
+        return self.transact(lambda cursor: (
+            self._hits(cursor, NOTED), self._hits(cursor, OWED, address)))
+
+    def tell(self, noted: Hits, others: Sequence[str]) -> None:
+        """Forget what an address was told; the others are owed it.
+
+        What was noted meanwhile stays.  Short transactions, since they lock
+        rows that the daemon may want to write.
+        """
+        def pay(cursor: Cursor) -> None:
+            keep = ("", *others)
+            self._run(cursor, PAY.format(", ".join("?" * len(keep))), *keep)
+
+        def move(some: Sequence[tuple[Any, int]], cursor: Cursor) -> None:
+            for key, hit in some:
+                self._run(cursor, TELL, hit, *key)
+                self._run(cursor, TOLD, *key)
+            self._write(cursor, OWE, [(address, *key, hit) for key, hit in some
+                                      for address in others])
+
+        self.transact(pay)
+        for some in chunks(sorted(noted.items()), 100):
+            self.transact(functools.partial(move, some))
+
+    def forget(self, identity: str) -> int:
+        """Forget the mails of an identity; return how many were recorded."""
+        def work(cursor: Cursor) -> int:
+            if self.backend.turn:
+                self._write(cursor, self.backend.turn, [(identity, 1)])
+            [mails] = self._run(cursor, RECORDED, identity).fetchone()
+            self._run(cursor, FORGET, identity)
+            return int(mails or 0)
+
+        return self.transact(work)
+
+    def survey(self, settings: Settings, now: int,
+               identity: str | None = None) -> list[Standing]:
+        """Read what an identity has used, or all that used anything.
+
+        Writes nothing, and needs no totals: it reads the original's tables.
+        """
+        try:
+            with contextlib.closing(self.backend.look()) as connection:
+                return self._survey(
+                    connection.cursor(), settings, now, identity)
+        except Exception as error:
+            raise LedgerError(self.backend.explain(error)) from error
+
+    def _survey(self, cursor: Cursor, settings: Settings, now: int,
+                identity: str | None) -> list[Standing]:
+        """Read it in two scans of the index, however many there are."""
+        cursor.execute("SELECT * FROM mail_count LIMIT 0")
+        counted = "recipient_count" in (one[0] for one in cursor.description)
+        count = "COALESCE(recipient_count, 1)" if counted else "1"
+        noted = columns_of(cursor, "limit_report")
+        hits = self._hits(cursor, NOTED) if noted else {}
+        chosen = () if identity is None else (identity,)
+        where = "WHERE id = ?" if chosen else ""
+        newest = dict.fromkeys(chosen, 0)
+        newest.update(self._run(
+            cursor, NEWEST_OF.format(where), *chosen).fetchall())
+        ruled = self._rule(cursor, settings, newest)
+        windows = sorted({limit.seconds for limits, _ in ruled.values()
+                          for limit in limits})
+        sums = ["0"] + [f"SUM(CASE WHEN date > ? THEN {count} ELSE 0 END)"
+                        for _ in windows]
+        used = {one: dict(zip(windows, map(int, row))) for one, _, *row in
+                self._run(cursor, USED.format(", ".join(sums), where), *(
+                    now - window for window in windows), *chosen).fetchall()}
+        standings = []
+        for one, (limits, source) in ruled.items():
+            of = [used.get(one, {}).get(limit.seconds, 0) for limit in limits]
+            if chosen or any(of):
+                standings.append(Standing(one, newest[one], source, tuple(
+                    Window(*limit, use, self._room_at(
+                        cursor, LEAVING.format(count), one, limit, use, now),
+                        hits.get((one, limit.seconds), 0))
+                    for limit, use in zip(limits, of))))
+        return standings
+
+    def _hits(self, cursor: Cursor, statement: str, *values: object) -> Hits:
+        """Read refusals by identity and window."""
+        return {(identity, window): int(hit) for identity, window, hit in
+                self._run(cursor, statement, *values).fetchall()}
+
+    def _rule(self, cursor: Cursor, settings: Settings,
+              identities: Iterable[str]) -> dict[str, tuple[Limits, str]]:
+        """Return identities with limits and the setting these are from."""
+        ruled = {}
+        cursor.execute("BEGIN")
+        for identity in identities:
+            own = settings.limits_by_id.get(fold(identity))
+            source = "limits" if own is None else "limits_by_id"
+            account = Account(
+                identity, settings.limits if own is None else own)
+            if self._ask_limits(cursor, account):
+                source = "sql_limits_by_id"
+            if self.query:
+                cursor.execute("RELEASE SAVEPOINT limits")
+            ruled[identity] = account.limits, source
+        cursor.execute("ROLLBACK")
+        return ruled
+
+    def _room_at(self, cursor: Cursor, statement: str, identity: str,
+                 limit: Limit, used: int, now: int) -> int | None:
+        """Return when a mail passes again; None: it does now, or never."""
+        over = used + 1 - limit.mails
+        if over <= 0 or limit.mails == 0:
+            return None
+        leaving = self._run(
+            cursor, statement, identity, now - limit.seconds, over)
+        for date, count in leaving.fetchall():
+            over -= count
+            if over <= 0:
+                return int(date) + limit.seconds
+        return None
 
     def _settle(self, batch: Batch, deadline: float) -> None:
         """Settle all charges of a batch in one transaction."""
@@ -920,22 +1101,46 @@ class Ledger:
                     claim.cost, charge.mark) for claim in charge.claims
                     if accounts[claim.identity].limits]
         self._write(cursor, INSERT, rows)
+        self._note(cursor, verdicts)
         return verdicts
 
-    def _ask_limits(self, cursor: Cursor, account: Account) -> None:
-        """Let the query sql_limits_by_id override an account's limits."""
-        if not self.query:
+    def _note(self, cursor: Cursor, verdicts: Sequence[Verdict]) -> None:
+        """Note refusals for the report; that must not cost the verdicts."""
+        hits = Counter((one.broken.identity, one.broken.limit.seconds)
+                       for one in verdicts if one.broken is not None
+                       and one.broken.limit.seconds in self.noted)
+        if not hits:
             return
+        cursor.execute("SAVEPOINT note")
+        try:
+            self._write(cursor, self.backend.note,
+                        [(*key, hit) for key, hit in sorted(hits.items())])
+        except Exception as error:
+            if self.backend.is_conflict(error):
+                raise
+            cursor.execute("ROLLBACK TO SAVEPOINT note")
+            log.warning("a refusal is missing in the report: %s",
+                        self.backend.explain(error), extra=SELDOM)
+
+    def _ask_limits(self, cursor: Cursor, account: Account) -> bool:
+        """Let the query sql_limits_by_id override an account's limits.
+
+        Returns whether it did.
+        """
+        if not self.query:
+            return False
         cursor.execute("SAVEPOINT limits")
         try:
             cursor.execute(self.query, (account.identity,))
             row = cursor.fetchone()
             if row is not None and row[0] is not None:
                 account.limits = parse_limits(row[0])
+                return True
         except Exception as error:
             cursor.execute("ROLLBACK TO SAVEPOINT limits")
             log.warning("sql_limits_by_id: %s; the file's limits hold",
                         self.backend.explain(error), extra=SELDOM)
+        return False
 
     def _read(self, cursor: Cursor, accounts: list[Account],
               now: int) -> None:
@@ -1046,6 +1251,8 @@ class Backend:
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
     turn = ""  # how an identity's turn is taken where many hosts may write
+    note = ("INSERT INTO limit_report (id, delta, hit) VALUES {} ON CONFLICT"
+            " (id, delta) DO UPDATE SET hit = limit_report.hit + excluded.hit")
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -1062,6 +1269,10 @@ class Backend:
     def connect(self, timeout: int) -> Connection:
         """Connect; no answer may take longer than timeout, in seconds."""
         raise NotImplementedError
+
+    def look(self) -> Connection:
+        """Connect to read only, a large table for as long as it takes."""
+        return self.connect(3600)
 
     def is_stale(self) -> bool:
         """Say whether the connection leads nowhere, if that can be told."""
@@ -1112,6 +1323,12 @@ class SQLite(Backend):
         self._file = self._identify()
         return connection
 
+    def look(self) -> Connection:
+        """Open the file to read; a missing one is not made."""
+        path = urllib.parse.quote(os.path.abspath(self.config["database"]))
+        return self.driver.connect(**{
+            **self.config, "database": f"file:{path}?mode=rw", "uri": True})
+
     def is_stale(self) -> bool:
         """Say whether the file is no longer the one that was opened."""
         return self._identify() != self._file
@@ -1160,6 +1377,8 @@ class MySQL(Backend):
         " ADD INDEX mail_count_total (id, date, total, recipient_count)",)
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
+    note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
+            " ON DUPLICATE KEY UPDATE hit = hit + VALUES(hit)")
     conflicts = (1213,)  # deadlock, or on Galera another node was first
 
     def choose(self, settings: Settings) -> dict[str, Any]:
@@ -1241,7 +1460,7 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 def open_ledger(settings: Settings) -> Ledger:
     """Return the ledger that the settings name; it connects when used."""
     return Ledger(BACKENDS[settings.backend](settings),
-                  settings.sql_limits_by_id)
+                  settings.sql_limits_by_id, settings.noted_windows)
 
 
 # ---------------------------------------------------------------------------
@@ -1251,13 +1470,41 @@ def open_ledger(settings: Settings) -> Ledger:
 # ---------------------------------------------------------------------------
 
 
+class Counters:
+    """What the daemon has done since its start; any thread may add."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._lock = threading.Lock()
+        self._sums: dict[str, float] = dict.fromkeys((
+            "requests", "passed", "refused", "database_errors",
+            "decision_seconds"), 0)
+
+    def count(self, name: str, seconds: float = 0) -> None:
+        """Count a request, or a decision and the time it took."""
+        with self._lock:
+            self._sums[name] += 1
+            self._sums["decision_seconds"] += seconds
+
+    def read(self) -> dict[str, float]:
+        """Return all counts."""
+        with self._lock:
+            return dict(self._sums)
+
+
 class Service:
     """Answers requests under settings that may be replaced at any time."""
 
     def __init__(self, settings: Settings, ledger: Ledger,
-                 clock: Callable[[], float] = time.time) -> None:
-        """Answer from a ledger, at the times that a clock tells."""
+                 clock: Callable[[], float] = time.time,
+                 alarm: Callable[..., None] = lambda *_: None) -> None:
+        """Answer from a ledger, at the times that a clock tells.
+
+        alarm is told of each refusal; it must be quick.
+        """
         self.settings = settings
+        self.counters = Counters()
+        self._alarm = alarm
         self._ledger = ledger
         self._clock = clock
         self._counted = -math.inf  # when a mail was last counted
@@ -1273,6 +1520,7 @@ class Service:
         """
         settings = self.settings  # the same ones from here to the answer
         now = self._clock()
+        self.counters.count("requests")
         if settings.log_requests:
             log_request(request)
         self._watch_state(request, settings, now)
@@ -1298,6 +1546,7 @@ class Service:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self._ledger.query = settings.sql_limits_by_id
+        self._ledger.noted = settings.noted_windows
 
     def clean(self) -> None:
         """Drop a few rows that no limit sees, so that nobody has to."""
@@ -1315,15 +1564,24 @@ class Service:
     def _charge(self, request: Request, claims: list[Claim],
                 settings: Settings, now: int) -> str | None:
         """Return the ledger's action for claims; None: it is away."""
+        began = time.perf_counter()
         try:
             verdict = self._ledger.charge(Charge(
                 claims, now, request.instance, request.protocol_state))
         except LedgerError as error:
+            self.counters.count(
+                "database_errors", time.perf_counter() - began)
             self._tell_database(error)
             return None
         passed = verdict.broken is None
         if self._away and passed:  # a refusal writes nothing: it may be full
             self._tell_database(None)
+        self.counters.count("passed" if passed else "refused",
+                            time.perf_counter() - began)
+        if not passed:
+            with contextlib.suppress(Exception):  # the answer comes first
+                self._alarm(
+                    verdict.broken, request.client_address, settings, now)
         action = settings.success_action if passed else settings.fail_action
         level = logging.INFO if passed else NOTICE
         if log.isEnabledFor(level):
@@ -1589,6 +1847,327 @@ def remove_stale_socket(path: str) -> None:
         except (socket.timeout, BlockingIOError):
             pass  # it listens, but is busy
     raise AlreadyRunning(f"{path}: another process listens there")
+
+
+# ---------------------------------------------------------------------------
+# 8. Reports
+#
+# What people and other programs are told: reports, alerts, what was counted,
+# who has used how much.  No answer to Postfix waits for any of it.
+# ---------------------------------------------------------------------------
+
+MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
+ALERTS_AN_HOUR = 20
+ALERTS_KNOWN = 10000  # identities and windows remembered, of 200 bytes each
+MOST_SHOWN = 20  # identities on a terminal
+METRIC = PROGRAM.replace("-", "_")
+
+
+def send_reports(ledger: Ledger, settings: Settings) -> None:
+    """Mail each address the refusals that it was not told of yet.
+
+    What an address does not take it is owed, in a table of its own: so its
+    next report tells it, and nobody is told anything twice.
+    """
+    warn_unaddressed(settings)
+    addresses = {fold(address): address for address in settings.report_to}
+    failed: dict[str, list[str]] = {}
+    for key, address in addresses.items():
+        try:
+            noted, owed = ledger.hits(key)
+            hits = Counter(noted) + Counter(owed)
+            if hits or not settings.report_only_if_needed:
+                mail(settings, address, settings.report_subject, report(hits))
+                ledger.tell(noted, [one for one in addresses if one != key])
+        except Exception as error:  # a strange address raises many kinds
+            failed.setdefault(reason(error), []).append(address)
+    if failed:
+        raise CleanError("no report to " + "; ".join(
+            f"{', '.join(some)}: {why}" for why, some in failed.items()))
+
+
+def warn_unaddressed(settings: Settings) -> None:
+    """Warn if nobody is named to get reports or alerts."""
+    alert = settings.alert and not settings.alert_command
+    if (settings.report or alert) and not settings.report_to:
+        log.warning("report_to: nobody is named to get reports and alerts")
+
+
+def report(hits: Mapping[tuple[str, int], int]) -> str:
+    """Return the text of a report, most hits first."""
+    rows = [(printable(identity), f"{window} s", str(hit))
+            for (identity, window), hit in
+            sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
+    width = max((len(row[0]) for row in rows), default=8)
+    return "Mails refused since the last report:\n\n" + "".join(
+        f"{identity:{width}} {window:>12} {hit:>10}\n"
+        for identity, window, hit in [("identity", "window", "hits"), *rows])
+
+
+def mail(settings: Settings, address: str, subject: str, text: str) -> None:
+    """Mail a text; return when the server has taken it, or raise."""
+    host = socket.getfqdn()
+    message = EmailMessage()
+    message["From"] = settings.report_from or f"{PROGRAM}@{host}"
+    message["To"] = address
+    message["Subject"] = printable(subject)
+    message["Date"] = format_datetime(localtime())
+    message["Message-ID"] = make_msgid(domain=host)
+    message["Auto-Submitted"] = "auto-generated"
+    message.set_content(text, cte="quoted-printable")
+    with contextlib.closing(smtplib.SMTP(
+            *settings.smtp_server, timeout=MAIL_PATIENCE)) as smtp:
+        secure(smtp, settings)
+        smtp.send_message(message)
+        with contextlib.suppress(OSError):  # it has the mail already
+            smtp.quit()
+
+
+def secure(smtp: smtplib.SMTP, settings: Settings) -> None:
+    """Encrypt and log in as the settings say; no password in the clear."""
+    assert smtp.sock is not None
+    peer = parse_address(smtp.sock.getpeername()[0].partition("%")[0])
+    local = peer is not None and peer.is_loopback
+    if settings.smtp_starttls:
+        context = ssl.create_default_context()
+        if local or not settings.smtp_tls_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        smtp.starttls(context=context)
+    elif settings.smtp_credentials and not local:
+        raise OSError("smtp_credentials are sent encrypted only: set"
+                      " smtp_starttls: True")
+    if settings.smtp_credentials:
+        smtp.login(*settings.smtp_credentials)
+
+
+def reason(error: Exception) -> str:
+    """Return in one line why a mail was not taken."""
+    text: Any = getattr(error, "smtp_error", "") or str(error) or repr(error)
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        [(_, text), *_] = error.recipients.values()
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+    return printable(" ".join(text.split()))
+
+
+class Alarm:
+    """Tells at once who hits a limit, from a thread of its own."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Count the hours by a clock."""
+        self._clock = clock
+        self._queue: queue.Queue[tuple[Settings, dict[str, str]]] = (
+            queue.Queue(2 * ALERTS_AN_HOUR))
+        self._lock = threading.Lock()  # of _known
+        self._known: dict[tuple[str, int], tuple[float, int]] = {}
+        self._sent: list[float] = []  # when, in the last hour
+        self._silent = -math.inf  # when it was told that no more come
+
+    def refused(self, broken: Usage, client: str, settings: Settings,
+                now: float) -> None:
+        """Take note of a refusal: by a look-up only, for mail waits."""
+        identity, _, _, (mails, window) = broken
+        if not settings.alert or window not in settings.report_limits:
+            return
+        with self._lock:
+            told, refused = self._known.pop(
+                (identity, window), (-math.inf, 0))
+            due = abs(now - told) >= window  # the clock may be set back
+            refused += 1
+            self._known[identity, window] = (now, 0) if due else (
+                told, refused)
+            if len(self._known) > ALERTS_KNOWN:
+                del self._known[next(iter(self._known))]
+        if not due:
+            return
+        facts = {"identity": printable(identity),
+                 "limit": f"{mails} mails in {window} s",
+                 "since": moment(int(now)),
+                 "client_address": printable(client),
+                 "refused_since_last_alert": str(refused)}
+        with contextlib.suppress(queue.Full):  # the report will tell
+            self._queue.put_nowait((settings, facts))
+
+    def run(self) -> None:
+        """Send alerts for ever."""
+        while True:
+            settings, facts = self._queue.get()
+            try:
+                self._send(settings, facts)
+            except Exception as error:  # this thread must go on
+                log.warning("an alert was not sent: %s", reason(error),
+                            extra=SELDOM)
+
+    def _send(self, settings: Settings, facts: dict[str, str]) -> None:
+        """Send an alert, unless there were too many within the hour."""
+        now = self._clock()
+        self._sent = [sent for sent in self._sent if now < sent + 3600]
+        if len(self._sent) < ALERTS_AN_HOUR:
+            self._sent.append(now)
+        elif now < self._silent + 3600:
+            return
+        else:
+            self._silent = now
+            facts = {"notice": f"{ALERTS_AN_HOUR} alerts within an hour: the"
+                               " rest is left to the report"}
+        if settings.alert_command:
+            run_program(settings.alert_command, facts)
+            return
+        subject = f"{PROGRAM} alert: {next(iter(facts.values()))}"
+        text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
+        for address in settings.report_to:
+            try:
+                mail(settings, address, subject, text)
+            except Exception as error:  # the next one may take it
+                log.warning("no alert to %s: %s", address, reason(error),
+                            extra=SELDOM)
+
+
+def run_program(command: Sequence[str], facts: Mapping[str, str],
+                patience: float = MAIL_PATIENCE) -> None:
+    """Run a program with facts in its environment; kill it if it hangs."""
+    environment = {f"POLICYD_{name.upper()}": fact
+                   for name, fact in facts.items()}
+    with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, **environment}) as child:
+        try:
+            code = child.wait(patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # and what it started
+            code = child.wait()
+    if code:
+        raise OSError(f"{command[0]}: exit status {code}")
+
+
+class Bulletin:
+    """Tells the log and --prometheus what the daemon has counted.
+
+    By a file beside the pidfile: it needs no database, whose errors it
+    counts, and no protocol by which strangers could ask.
+    """
+
+    def __init__(self, counters: Counters, pidfile: str) -> None:
+        """Begin an hour."""
+        self._counters = counters
+        self._path = tally_of(pidfile)
+        self._last = counters.read()
+        self._began = time.monotonic()
+
+    def publish(self, asked: bool = False) -> None:
+        """Write the file, and log a summary each hour or when asked."""
+        counts = self._counters.read()
+        with contextlib.suppress(Exception):  # the daemon must go on
+            with open(self._path + ".new", "w", encoding="utf-8") as file:
+                json.dump({"time": time.time(), **counts}, file)
+            os.replace(self._path + ".new", self._path)
+        past = time.monotonic() - self._began
+        new = {name: counts[name] - self._last[name] for name in counts}
+        if asked or (past >= 3600 and new["requests"]):
+            seconds = new.pop("decision_seconds")
+            decided = new["passed"] + new["refused"] + new["database_errors"]
+            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
+                    ", ".join(f"{new[name]} {name}" for name in new),
+                    1000 * seconds / (decided or 1))
+        if past >= 3600:
+            self._last, self._began = counts, time.monotonic()
+
+    def close(self) -> None:
+        """Remove the file."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+def tally_of(pidfile: str) -> str:
+    """Return the path of the file with what the daemon has counted."""
+    return pidfile + ".tally"
+
+
+def read_tally(pidfile: str) -> dict[str, float]:
+    """Return what the daemon has counted, nothing if none is running."""
+    try:
+        with open(tally_of(pidfile), encoding="utf-8") as file:
+            counts = dict(json.load(file))
+    except (OSError, ValueError) as error:
+        log.warning("no counters of the daemon: %s", error)
+        return {}
+    return counts if time.time() < counts.pop("time") + 60 else {}
+
+
+def metrics(name: str, kind: str,
+            values: Mapping[str, float]) -> Iterator[str]:
+    """Yield a metric, a value for each labels, as Prometheus reads it."""
+    yield f"# TYPE {METRIC}_{name} {kind}\n"
+    for labels, value in values.items():
+        yield f"{METRIC}_{name}{labels} {value}\n"
+
+
+def usage_metrics(standings: Sequence[Standing]) -> Iterator[str]:
+    """Yield what identities have used, and may use, for Prometheus."""
+    windows = {}
+    for one in standings:
+        name = re.sub(r'(["\\])', r"\\\1", printable(one.identity))
+        for window in sorted(one.limits, reverse=True):  # the narrowest last
+            windows[f'{{identity="{name}",window="{window.seconds}"}}'] = (
+                window)
+    for name, get in (("used", operator.attrgetter("used")),
+                      ("limit", operator.attrgetter("mails"))):
+        yield from metrics(name, "gauge", {
+            labels: get(window) for labels, window in windows.items()})
+
+
+def fullness(standing: Standing) -> tuple[float, int]:
+    """Return how full the fullest window is, and what is used of one."""
+    return max(((one.used / max(one.mails, 1), one.used)
+                for one in standing.limits), default=(0, 0))
+
+
+def show_most(standings: Sequence[Standing], colour: bool) -> Iterator[str]:
+    """Yield the lines that show who has used most, for a terminal."""
+    shown = heapq.nlargest(MOST_SHOWN, standings, key=fullness)
+    room = max(16, shutil.get_terminal_size().columns - 58)
+    width = min(room, max((len(one.identity) for one in shown), default=0))
+    for one in shown:
+        name = printable(one.identity)
+        name = name if len(name) <= width else name[:width - 3] + "..."
+        for window in one.limits:
+            yield f"{name:{width}} {show_window(window, colour)}"
+            name = ""
+    if len(standings) > len(shown):
+        yield (f"and {len(standings) - len(shown)} more: --status ID shows"
+               " one, --json all")
+
+
+def show_one(standing: Standing, colour: bool) -> Iterator[str]:
+    """Yield the lines that tell all about one identity."""
+    last = standing.last_mail
+    yield printable(standing.identity)
+    yield f"last mail: {moment(last) if last else 'none'}"
+    yield f"limits, from {standing.source}:"
+    for window in standing.limits:
+        yield "  " + show_window(window, colour)
+        if window.noted:
+            yield f"       {window.noted} refusals for the next report"
+
+
+def show_window(window: Window, colour: bool) -> str:
+    """Return a limit with a bar of what is used, and when there is room."""
+    mails, seconds, used, room_at, _ = window
+    filled = min(10, math.ceil(10 * used / max(mails, 1)))
+    bar = "#" * filled + "." * (10 - filled)
+    if colour and used >= mails:
+        bar = f"\033[31m{bar}\033[0m"
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if seconds % size == 0)
+    room = f"room at {moment(room_at)}" if room_at else ""
+    return (f"{seconds // size:>3}{unit} [{bar}] {f'{used}/{mails}':<11}"
+            f" {room}").rstrip()
+
+
+def moment(date: int) -> str:
+    """Return a time as people write it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
 
 
 # ---------------------------------------------------------------------------
@@ -2118,8 +2697,10 @@ def serve(settings: Settings, owner: Owner | None,
     """
     signals = catch_signals()
     make_folders(settings, owner)
+    warn_unaddressed(settings)
+    alarm = Alarm()
     ledger = open_ledger(settings)
-    service = Service(settings, ledger)
+    service = Service(settings, ledger, alarm=alarm.refused)
     with hold_pidfile(settings.pidfile, owner), \
             PolicyServer(service) as server:
         if owner is not None and server.path is not None:
@@ -2130,12 +2711,15 @@ def serve(settings: Settings, owner: Owner | None,
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
+        threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals[0], service, read)
+        bulletin = Bulletin(service.counters, settings.pidfile)
+        obey(signals[0], service, read, bulletin)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.close()
+        bulletin.close()
 
 
 def catch_signals() -> tuple[socket.socket, socket.socket]:
@@ -2148,7 +2732,7 @@ def catch_signals() -> tuple[socket.socket, socket.socket]:
     signals[1].setblocking(False)
     signal.set_wakeup_fd(signals[1].fileno())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
-                   signal.SIGHUP):
+                   signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     return signals
 
@@ -2162,13 +2746,17 @@ def raise_file_limit() -> int:
 
 
 def obey(signals: socket.socket, service: Service,
-         read: Callable[[], Settings]) -> None:
-    """Reload at HUP, return at any other signal; clean meanwhile."""
+         read: Callable[[], Settings], bulletin: Bulletin) -> None:
+    """Reload at HUP, sum up at USR2, return at others; clean meanwhile."""
     while True:
+        bulletin.publish()
         try:
             number = signals.recv(1)[0]
         except socket.timeout:
             service.clean()
+            continue
+        if number == signal.SIGUSR2:
+            bulletin.publish(asked=True)
             continue
         if number != signal.SIGHUP:
             return
@@ -2188,6 +2776,7 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
+    warn_unaddressed(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
 
@@ -2220,8 +2809,14 @@ def main(argv: list[str] | None = None) -> int:
                          (logging.WARNING, "warning: "),
                          (logging.ERROR, "error: ")):
         logging.addLevelName(level, label)
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as head(1) does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except PolicydError as error:
         log.error("%s", error)
         return error.exit_code
@@ -2237,16 +2832,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         prog=PROGRAM, description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
     parser.set_defaults(command=run)
-    commands = parser.add_mutually_exclusive_group()
-    commands.add_argument(
-        "--clean", dest="command", action="store_const", const=clean,
-        help="clean old records from the database")
-    commands.add_argument(
-        "--get-config", metavar="PARAMETER_NAME",
-        help="return the value of a config parameter")
-    commands.add_argument(
-        "--check", dest="command", action="store_const", const=check_start,
-        help="check the configuration, the folders and the database")
+    add_commands(parser.add_mutually_exclusive_group())
+    parser.add_argument(
+        "--json", action="store_true", help="show --status as JSON")
     parser.add_argument(
         "--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     parser.add_argument(
@@ -2259,9 +2847,36 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version",
                         version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
-    if options.get_config is not None:
-        options.command = get_config
+    if options.json and options.command is run and options.status is None:
+        options.status = ""
+    for name, command in (("get_config", get_config), ("reset", reset),
+                          ("status", show_status)):
+        if getattr(options, name) is not None:
+            options.command = command
+    if options.json and options.command is not show_status:
+        parser.error("--json goes with --status")
     return options
+
+
+def add_commands(commands: argparse._MutuallyExclusiveGroup) -> None:
+    """Add the options that do something else than run the daemon."""
+    for name, command, meaning in (
+            ("--clean", clean, "clean old records from the database, and"
+             " send the report"),
+            ("--check", check_start, "check the configuration, the folders"
+             " and the database"),
+            ("--prometheus", show_metrics, "show who has used how much, and"
+             " what the daemon has counted, for node_exporter")):
+        commands.add_argument(name, dest="command", action="store_const",
+                              const=command, help=meaning)
+    commands.add_argument(
+        "--get-config", metavar="PARAMETER_NAME",
+        help="return the value of a config parameter")
+    commands.add_argument(
+        "--status", metavar="ID", nargs="?", const="",
+        help="show who has used how much, or all about one identity")
+    commands.add_argument(
+        "--reset", metavar="ID", help="forget what an identity has used")
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
@@ -2320,12 +2935,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def clean(options: argparse.Namespace) -> None:
-    """Delete what no limit can see any more."""
-    settings = load_settings(options)
-    owner = owner_of(options, settings)
-    make_folders(settings, owner)
-    ledger = open_ledger(settings)
-    become(owner)
+    """Delete what no limit can see any more, and send the report."""
+    settings, ledger = enter(options)
     after: str | None = ""
     deleted = 0
     try:
@@ -2339,6 +2950,61 @@ def clean(options: argparse.Namespace) -> None:
     finally:
         ledger.close()
     print(f"{deleted} records deleted")
+    if settings.report:
+        send_reports(ledger, settings)
+
+
+def enter(options: argparse.Namespace,
+          make: bool = True) -> tuple[Settings, Ledger]:
+    """Make the folders if so told, give up root's rights, open the ledger."""
+    settings = load_settings(options)
+    owner = owner_of(options, settings)
+    if make:
+        make_folders(settings, owner)
+    ledger = open_ledger(settings)
+    become(owner)
+    return settings, ledger
+
+
+def show_status(options: argparse.Namespace) -> None:
+    """Show who has used how much."""
+    settings, ledger = enter(options, make=False)
+    now = int(time.time())
+    identity = fold(options.status) if options.status else None
+    standings = ledger.survey(settings, now, identity)
+    if options.json:
+        shown = sorted(standings, key=fullness, reverse=True)
+        print(json.dumps({"time": now, "identities": [
+            {**one._asdict(), "limits": [w._asdict() for w in one.limits]}
+            for one in shown]}))
+        return
+    colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+              and os.environ.get("TERM") != "dumb")
+    for line in (show_most(standings, colour) if identity is None else
+                 show_one(standings[0], colour)):
+        print(line)
+
+
+def show_metrics(options: argparse.Namespace) -> None:
+    """Show it for node_exporter's textfile collector, which reads UTF-8."""
+    settings, ledger = enter(options, make=False)
+    counts = read_tally(settings.pidfile)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.writelines(metrics("up", "gauge", {"": int(bool(counts))}))
+    for name, value in counts.items():
+        sys.stdout.writelines(
+            metrics(f"{name}_total", "counter", {"": value}))
+    sys.stdout.writelines(
+        usage_metrics(ledger.survey(settings, int(time.time()))))
+
+
+def reset(options: argparse.Namespace) -> None:
+    """Forget what an identity has used, and say how much that was."""
+    _, ledger = enter(options)
+    identity = fold(options.reset)
+    mails = ledger.forget(identity)
+    print(f"{printable(identity)}: {mails} recorded mails forgotten")
 
 
 def check_start(options: argparse.Namespace) -> None:

@@ -7,14 +7,19 @@ used for real: the daemon as a process, Postfix, the database servers.
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import dataclasses
+import email.message
+import email.policy
 import grp
 import importlib.util
 import io
 import itertools
+import json
 import logging
 import os
+import pty
 import pwd
 import random
 import re
@@ -24,6 +29,7 @@ import signal
 import smtplib
 import socket
 import sqlite3
+import ssl
 import stat
 import subprocess
 import sys
@@ -1298,7 +1304,7 @@ class ProcessTest(NetTest):
         with daemon.client() as client:
             with locked(daemon.database):
                 client.socket.sendall(request_text())
-                wait_for(lambda: status(daemon, "Threads") == [3], "a thread")
+                wait_for(lambda: status(daemon, "Threads") == [4], "a thread")
                 daemon.send(signal.SIGTERM)
                 wait_for(lambda: not os.path.exists(daemon.socket), "the end")
             self.assertEqual(client.read(), PASS)
@@ -1937,6 +1943,10 @@ class SettingsTest(FolderTest):
         ("report_to", "[a@b.c, d@e.f]", ("a@b.c", "d@e.f")),
         ("report_subject", "Hello", "Hello"), ("report_limits", "[60]", (60,)),
         ("report_only_if_needed", "off", False), ("smtp_starttls", "0", False),
+        ("smtp_tls_verify", "False", False), ("alert", "True", True),
+        ("alert_command", "null", ()),
+        ("alert_command", "/bin/x", ("/bin/x",)),
+        ("alert_command", "[/bin/x, -v]", ("/bin/x", "-v")),
         ("smtp_server", "mail", ("mail", 25)),
         ("smtp_server", "[mail, 587]", ("mail", 587)),
         ("smtp_credentials", "[joe, x]", ("joe", "x")),
@@ -1945,7 +1955,8 @@ class SettingsTest(FolderTest):
 
     EXPECTED = (  # names, what is expected, what is refused
         ("debug log_requests limit_by_sasl limit_by_sender limit_by_ip report"
-         " report_only_if_needed smtp_starttls", "True or False",
+         " report_only_if_needed smtp_starttls smtp_tls_verify alert",
+         "True or False",
          ("2", "'yes'", "[]", "-1", "{}")),
         ("user group pidfile", "text (in quotes, if it looks like a number)",
          ("5", "True", "''", "['x']")),
@@ -1982,7 +1993,7 @@ class SettingsTest(FolderTest):
          'an action of access(5), such as "dunno"',
          ("True", "''", "[]", r"'a\nb'", r"'a\x07'")),
         ("sql_limits_by_id report_from", "text, or null", ("5", "['x']")),
-        ("report_to", "text or a list of texts",
+        ("report_to alert_command", "text or a list of texts",
          ("5", "[5]", "['']", "[None]", "{'a': 1}")),
         ("report_limits", "a list of seconds, such as [86400]",
          ("['60']", "[0]", "[-1]", "[[60]]", "'x'")),
@@ -2933,3 +2944,608 @@ class PostfixTest(FolderTest):
 
 if __name__ == "__main__":
     unittest.main()
+
+
+class Sink:
+    """A mail server in a thread, which keeps what it takes."""
+
+    def __init__(self, certificate: str = "", login: str = "",
+                 refuse: tuple[str, ...] = (), silent: bool = False,
+                 mechanism: str = "PLAIN",
+                 taking: Callable[[], object] = lambda: None) -> None:
+        """Offer STARTTLS with a certificate, AUTH with a user:password."""
+        self.certificate, self.login = certificate, login
+        self.refuse, self.silent = set(refuse), silent
+        self.mechanism, self.taking = mechanism, taking
+        self.mails: list[email.message.EmailMessage] = []
+        self.to: list[str] = []
+        self.said: list[str] = []  # all commands, TLS marked by a star
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self.socket.getsockname()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        """Serve each connection in a thread until the socket is closed."""
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.socket.accept()
+                threading.Thread(target=self.guard, args=(client,),
+                                 daemon=True).start()
+
+    def guard(self, client: socket.socket) -> None:
+        """Serve a connection that may break."""
+        with contextlib.suppress(OSError), client:
+            if self.silent:
+                client.recv(1)
+                return
+            client.sendall(b"220 sink\r\n")
+            self.serve(client, "")
+
+    def serve(self, client: socket.socket, star: str) -> None:
+        """Obey the commands of a client."""
+        stream = client.makefile("rb")
+        to = ""
+        for line in stream:
+            text = line.decode().strip()
+            self.said.append(star + text)
+            verb = text.upper().split(":")[0].split()[0]
+            answer = "250 ok"
+            if verb == "EHLO":
+                offers = ["sink", "8BITMIME"]
+                offers += ["STARTTLS"] if self.certificate and not star else []
+                offers += [f"AUTH {self.mechanism}"] if self.login else []
+                answer = "\r\n".join(
+                    f"250{' ' if one == offers[-1] else '-'}{one}"
+                    for one in offers)
+            elif verb == "STARTTLS":
+                client.sendall(b"220 go\r\n")
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.load_cert_chain(self.certificate)
+                with context.wrap_socket(client, server_side=True) as secret:
+                    self.serve(secret, "*")
+                return
+            elif verb == "QUIT":
+                answer = "221 bye"
+            elif verb == "AUTH":
+                answer = self.authenticate(client, stream, text.split()[2:])
+            elif verb == "RCPT":
+                to = text.split("<")[1].split(">")[0]
+                answer = "550 5.1.1 no such" if to in self.refuse else answer
+            elif verb == "DATA":
+                client.sendall(b"354 go\r\n")
+                data = b"".join(iter(stream.readline, b".\r\n"))
+                self.taking()
+                if "data" in self.refuse:
+                    answer = "452 4.3.1 full"
+                else:
+                    self.mails.append(email.message_from_bytes(
+                        data.replace(b"\r\n", b"\n"),
+                        policy=email.policy.default))
+                    self.to.append(to)
+            client.sendall(answer.encode() + b"\r\n")
+
+    def authenticate(self, client: socket.socket, stream: Any,
+                     first: list[str]) -> str:
+        """Check a login by PLAIN or LOGIN."""
+        def ask(prompt: str) -> str:
+            client.sendall(f"334 {prompt}\r\n".encode())
+            return base64.b64decode(stream.readline()).decode()
+
+        if self.mechanism == "LOGIN":
+            user = (base64.b64decode(first[0]).decode() if first
+                    else ask("VXNlcm5hbWU6"))
+            given = f"{user}:{ask('UGFzc3dvcmQ6')}"
+        else:
+            given = ":".join(
+                base64.b64decode(first[0]).decode().split("\0")[1:])
+        return ("235 welcome" if given == self.login
+                else "535 5.7.8 wrong password")
+
+    def wait(self, mails: int) -> None:
+        """Wait for some mails, and say if there are more."""
+        wait_for(lambda: len(self.mails) >= mails, f"{mails} mails")
+        assert len(self.mails) == mails, self.mails
+
+    def texts(self) -> list[list[list[str]]]:
+        """Return for each mail the rows of its table."""
+        return [[line.split() for line in mail.get_content().splitlines()[3:]]
+                for mail in self.mails]
+
+
+def make_certificate(folder: str) -> str:
+    """Make a certificate that nobody signed, with its key in one file."""
+    if not shutil.which("openssl"):
+        skip("no openssl")
+    path = os.path.join(folder, "sink.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days",
+         "2", "-subj", "/CN=sink", "-keyout", path, "-out", path + ".crt"],
+        check=True, capture_output=True)
+    with open(path, "a") as whole, open(path + ".crt") as part:
+        whole.write(part.read())
+    return path
+
+
+class ReportsTest(FolderTest):
+    """A folder with a ledger, and mail servers that end with the test."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ledger = self.open(report=True, report_limits=(60, 900))
+
+    def open(self, **settings: Any) -> prl.Ledger:
+        """Open the ledger under some settings."""
+        ledger = prl.open_ledger(prl.Settings(
+            sqlite_config={"database": self.path("db.sqlite3")}, **settings))
+        self.addCleanup(ledger._roll_back, False)
+        return ledger
+
+    def refuse(self, identity: str, times: int = 1, window: int = 60,
+               ledger: prl.Ledger | None = None) -> None:
+        """Let the ledger refuse some mails."""
+        for _ in range(times):
+            (ledger or self.ledger).charge(prl.Charge([prl.Claim(
+                identity, 1, (prl.Limit(0, window),))], int(time.time())))
+
+    def spend(self, identity: str, mails: int, date: float = 0,
+              limit: int = 10**6) -> bool:
+        """Charge a mail of some recipients; say whether it passed."""
+        return self.ledger.charge(prl.Charge(
+            [prl.Claim(identity, mails, (prl.Limit(limit, 60),))],
+            int(date or time.time()))).broken is None
+
+    def noted(self) -> dict[tuple[str, int], int]:
+        """Return what is noted for the next report."""
+        return self.ledger.hits("")[0]
+
+    def sink(self, **options: Any) -> Sink:
+        """Start a mail server."""
+        sink = Sink(**options)
+        self.addCleanup(sink.socket.close)
+        return sink
+
+    def command(self, *options: str, config: str = "",
+                **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command on the folder's database."""
+        return run("--standalone", self.folder, "-f",
+                   self.write("test.yaml", config), *options, **more)
+
+    def clean(self, sink: Sink | None, *to: str, **settings: object
+              ) -> subprocess.CompletedProcess[str]:
+        """Run --clean with reports to some addresses."""
+        address = sink.address if sink else ("127.0.0.1", 1)
+        given = {"report": True, "report_to": list(to),
+                 "smtp_server": list(address), **settings}
+        return self.command("--clean", config=json.dumps(given))
+
+
+class ReportTest(ReportsTest):
+    """--clean mails who was refused, and forgets what was taken."""
+
+    def test_refusals_in_the_reported_windows_are_noted(self) -> None:
+        self.refuse("joe", 3)
+        self.refuse("joe", 2, 900)
+        self.refuse("joe", 1, 61)
+        self.assertEqual(self.noted(), {("joe", 60): 3, ("joe", 900): 2})
+        self.refuse("ann", ledger=self.open(report_limits=(60,)))
+        self.assertEqual(len(self.noted()), 2)
+
+    def test_a_batch_notes_each_of_its_refusals(self) -> None:
+        charges = [prl.Charge([prl.Claim(who, 1, (prl.Limit(0, 60),))], 1000)
+                   for who in ("joe", "ann", "joe")]
+        self.ledger.transact(
+            lambda cursor: self.ledger._decide(cursor, charges))
+        self.assertEqual(self.noted(), {("joe", 60): 2, ("ann", 60): 1})
+
+    def test_a_note_that_fails_does_not_cost_the_verdict(self) -> None:
+        self.assertTrue(self.spend("joe", 1))
+        self.ledger.transact(lambda c: c.execute("DROP TABLE limit_report"))
+        with quiet() as said:
+            self.refuse("joe")
+            self.assertTrue(self.spend("joe", 1))
+        self.assertIn("missing in the report", said[0])
+
+    def test_the_mail_is_well_formed(self) -> None:
+        self.refuse("jo\u00e9@example.org", 2)
+        self.refuse("ann", 11)
+        sink = self.sink()
+        result = self.clean(sink, "admin@example.org", report_from="p@x.org",
+                            report_subject="Who \u00e0")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        [mail] = sink.mails
+        for name, value in (
+                ("From", "p@x.org"), ("To", "admin@example.org"),
+                ("Subject", "Who \u00e0"), ("MIME-Version", "1.0"),
+                ("Auto-Submitted", "auto-generated")):
+            self.assertEqual(mail[name], value)
+        self.assertTrue(mail["Date"].datetime and mail["Message-ID"])
+        self.assertEqual(mail.get_content_type(), "text/plain")
+        self.assertEqual(sink.texts(), [[
+            ["ann", "60", "s", "11"],
+            ["jo\u00e9@example.org", "60", "s", "2"]]])
+
+    def test_what_was_taken_is_forgotten(self) -> None:
+        self.refuse("joe")
+        sink = self.sink()
+        for _ in range(2):
+            self.assertEqual(self.clean(sink, "a@x.org").returncode, 0)
+        self.assertEqual((len(sink.mails), self.noted()), (1, {}))
+        self.assertIn("policyd-rate-limit@", sink.mails[0]["From"])
+        self.clean(sink, "a@x.org", report_only_if_needed=False)
+        self.assertEqual(sink.texts()[1], [])
+
+    def test_a_hit_noted_meanwhile_is_in_the_next_report(self) -> None:
+        self.refuse("joe", 2)
+        sink = self.sink(taking=lambda: self.refuse("joe", 3))
+        self.clean(sink, "a@x.org")
+        self.assertEqual(self.noted(), {("joe", 60): 3})
+
+    def test_nobody_is_told_a_hit_twice(self) -> None:
+        self.refuse("joe", 2)
+        sink = self.sink(refuse=("b@x.org",))
+        for more in (0, 3, 0):
+            self.refuse("joe", more)
+            result = self.clean(sink, "a@x.org", "b@x.org", "c@x.org")
+            self.assertEqual(result.returncode, 8)
+            self.assertIn("b@x.org: 5.1.1 no such", result.stderr)
+            self.assertNotIn("a@x.org", result.stderr)
+        sink.refuse.clear()
+        for _ in range(2):
+            result = self.clean(sink, "a@x.org", "b@x.org", "c@x.org")
+            self.assertEqual(result.returncode, 0, result.stderr)
+        told = list(zip(sink.to, [rows[0][-1] for rows in sink.texts()]))
+        self.assertEqual(told, [
+            ("a@x.org", "2"), ("c@x.org", "2"), ("a@x.org", "3"),
+            ("c@x.org", "3"), ("b@x.org", "5")])
+
+    def test_what_fails_is_one_line_and_loses_nothing(self) -> None:
+        self.refuse("joe", 2)
+        login = ["joe", "wrong"]
+        for sink, settings, why in (
+                (None, {}, "refused"),
+                (self.sink(), {"smtp_starttls": True}, "STARTTLS"),
+                (self.sink(login="joe:right"), {"smtp_credentials": login},
+                 "wrong password"),
+                (self.sink(), {"smtp_credentials": login}, "AUTH"),
+                (self.sink(refuse=("data",)), {}, "full")):
+            with self.subTest(why):
+                result = self.clean(sink, "a@x.org", "b@x.org", **settings)
+                self.assertEqual(result.returncode, 8)
+                self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
+                self.assertIn(why, result.stderr)
+                self.assertEqual(self.noted(), {("joe", 60): 2})
+
+    def test_without_an_address_hits_are_kept(self) -> None:
+        self.refuse("joe")
+        result = self.clean(None)
+        self.assertEqual((result.returncode, self.noted()),
+                         (0, {("joe", 60): 1}))
+        self.assertIn("nobody is named", result.stderr)
+        self.assertIn("nobody is named", self.daemon("report: True").log())
+
+    def test_a_login_goes_through_tls(self) -> None:
+        certificate = make_certificate(self.folder)
+        for mechanism in ("PLAIN", "LOGIN"):
+            self.refuse("joe")
+            sink = self.sink(certificate=certificate, login="joe:secret",
+                             mechanism=mechanism)
+            result = self.clean(sink, "a@x.org", smtp_starttls=True,
+                                smtp_credentials=["joe", "secret"])
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertTrue(any(one.startswith(f"*AUTH {mechanism}")
+                                for one in sink.said))
+
+    def far(self, sink: Sink) -> smtplib.SMTP:
+        """Connect to a sink that seems to be on another host."""
+        class Far(socket.socket):
+            def getpeername(self) -> Any:
+                return "192.0.2.1", 25
+
+        smtp = smtplib.SMTP(*sink.address)
+        self.addCleanup(smtp.close)
+        smtp.file.close()  # type: ignore[union-attr]
+        assert smtp.sock is not None
+        smtp.sock, smtp.file = Far(fileno=smtp.sock.detach()), None
+        return smtp
+
+    def test_a_certificate_is_checked_unless_told_otherwise(self) -> None:
+        sink = self.sink(certificate=make_certificate(self.folder))
+        with self.assertRaises(ssl.SSLCertVerificationError):
+            prl.secure(self.far(sink), prl.Settings(smtp_starttls=True))
+        prl.secure(self.far(sink), prl.Settings(
+            smtp_starttls=True, smtp_tls_verify=False))
+
+    def test_no_password_goes_to_another_host_in_the_clear(self) -> None:
+        sink = self.sink(login="joe:secret")
+        given = prl.Settings(smtp_credentials=("joe", "secret"))
+        with self.assertRaisesRegex(OSError, "encrypted only"):
+            prl.secure(self.far(sink), given)
+        self.assertEqual(sink.said, [])
+        with smtplib.SMTP(*sink.address) as near:
+            prl.secure(near, given)
+        self.assertTrue(sink.said[1].startswith("AUTH"))
+
+
+class AlertTest(ReportsTest):
+    """Who hits a limit is told of at once, and no mail waits for it."""
+
+    def alarm(self, now: list[float]) -> prl.Alarm:
+        """Start an alarm with a clock."""
+        alarm = prl.Alarm(clock=lambda: now[0])
+        threading.Thread(target=alarm.run, daemon=True).start()
+        return alarm
+
+    def settings(self, sink: Sink, **more: Any) -> prl.Settings:
+        """Return settings that alert somebody."""
+        return prl.Settings(**{"alert": True, "report_to": ("a@x.org",),
+                               "smtp_server": sink.address, **more})
+
+    def usage(self, identity: str, window: int = 86400) -> prl.Usage:
+        """Return the use of a limit that is full."""
+        return prl.Usage(identity, 5, 1, prl.Limit(5, window))
+
+    def test_the_daemon_alerts_once_a_window(self) -> None:
+        sink = self.sink()
+        daemon = self.daemon(json.dumps({
+            "limits": [[1, 60]], "report_limits": [60], "alert": True,
+            "report_to": "a@x.org", "smtp_server": list(sink.address)}))
+        with daemon.client() as client:
+            for who in ("joe", "ann"):
+                said = [client.ask(sasl_username=who) for _ in range(4)]
+                self.assertEqual(said, [PASS] + [REFUSED] * 3)
+        sink.wait(2)
+        self.assertIn("joe", sink.mails[0]["Subject"])
+        text = sink.mails[0].get_content()
+        for fact in ("identity: joe", "limit: 1 mails in 60 s", "since: 20",
+                     "client_address: 192.0.2.7", "last_alert: 1\n"):
+            self.assertIn(fact, text)
+
+    def test_a_mail_server_that_hangs_delays_no_answer(self) -> None:
+        sink = self.sink(silent=True)
+        daemon = self.daemon(json.dumps({
+            "limits": [[0, 60]], "report_limits": [60], "alert": True,
+            "report_to": "a@x.org", "smtp_server": list(sink.address)}))
+        began = time.monotonic()
+        with daemon.client() as client:
+            for n in range(200):
+                self.assertEqual(client.ask(sasl_username=n), REFUSED)
+        self.assertLess(time.monotonic() - began, 5)
+
+    def test_the_next_window_tells_how_many_were_refused(self) -> None:
+        sink = self.sink()
+        alarm, given = self.alarm([0.0]), self.settings(sink)
+        for now in (1000, 1001, 87399, 87400, 87401):
+            alarm.refused(self.usage("joe"), "192.0.2.7", given, now)
+            alarm.refused(self.usage("joe", 60), "192.0.2.7", given, now)
+        sink.wait(2)
+        self.assertIn("last_alert: 3\n", sink.mails[1].get_content())
+
+    def test_twenty_an_hour_and_one_that_says_so(self) -> None:
+        sink, now = self.sink(), [0.0]
+        alarm, given = self.alarm(now), self.settings(sink)
+        for hour in range(2):
+            for n in range(30):
+                alarm.refused(self.usage(f"{hour}.{n}"), "", given, 1000)
+            wait_for(lambda: alarm._queue.empty(), "the queue's end")
+            sink.wait(21 * (hour + 1))
+            self.assertIn("left to the report", sink.mails[-1].get_content())
+            now[0] += 3601
+
+    def test_the_queue_is_bounded(self) -> None:
+        alarm, given = prl.Alarm(), prl.Settings(alert=True)
+        for n in range(prl.ALERTS_KNOWN + 5):
+            alarm.refused(self.usage(str(n)), "", given, 1000)
+        self.assertEqual(alarm._queue.qsize(), 2 * prl.ALERTS_AN_HOUR)
+        self.assertEqual(len(alarm._known), prl.ALERTS_KNOWN)
+
+    def test_a_program_finds_the_facts_in_its_environment(self) -> None:
+        alarm, out = self.alarm([0.0]), self.path("out")
+        given = self.settings(self.sink(), alert_command=(
+            "/bin/sh", "-c", f"env > {out}.new; mv {out}.new {out}"))
+        with quiet() as said:  # one that fails stops nothing
+            alarm.refused(self.usage("ann"), "", self.settings(
+                self.sink(), alert_command=("/nonexistent",)), 1000)
+            alarm.refused(self.usage("jo\u00e9 $(x)"), "::1", given, 1000)
+            wait_for(lambda: os.path.exists(out), "the program")
+        self.assertIn("nonexistent", said[0])
+        with open(out, encoding="utf-8") as file:
+            text = file.read()
+        for fact in ("IDENTITY=jo\u00e9 $(x)", "LIMIT=5 mails in 86400 s",
+                     "CLIENT_ADDRESS=::1", "REFUSED_SINCE_LAST_ALERT=1"):
+            self.assertIn(f"POLICYD_{fact}\n", text)
+
+    def test_a_program_that_hangs_is_killed(self) -> None:
+        with self.assertRaisesRegex(OSError, "exit status -9"):
+            prl.run_program(["/bin/sh", "-c", "sleep 60 & wait"], {}, 0.1)
+
+    def test_counts_are_logged_and_shown_while_it_runs(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]")
+        path = daemon.pidfile + ".tally"
+        for state in ("DATA", "DATA", "RCPT"):
+            daemon.ask(protocol_state=state)
+        daemon.send(signal.SIGUSR2)
+        log = daemon.wait_log("a decision")
+        self.assertIn("3 requests, 1 passed, 1 refused, 0 database", log)
+        shown = run(*daemon.options, "--prometheus").stdout
+        for line in ("up 1", "requests_total 3", "refused_total 1",
+                     'used{identity="joe",window="60"} 1'):
+            self.assertIn(f"\npolicyd_rate_limit_{line}\n", shown)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertFalse(os.path.exists(path))
+        shown = run(*daemon.options, "--prometheus").stdout
+        self.assertIn("policyd_rate_limit_up 0\n", shown)
+
+    def test_a_summary_each_hour_if_there_was_anything(self) -> None:
+        counters = prl.Counters()
+        bulletin = prl.Bulletin(counters, self.path("pid"))
+        with self.assertLogs(prl.log, prl.NOTICE) as logged:
+            for requests in (0, 2, 0):
+                for _ in range(requests):
+                    counters.count("requests")
+                bulletin._began -= 3600
+                bulletin.publish()
+        [said] = logged.output
+        self.assertIn("in 60 minutes: 2 requests", said)
+
+
+class StatusTest(ReportsTest):
+    """A person sees who has used how much."""
+
+    config = json.dumps({
+        "limits": [[10, 60], [100, 86400]], "limits_by_id": {
+            "Boss": [[1000, 3600]], "free": []}})
+
+    def show(self, *options: str, **more: Any) -> str:
+        """Run a command and return what it shows."""
+        result = self.command(*options, config=self.config, **more)
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        return result.stdout
+
+    def test_the_most_used_come_first(self) -> None:
+        for who, mails in (("ann", 3), ("joe", 10), ("boss", 20), ("x", 0)):
+            self.spend(who, mails)
+        self.spend("old", 5, time.time() - 90000)
+        lines = self.show("--status").splitlines()
+        self.assertEqual([line.split()[0] for line in lines],
+                         ["joe", "1d", "ann", "1d", "boss"])
+        self.assertRegex(lines[0], r"1m \[#{10}\] 10/10 +room at 2")
+        self.assertRegex(lines[4], r"1h \[#\.{9}\] 20/1000$")
+
+    def test_long_lists_and_names_fit_the_terminal(self) -> None:
+        for n in range(22):
+            self.spend(f"a-very-long-name-{n}@mail.example.org", 10)
+        shown = self.show("--status", env={**os.environ, "COLUMNS": "76"})
+        self.assertIn("and 2 more", shown)
+        for line in shown.splitlines():
+            self.assertLessEqual(len(line), 76)
+
+    def test_one_identity_with_where_its_limits_come_from(self) -> None:
+        self.spend("boss", 20)
+        self.refuse("boss", 2, 900)
+        shown = self.show("--status", "BOSS")
+        self.assertIn("limits, from limits_by_id:\n    1h", shown)
+        self.assertIn("limits, from limits:", self.show("--status", "new"))
+        self.assertNotIn("[", self.show("--status", "free"))
+        shown = self.show(
+            "--status", "boss", "-o",
+            "sql_limits_by_id=SELECT '[[9, 900]]' WHERE %s = 'boss'".replace(
+                "%s", "?"))
+        self.assertIn("limits, from sql_limits_by_id:\n   15m", shown)
+        self.assertIn("2 refusals for the next report", shown)
+
+    def test_json_has_stable_keys(self) -> None:
+        self.spend("joe", 4, 1000)
+        self.spend("ann", 4)
+        for options in (["--json"], ["--status", "--json"]):
+            shown = json.loads(self.show(*options))
+            self.assertEqual(list(shown), ["time", "identities"])
+            [one] = shown["identities"]
+            self.assertEqual((one["identity"], one["source"]),
+                             ("ann", "limits"))
+            self.assertEqual(one["limits"][0], {
+                "mails": 10, "seconds": 60, "used": 4, "room_at": None,
+                "noted": 0})
+        [one] = json.loads(
+            self.show("--status", "joe", "--json"))["identities"]
+        self.assertEqual((one["last_mail"], one["limits"][0]["used"]),
+                         (1000, 0))
+
+    def test_there_is_room_when_it_says_so_and_not_before(self) -> None:
+        random_ = random.Random(1)
+        given = prl.Settings(limits=(prl.Limit(10, 60),))
+        for n in range(30):
+            who, now = f"user{n}", 1000
+            while self.spend(who, random_.randint(1, 3), now, 10):
+                now += random_.randint(0, 5)
+            [standing] = self.ledger.survey(given, now, who)
+            [window] = standing.limits
+            if window.room_at is None:
+                self.assertLess(window.used, 10)
+                continue
+            for at, passes in ((window.room_at - 1, False),
+                               (window.room_at, True)):
+                self.assertIs(self.spend(who, 1, at, 10), passes)
+
+    def test_prometheus_can_read_any_name(self) -> None:
+        self.spend('a"b\\c\u00e9', 1)
+        result = self.command("--prometheus", config=self.config,
+                              encoding="utf-8")
+        self.assertIn('{identity="a\\"b\\\\c\u00e9",window="60"} 1\n',
+                      result.stdout)
+        self.assertIn("no counters", result.stderr)
+
+    def test_reset_forgets_and_says_how_much(self) -> None:
+        self.spend("joe", 7)
+        self.spend("ann", 1)
+        self.assertIn("joe: 7 ", self.show("--reset", "Joe"))
+        self.assertIn("joe: 0 ", self.show("--reset", "joe"))
+        self.assertNotIn("joe", self.show("--status"))
+
+    def test_the_original_s_table_is_read_and_not_changed(self) -> None:
+        os.makedirs(self.path("old"))
+        path = self.path("old/db.sqlite3")
+        with contextlib.closing(sqlite3.connect(path)) as old:
+            old.execute("CREATE TABLE mail_count (id varchar(40) NOT NULL,"
+                        " date bigint NOT NULL)")
+            old.executemany("INSERT INTO mail_count VALUES ('Joe', ?)",
+                            [(int(time.time()),)] * 10)
+            old.commit()
+        with open(path, "rb") as file:
+            before = file.read()
+        shown = run("--standalone", self.path("old"), "--status").stdout
+        self.assertRegex(shown, r"Joe +1m \[#{10}\] 10/10 +room at")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), before)
+        self.assertEqual(os.listdir(self.path("old")), ["db.sqlite3"])
+
+    def test_a_missing_database_is_not_made(self) -> None:
+        os.makedirs(self.path("none"))
+        for command in ("--status", "--json", "--prometheus"):
+            result = run("--standalone", self.path("none"), command)
+            self.assertEqual(result.returncode, 6)
+            self.assertNotIn("Traceback", result.stderr)
+        self.assertEqual(os.listdir(self.path("none")), [])
+
+    def test_a_closed_pipe_is_no_traceback(self) -> None:
+        self.spend("joe", 1)
+        end, out = os.pipe()
+        os.close(end)
+        with os.fdopen(out, "wb") as closed:
+            result = subprocess.run(
+                [sys.executable, PROGRAM, "--standalone", self.folder,
+                 "--status"], stdout=closed, stderr=subprocess.PIPE,
+                timeout=PATIENCE, check=False)
+        self.assertEqual((result.returncode, result.stderr), (0, b""))
+
+    def test_colours_are_for_terminals(self) -> None:
+        self.spend("joe", 10)
+        config = self.write("test.yaml", self.config)
+        for extra, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+            ours, theirs = pty.openpty()
+            subprocess.run(
+                [sys.executable, PROGRAM, "--standalone", self.folder, "-f",
+                 config, "--status"], stdout=theirs, check=True,
+                timeout=PATIENCE, env={**os.environ, "NO_COLOR": "",
+                                       "TERM": "xterm", **extra})
+            os.close(theirs)
+            self.assertIs(b"\033[31m" in os.read(ours, 1000), coloured)
+            os.close(ours)
+        self.assertNotIn("\033", self.show("--status"))
+
+    def test_usage_errors_are_argparse_s(self) -> None:
+        for options in (["--json", "--clean"], ["--status", "--reset", "x"],
+                        ["--reset"]):
+            result = self.command(*options)
+            self.assertEqual((result.returncode, result.stdout), (2, ""))
+            self.assertIn("usage:", result.stderr)
+
+    def test_a_hundred_thousand_identities_take_two_seconds(self) -> None:
+        now = int(time.time())
+        self.spend("joe", 1)
+        self.ledger.transact(lambda cursor: cursor.executemany(
+            "INSERT INTO mail_count VALUES (?, ?, 1, '', 'DATA', ?)",
+            ((f"user{n}@example.org", now - 40 + i * 20, i + 1)
+             for n in range(100000) for i in range(3))))
+        began = time.monotonic()
+        self.assertIn("and 99981 more", self.show("--status"))
+        self.assertLess(time.monotonic() - began, 2)
