@@ -666,10 +666,10 @@ RATE_LIMITS = ("CREATE TABLE rate_limits"
 INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
 RENAME = "UPDATE mail_count SET id = ? WHERE id = ?"
-NEWEST = ("SELECT {} FROM mail_count WHERE id = ?"
+NEWEST = ("SELECT {} FROM mail_count WHERE id = who"
           " ORDER BY date DESC, total DESC LIMIT 1")
 BEFORE = ("SELECT total - recipient_count FROM mail_count"
-          " WHERE id = ? AND date > ? ORDER BY date, total LIMIT 1")
+          " WHERE id = who AND date > {} ORDER BY date, total LIMIT 1")
 ROWS = ("SELECT date, recipient_count, instance, protocol_state"
         " FROM mail_count WHERE id = ? ORDER BY date, total")
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
@@ -791,6 +791,8 @@ class Ledger:
         self._open = Batch()
         self._lock = threading.Lock()  # of the connection
         self._connection: Connection = None
+        self._prefix: str | None = None  # of a transaction's first statement
+        self._committed = False  # it was committed with its last one
 
     def charge(self, charge: Charge) -> Verdict:
         """Settle a mail: all its claims are charged, or none.
@@ -814,8 +816,9 @@ class Ledger:
 
     def transact(self, work: Callable[[Cursor], T]) -> T:
         """Run work in a transaction of its own and return its result."""
-        with hold(self._lock, time.monotonic() + self.backend.timeout):
-            return self._transact(work)
+        deadline = time.monotonic() + self.backend.timeout
+        with hold(self._lock, deadline):
+            return self._transact(work, deadline)
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
@@ -977,7 +980,8 @@ class Ledger:
             charges = [one for one in batch.charges if not one.abandoned]
             try:
                 verdicts = self._transact(
-                    lambda cursor: self._decide(cursor, charges))
+                    lambda cursor: self._decide(cursor, charges), deadline,
+                    self.backend.begin_with)
             except LedgerError as error:
                 batch.error = error
                 if time.monotonic() - began > self.backend.timeout / 2:
@@ -987,45 +991,50 @@ class Ledger:
         for charge, verdict in zip(charges, verdicts):
             charge.verdict = verdict
 
-    def _transact(self, work: Callable[[Cursor], T]) -> T:
-        """Run work between BEGIN and COMMIT; needs the lock.
+    def _transact(self, work: Callable[[Cursor], T], deadline: float,
+                  begin: str | None = None) -> T:
+        """Run work in a transaction; needs the lock.
 
-        Where another host was first with an identity, it is run again.
+        begin, if given, goes before work's first statement and saves a round
+        trip.  The first statement is the ping: if it finds an old connection
+        dead, all is done on another.  Where another host was first with an
+        identity, all is done again.
         """
-        deadline = time.monotonic() + self.backend.timeout
         while True:
+            old, began = self._connection is not None, time.monotonic()
+            self._prefix, self._committed = begin or "", False
             self.backend.deadline = deadline
             try:
-                cursor = self._begin()
+                cursor = self._connect().cursor()
+                if begin is None:
+                    self._run(cursor, self.backend.begin)
                 result = work(cursor)
-                cursor.execute("COMMIT")
+                if not self._committed:
+                    cursor.execute("COMMIT")
                 return result
             except Exception as error:  # drivers raise more than their Error
+                past = time.monotonic()
+                dead = (old and self._prefix is not None
+                        and past - began < self.backend.timeout / 2)
                 conflict = self.backend.is_conflict(error)
                 self._roll_back(conflict)
-                if not conflict or time.monotonic() > deadline:
+                if not dead and (not conflict or past > deadline):
                     raise LedgerError(self.backend.explain(error)) from error
-                time.sleep(random.uniform(0, 0.01))
+                if conflict:
+                    time.sleep(random.uniform(0, 0.01))
             finally:
                 self.backend.deadline = math.inf
 
-    def _begin(self) -> Cursor:
-        """Begin a transaction; BEGIN is the ping of an old connection."""
-        began = time.monotonic()
-        if self._connection is not None and not self.backend.is_stale():
-            try:
-                cursor = self._connection.cursor()
-                cursor.execute(self.backend.begin)
-                return cursor
-            except Exception:
-                if time.monotonic() - began > self.backend.timeout / 2:
-                    raise  # it is not dead but slow: no second wait
-        self._roll_back(False)
-        self._connection = self.backend.connect(self.backend.timeout)
-        cursor = self._connection.cursor()
-        self._prepare(cursor)
-        cursor.execute(self.backend.begin)
-        return cursor
+    def _connect(self) -> Connection:
+        """Return the connection, or make one and see to the tables."""
+        if self._connection is None or self.backend.is_stale():
+            self._roll_back(False)
+            self._connection = self.backend.connect(self.backend.timeout)
+            cursor = self._connection.cursor()
+            self._prepare(cursor)
+            for statement in self.backend.ready:
+                cursor.execute(statement)
+        return self._connection
 
     def _roll_back(self, keep: bool) -> None:
         """Undo what is half done; keep the connection, or close it."""
@@ -1043,9 +1052,8 @@ class Ledger:
     def _prepare(self, cursor: Cursor) -> None:
         """Make the tables, or bring those of the original up to date."""
         for again in (True, True, False):
-            if "total" in columns_of(cursor, "mail_count") and (
-                    not self.query or columns_of(cursor, "rate_limits")):
-                return
+            if "total" in columns_of(cursor, "mail_count"):
+                break
             self.backend.deadline = math.inf  # large tables take long
             patient = self.backend.connect(3600)
             try:
@@ -1055,6 +1063,9 @@ class Ledger:
                     raise
             finally:
                 patient.close()
+        if self.query and not columns_of(cursor, "rate_limits"):
+            with contextlib.suppress(Exception):  # the query may not need it
+                cursor.execute(RATE_LIMITS)
 
     def _update(self, cursor: Cursor) -> None:
         """Bring the tables up to date; the column total comes last."""
@@ -1075,8 +1086,6 @@ class Ledger:
         if "total" not in present:
             for statement in self.backend.add_total:
                 cursor.execute(statement)
-        if self.query and not columns_of(cursor, "rate_limits"):
-            cursor.execute(RATE_LIMITS)
         cursor.execute("COMMIT")
 
     def _decide(self, cursor: Cursor, charges: list[Charge]) -> list[Verdict]:
@@ -1100,8 +1109,8 @@ class Ledger:
                 rows += [accounts[claim.identity].charge(
                     claim.cost, charge.mark) for claim in charge.claims
                     if accounts[claim.identity].limits]
-        self._write(cursor, INSERT, rows)
         self._note(cursor, verdicts)
+        self._write(cursor, INSERT, rows, self.backend.end_with)
         return verdicts
 
     def _note(self, cursor: Cursor, verdicts: Sequence[Verdict]) -> None:
@@ -1137,6 +1146,8 @@ class Ledger:
                 account.limits = parse_limits(row[0])
                 return True
         except Exception as error:
+            if self.backend.is_conflict(error):
+                raise
             cursor.execute("ROLLBACK TO SAVEPOINT limits")
             log.warning("sql_limits_by_id: %s; the file's limits hold",
                         self.backend.explain(error), extra=SELDOM)
@@ -1149,12 +1160,11 @@ class Ledger:
         for some in chunks(accounts, self.backend.chunk):
             parameters: list[object] = []
             for account in some:
-                parameters += [account.identity, account.identity]
-                for i in range(width):
-                    limits = account.limits[i:i + 1]
-                    since = now - limits[0].seconds if limits else now
-                    parameters += [account.identity, since]
-            self._run(cursor, usage_statement(len(some), width), *parameters)
+                since = [now - limit.seconds for limit in account.limits]
+                parameters += [account.identity, *since,
+                               *[now] * (width - len(since))]
+            self._run(cursor, usage_statement(
+                len(some), width, self.backend.text), *parameters)
             for n, *row in cursor.fetchall():
                 self._take(cursor, some[n], now, row)
 
@@ -1184,17 +1194,23 @@ class Ledger:
         self._write(cursor, INSERT, rows)
 
     def _write(self, cursor: Cursor, statement: str,
-               rows: Sequence[tuple[object, ...]]) -> None:
-        """Write rows, some with each statement, which says VALUES {}."""
+               rows: Sequence[tuple[object, ...]], end: str = "") -> None:
+        """Write rows, some with each statement, which says VALUES {}.
+
+        end ends the transaction with the statement, if it is but one.
+        """
         for some in chunks(rows, self.backend.chunk):
             values = "(" + ", ".join("?" * len(some[0])) + ")"
-            places = ", ".join([values] * len(some))
-            self._run(cursor, statement.format(places),
+            self._committed = bool(end) and len(some) == len(rows)
+            self._run(cursor, statement.format(", ".join([values] * len(some)))
+                      + (end if self._committed else ""),
                       *itertools.chain(*some))
 
     def _run(self, cursor: Cursor, statement: str, *values: object) -> Cursor:
         """Execute a statement of ours with the driver's placeholders."""
-        cursor.execute(statement.replace("?", self.backend.mark), values)
+        cursor.execute((self._prefix or "")
+                       + statement.replace("?", self.backend.mark), values)
+        self._prefix = None
         return cursor
 
 
@@ -1225,17 +1241,21 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 @functools.cache
-def usage_statement(accounts: int, windows: int) -> str:
+def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
     """Return the query for so many accounts with so many windows each.
 
-    A row for each: its place, newest date, newest total, and for each window
-    the total before its first row.
+    It takes identity and begin of each window, for each account, and yields
+    the account's place, newest date, newest total, and for each window the
+    total before its first row.
     """
-    queries = [NEWEST.format("date"), NEWEST.format("total")]
-    queries += [BEFORE] * windows
-    columns = ", ".join(f"({query})" for query in queries)
-    return " UNION ALL ".join(
-        f"SELECT {n}, {columns}" for n in range(accounts))
+    since = [f"since{n}" for n in range(windows)]
+    asked = " UNION ALL ".join(
+        f"SELECT {n}, {text}{', ?' * windows}" for n in range(accounts))
+    columns = ", ".join(f"({query})" for query in (
+        NEWEST.format("date"), NEWEST.format("total"),
+        *map(BEFORE.format, since)))
+    return (f"WITH asked ({', '.join(['n', 'who', *since])}) AS ({asked})"
+            f" SELECT n, {columns} FROM asked")
 
 
 class Backend:
@@ -1244,7 +1264,11 @@ class Backend:
     name: str
     drivers: tuple[tuple[str, str], ...]  # modules with Debian's packages
     mark = "%s"  # the driver's placeholder
+    text = "?"  # a value that is text
     begin = "BEGIN"
+    begin_with: str | None = None  # the same before another statement
+    end_with = ""  # COMMIT behind another statement
+    ready: tuple[str, ...] = ()  # for a connection, once the tables are there
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
     widen: tuple[str, ...] = ()  # the original's columns
@@ -1380,6 +1404,9 @@ class MySQL(Backend):
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
             " ON DUPLICATE KEY UPDATE hit = hit + VALUES(hit)")
     conflicts = (1213,)  # deadlock, or on Galera another node was first
+    text = "? COLLATE utf8mb4_bin"
+    begin_with = ""  # since autocommit is off
+    ready = ("SET autocommit = 0",)
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(); utf8 cannot hold all names."""
@@ -1412,6 +1439,8 @@ class PostgreSQL(Backend):
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = ("40001", "40P01")  # serialization failure, deadlock
+    begin_with = "BEGIN; "
+    end_with = "; COMMIT"
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
@@ -1430,6 +1459,8 @@ class PostgreSQL(Backend):
         connection = self.driver.connect(**{
             "connect_timeout": self.timeout, **self.config})
         connection.autocommit = True
+        if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
+            connection.cursor_factory = self.driver.ClientCursor
         if timeout == self.timeout:
             self._watched = connection
         return connection
