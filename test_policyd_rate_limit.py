@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import contextlib
 import dataclasses
 import email.message
 import email.policy
+import functools
+import glob
 import grp
 import importlib.util
 import io
@@ -38,7 +41,8 @@ import threading
 import time
 import unittest
 import urllib.parse
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 from unittest.mock import patch
@@ -761,6 +765,844 @@ class SQLiteTest(StoreContract, FolderTest):
                             + prl.usage_statement(1, 2), *"a12")
         for *_, detail in plan:
             self.assertNotIn("SCAN mail_count", detail)
+
+
+# Database servers of our own: new data in a temporary folder, on loopback.
+
+SERVER_PATH = os.pathsep.join([
+    os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin",
+    *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)])
+SERVER_ENV = {"PATH": SERVER_PATH, "LC_ALL": "C", "TZ": "UTC"}
+GALERA = next(iter(glob.glob("/usr/lib*/galera*/libgalera_smm.so")), "")
+
+
+def memory_folder() -> str | None:
+    """Return a folder in memory, if there is one with room for servers."""
+    folder = "/dev/shm"
+    if os.path.isdir(folder) and shutil.disk_usage(folder).free > 2**30:
+        return folder
+    return None
+
+
+def free_port() -> int:
+    """Choose a port that is free, below those of outgoing connections."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def process_state(pid: int) -> str:
+    """Return the letter for a process's state, nothing if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="latin-1") as file:
+            state = file.read().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if state in "ZX" else state
+
+
+class Server:
+    """A database server as its own user, with a user test in it."""
+
+    package: str  # Debian's
+    programs: tuple[str, ...]
+    user: str  # of the system
+    backend: int  # the setting
+    config_name: str  # of the setting that says how to connect
+    config: dict[str, object]  # its value
+    on_socket: dict[str, object]  # what changes for its unix socket
+    command: list[str]  # that runs it
+    client: list[str]  # the command before a statement
+    # The administrator's statements:
+    probe: str  # works once all is ready
+    empty: str  # makes the database as if new
+    connected: str  # how many connections the user test has
+    disconnect: str  # ends them
+    hurry: str  # ends those to come when idle for a second
+    relax: str  # no longer
+    grant: str  # lets the user weak read and write all tables, no more
+
+    @classmethod
+    def missing(cls) -> str:
+        """Return the package that is not installed, or nothing."""
+        found = all(shutil.which(program, path=SERVER_PATH)
+                    for program in cls.programs)
+        return "" if found else cls.package
+
+    def __init__(self, folder: str) -> None:
+        """Prepare a folder in one that the server may look into."""
+        self.home = tempfile.mkdtemp(dir=folder, prefix=self.user + "-")
+        self.data = os.path.join(self.home, "data")
+        self.log = os.path.join(self.home, "log")
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.identity: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            owner = pwd.getpwnam(self.user)
+            os.chown(self.home, owner.pw_uid, owner.pw_gid)
+            self.identity = {"user": owner.pw_uid, "group": owner.pw_gid,
+                             "extra_groups": []}
+
+    def create(self) -> None:
+        """Make the data, start, make the database and its users."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start it; it ends with the thread that calls, if not before."""
+        self.process = self.spawn(
+            "setpriv", "--pdeathsig", "KILL", *self.command)
+
+    def wait_ready(self) -> None:
+        """Wait until it answers; a failure shows the end of its log."""
+        process = self.process
+        assert process is not None
+
+        def is_ready() -> bool:
+            with contextlib.suppress(subprocess.SubprocessError):
+                return bool(self.sql(self.probe))
+            return process.poll() is not None
+
+        wait_for(is_ready, "a server")
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended:\n{self.said()}")
+
+    def said(self) -> str:
+        """Return the end of its log."""
+        with open(self.log, encoding="utf-8", errors="replace") as log:
+            return log.read()[-4000:]
+
+    def kill(self) -> None:
+        """End it as kill -9 does, and its children."""
+        children = self.signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+            self.process = None
+        wait_for(lambda: not any(map(process_state, children)),
+                 "the server's children to end")
+
+    def signal(self, number: int) -> list[int]:
+        """Signal it and its children, none of whom gets away."""
+        if self.process is None or self.process.poll() is not None:
+            return []
+        pid = self.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: process_state(pid) in "T", "the server to stop")
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            children = [int(child) for child in file.read().split()]
+        for one in (*children, pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, number)
+        return children
+
+    def sql(self, statement: str) -> str:
+        """Run a statement as administrator and return what it prints."""
+        return subprocess.run(
+            [*self.client, statement], env=SERVER_ENV, check=True,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=PATIENCE).stdout.strip()
+
+    def spawn(self, *command: str) -> subprocess.Popen[bytes]:
+        """Start a command as the server's user, its output to the log."""
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                command, cwd=self.home, env=SERVER_ENV, stdout=log,
+                stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True, **self.identity)
+
+    def run(self, *command: str) -> None:
+        """Run a command as the server's user."""
+        if self.spawn(*command).wait(PATIENCE):
+            raise AssertionError(f"{command[0]}:\n{self.said()}")
+
+
+class MariaDB(Server):
+    """One MariaDB server."""
+
+    package = "mariadb-server"
+    programs = ("mariadbd", "mariadb-install-db", "mariadb")
+    user = "mysql"
+    backend = 1
+    config_name = "mysql_config"
+    probe = "SELECT max(user) FROM mysql.user"
+    empty = "DROP DATABASE test; CREATE DATABASE test"
+    connected = ("SELECT count(*) FROM information_schema.processlist"
+                 " WHERE user = 'test'")
+    disconnect = "KILL USER test"
+    hurry = "SET GLOBAL wait_timeout = 1"
+    relax = "SET GLOBAL wait_timeout = DEFAULT"
+    grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON test.* TO weak"
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        path = os.path.join(self.home, "socket")
+        self.config = {
+            "host": "127.0.0.1", "port": self.port, "user": "test",
+            "passwd": "secret", "db": "test", "charset": "utf8"}
+        self.on_socket = {"host": "localhost", "unix_socket": path}
+        self.client = [
+            "mariadb", "--no-defaults", f"--socket={path}", "--user=root",
+            "--batch", "--skip-column-names", "--execute"]
+        self.command = [
+            "mariadbd", "--no-defaults", f"--datadir={self.data}",
+            f"--socket={path}", f"--port={self.port}",
+            f"--pid-file={self.home}/pid", f"--tmpdir={self.home}",
+            "--bind-address=127.0.0.1", "--skip-name-resolve",
+            "--innodb-buffer-pool-size=64M", "--innodb-log-file-size=8M"]
+
+    def create(self) -> None:
+        self.run("mariadb-install-db", "--no-defaults", "--skip-test-db",
+                 f"--datadir={self.data}", f"--tmpdir={self.home}",
+                 "--auth-root-authentication-method=normal",
+                 "--innodb-log-file-size=8M")
+        self.start()
+        self.sql("CREATE USER test IDENTIFIED BY 'secret';"
+                 " CREATE USER weak IDENTIFIED BY 'secret';"
+                 " GRANT ALL ON test.* TO test; CREATE DATABASE test")
+
+
+class PostgreSQL(Server):
+    """One PostgreSQL server."""
+
+    package = "postgresql"
+    programs = ("initdb", "postgres", "psql")
+    user = "postgres"
+    backend = 2
+    config_name = "pgsql_config"
+    probe = "SELECT 1"
+    empty = ("DROP SCHEMA public CASCADE;"
+             " CREATE SCHEMA public AUTHORIZATION test")
+    connected = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'test'"
+    disconnect = ("SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                  " WHERE usename = 'test'")
+    hurry = "ALTER ROLE test SET idle_session_timeout = '1s'"
+    relax = "ALTER ROLE test RESET idle_session_timeout"
+    grant = ("GRANT USAGE ON SCHEMA public TO weak; GRANT SELECT, INSERT,"
+             " UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO weak")
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.config = {
+            "host": "127.0.0.1", "port": self.port, "user": "test",
+            "password": "secret", "database": "postgres"}
+        self.on_socket = {"host": self.home}
+        self.client = [
+            "psql", "-XqAt", "-h", self.home, "-p", str(self.port),
+            "-U", "postgres", "-v", "ON_ERROR_STOP=1", "-c"]
+        self.command = [
+            "postgres", "-D", self.data, "-p", str(self.port),
+            "-k", self.home, "-h", "127.0.0.1", "-B", "64MB",
+            "-c", "dynamic_shared_memory_type=mmap"]
+
+    def create(self) -> None:
+        self.run("initdb", f"--pgdata={self.data}", "--no-sync",
+                 "--username=postgres", "--encoding=UTF8", "--locale=C",
+                 "--auth-local=trust", "--auth-host=scram-sha-256")
+        self.start()
+        self.sql("CREATE USER test PASSWORD 'secret';"
+                 " CREATE USER weak PASSWORD 'secret'")
+
+
+class Galera:
+    """Three MariaDB servers, each with all the data."""
+
+    def __init__(self, folder: str) -> None:
+        """Prepare the nodes."""
+        self.nodes = [MariaDB(folder) for _ in range(3)]
+        ports = [free_port() for _ in self.nodes]
+        cluster = ",".join(f"127.0.0.1:{port}" for port in ports)
+        for node, port in zip(self.nodes, ports):
+            provider = {
+                "base_host": "127.0.0.1", "base_port": port,
+                "gmcast.listen_addr": f"tcp://127.0.0.1:{port}",
+                "ist.recv_addr": f"127.0.0.1:{free_port()}",
+                "gcache.size": "4M", "gmcast.peer_timeout": "PT0.5S",
+                "evs.keepalive_period": "PT0.1S",
+                "evs.inactive_check_period": "PT0.1S",
+                "evs.suspect_timeout": "PT1S", "evs.install_timeout": "PT2S",
+                "evs.inactive_timeout": "PT2S"}
+            node.command += [
+                "--wsrep-on=ON", f"--wsrep-provider={GALERA}",
+                f"--wsrep-cluster-address=gcomm://{cluster}",
+                f"--wsrep-node-address=127.0.0.1:{port}",
+                f"--wsrep-sst-receive-address=127.0.0.1:{free_port()}",
+                "--wsrep-sst-method=rsync", "--binlog-format=ROW",
+                "--innodb-autoinc-lock-mode=2", "--wsrep-provider-options="
+                + ";".join(f"{key}={provider[key]}" for key in provider)]
+
+    @staticmethod
+    def missing() -> str:
+        """Return the package that is not installed, or nothing."""
+        return MariaDB.missing() or ("" if GALERA else "galera-4")
+
+    def create(self) -> None:
+        """Make one node's data, and start all from it.
+
+        They are told that they were a cluster when they ended: to copy the
+        data from one that runs to the others would take longer.
+        """
+        first = self.nodes[0]
+        first.command.append("--wsrep-new-cluster")
+        first.create()
+        first.command.pop()
+        assert first.process is not None
+        first.process.terminate()
+        first.process.wait(PATIENCE)
+        os.unlink(os.path.join(first.data, "galera.cache"))
+        members = sorted(str(uuid.uuid1()) for _ in self.nodes)
+        for node, member in zip(self.nodes, members):
+            if node is not first:
+                node.run("cp", "-a", first.data, node.data)
+            view = os.path.join(node.data, "gvwstate.dat")
+            with open(view, "w", encoding="ascii") as file:
+                print(f"my_uuid: {member}", "#vwbeg",
+                      f"view_id: 3 {members[0]} 3", "bootstrap: 0",
+                      *(f"member: {one} 0" for one in members), "#vwend",
+                      sep="\n", file=file)
+            os.chmod(view, 0o666)
+            node.launch()
+        for node in self.nodes:
+            node.wait_ready()
+
+    def kill(self) -> None:
+        """Kill all nodes."""
+        for node in self.nodes:
+            node.kill()
+
+
+def in_background(work: Callable[..., object], *given: object) -> None:
+    """Start a thread that may be left behind."""
+    threading.Thread(target=work, args=given, daemon=True).start()
+
+
+class Relay:
+    """Passes TCP connections on, each round trip slower by a delay."""
+
+    def __init__(self, port: int, delay: float) -> None:
+        """Listen, and pass on to a port; the delay is in seconds."""
+        self.target = ("127.0.0.1", port)
+        self.delay = delay
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        in_background(self.accept)
+
+    def close(self) -> None:
+        """Accept no more."""
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def accept(self) -> None:
+        """Join each connection with one to the target."""
+        with contextlib.suppress(OSError):
+            while True:
+                near = self.listener.accept()[0]
+                far = socket.create_connection(self.target)
+                for one, other in ((near, far), (far, near)):
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    in_background(self.carry, one, other)
+
+    def carry(self, source: socket.socket, sink: socket.socket) -> None:
+        """Pass on what comes, each piece after half the delay."""
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                time.sleep(self.delay / 2)
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+DB_AWAY = "450 4.3.0 the database is away"
+Answers = list[tuple[dict[str, Any], str]]
+
+slow = unittest.skipIf(QUICK, "POLICYD_TEST_QUICK is set")
+
+
+def at_once(work: Iterable[Callable[[], object]]) -> None:
+    """Run functions in a thread each, and wait for all."""
+    threads = [threading.Thread(target=one) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def flood(daemons: list[Daemon], mails: Iterable[dict[str, Any]],
+          connections: int = 16) -> Answers:
+    """Send mails through some connections to each daemon at once."""
+    source, lock, answers = iter(mails), threading.Lock(), Answers()
+
+    def send(daemon: Daemon) -> None:
+        with daemon.client() as client:
+            while True:
+                with lock:
+                    mail = next(source, None)
+                if mail is None:
+                    return
+                answers.append((mail, client.ask(**mail)))
+
+    at_once([functools.partial(send, daemon) for daemon in daemons
+             for _ in range(connections)])
+    return answers
+
+
+def numbered(count: int, **attributes: object) -> list[dict[str, Any]]:
+    """Return so many different mails."""
+    return [{"instance": f"1.{n}", **attributes} for n in range(count)]
+
+
+def program_without(modules: Sequence[str], folder: str) -> str:
+    """Return the program as it is where some modules are not installed."""
+    path = os.path.join(folder, "program.py")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"""import runpy, sys
+sys.modules.update(dict.fromkeys({modules!r}))
+runpy.run_path({PROGRAM!r}, run_name="__main__")
+""")
+    return path
+
+
+class DatabaseTest(FolderTest):
+    """A test with a server, which its class starts, and an empty database."""
+
+    kind: Any  # of the server
+    driver: str
+    before: tuple[str, ...] = ()  # the drivers that are preferred to it
+    servers: Any  # what was started
+    server: Server  # with which the tests speak
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Start the server."""
+        if cls.kind.missing():
+            skip(f"{cls.kind.missing()} is not installed")
+        if importlib.util.find_spec(cls.driver) is None:
+            skip(f"the driver {cls.driver} is not installed")
+        folder = tempfile.mkdtemp(prefix="policyd-", dir=memory_folder())
+        cls.addClassCleanup(shutil.rmtree, folder, ignore_errors=True)
+        os.chmod(folder, 0o755)
+        cls.servers = cls.kind(folder)
+        cls.addClassCleanup(cls.servers.kill)
+        cls.servers.create()
+        cls.server = getattr(cls.servers, "nodes", [cls.servers])[0]
+
+    def setUp(self) -> None:
+        """Empty the database, and let the driver be chosen."""
+        super().setUp()
+        self.server.sql(self.server.empty)
+        for each in prl.log.filters:
+            if isinstance(each, prl.Seldom):
+                each.said.clear()  # what other tests made it say
+        hide = patch.dict(sys.modules, dict.fromkeys(self.before))
+        hide.start()
+        self.addCleanup(hide.stop)
+        self.program = program_without(self.before, self.folder)
+
+    def settings(self, **settings: Any) -> dict[str, Any]:
+        """Return settings: this server, and a limit of 100."""
+        return {"backend": self.server.backend, "debug": False,
+                "limits": [[100, 3600]], "db_error_action": DB_AWAY,
+                **self.connecting(), **settings}
+
+    def connecting(self, **changes: object) -> dict[str, Any]:
+        """Return the setting that says how to connect, with changes."""
+        return {self.server.config_name: {**self.server.config, **changes}}
+
+    def config(self, **settings: Any) -> str:
+        """Return the text of a configuration."""
+        return "".join(f"{name}: {json.dumps(value)}\n" for name, value
+                       in self.settings(**settings).items())
+
+    def command(self, option: str, **settings: Any
+                ) -> subprocess.CompletedProcess[str]:
+        """Run the program as a command."""
+        return subprocess.run(
+            [sys.executable, self.program, option, "--standalone",
+             self.folder, "-o", f"backend={self.server.backend}",
+             "-f", self.write("test.yaml", self.config(**settings))],
+            capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+    def host(self, name: str = "host", **settings: Any) -> Daemon:
+        """Start the daemon of a mail host."""
+        return self.daemon(self.config(**settings), "-o",
+                           f"backend={self.server.backend}",
+                           name=name, program=self.program)
+
+    def hosts(self, *settings: dict[str, Any]) -> list[Daemon]:
+        """Start the daemons of some mail hosts, all at once."""
+        hosts: list[Daemon] = []
+
+        def start(number: int, given: dict[str, Any]) -> None:
+            hosts.append(self.host(f"host{number}", **given))
+
+        at_once([functools.partial(start, *one)
+                 for one in enumerate(settings)])
+        self.assertEqual(len(hosts), len(settings))
+        for host in hosts:
+            self.assertNotIn("away", host.log())
+        return sorted(hosts, key=lambda host: host.folder)
+
+    def execute_all(self, *statements: str) -> list[tuple[Any, ...]]:
+        """Run statements as the user test; return the rows of the last."""
+        backend = prl.BACKENDS[self.server.backend](prl.Settings(
+            **self.connecting()))
+        with contextlib.closing(backend.connect(PATIENCE)) as connection:
+            cursor = connection.cursor()
+            for statement in statements:
+                cursor.execute(statement)
+            rows = cursor.fetchall() if cursor.description else []
+        return [tuple(row) for row in rows]
+
+    def counted(self, identity: str = "joe") -> int:
+        """Return what the database holds for an identity."""
+        [[number]] = self.execute_all(
+            "SELECT coalesce(sum(recipient_count), 0) FROM mail_count"
+            f" WHERE id = '{identity}'")
+        return int(number)
+
+    def assert_exact(self, answers: Answers, passed: int) -> None:
+        """Check that so many mails of joe passed, and the others not."""
+        actions = collections.Counter(action for _, action in answers)
+        expected = {PASS: passed, REFUSED: len(answers) - passed}
+        self.assertEqual(actions, +collections.Counter(expected))
+
+
+class DriverTest(StoreContract, DatabaseTest):
+    """What every driver keeps to; the contract of the store first."""
+
+    def open(self, query: str | None = None) -> prl.Ledger:
+        ledger = prl.open_ledger(prl.Settings(
+            **self.settings(sql_limits_by_id=query)))
+        self.assertEqual(ledger.backend.driver.__name__, self.driver)
+        self.addCleanup(ledger._roll_back, False)
+        return ledger
+
+    def test_hosts_share_one_limit_exactly(self) -> None:
+        answers = flood(self.hosts({}, {}, {}, {}), numbered(1000))
+        self.assertEqual(len(answers), 1000)
+        self.assert_exact(answers, 100)
+        self.assertEqual(self.counted(), 100)
+
+    @slow
+    def test_a_request_on_a_dead_connection_is_counted(self) -> None:
+        host = self.host()
+
+        def ask(total: int) -> None:
+            wait_for(lambda: self.server.sql(self.server.connected) == "0",
+                     "the connection to end")
+            self.assertEqual(host.ask(), PASS)
+            self.assertEqual(self.counted(), total)
+
+        self.server.kill()
+        self.server.start()
+        ask(1)
+        self.addCleanup(self.server.sql, self.server.relax)
+        self.server.sql(self.server.hurry)
+        self.server.sql(self.server.disconnect)
+        ask(2)  # on a connection that ends when idle
+        ask(3)
+        self.assertNotIn("away", host.log())
+
+    @slow
+    def test_a_server_that_hangs_holds_nobody_up_for_long(self) -> None:
+        patience = {"db_timeout": 2, "limits": [[1000, 3600]]}
+        staying, leaving = self.hosts(patience, patience)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(host.client())
+                       for host in (staying, leaving) for _ in range(64)]
+            self.assertEqual({one.ask() for one in clients}, {PASS})
+            self.addCleanup(self.server.signal, signal.SIGCONT)
+            self.server.signal(signal.SIGSTOP)
+            for asked in (clients, clients[:64]):
+                began = time.monotonic()
+                for one in asked:
+                    one.socket.sendall(request_text())
+                leaving.send(signal.SIGTERM)
+                self.assertEqual({one.read() for one in asked}, {DB_AWAY})
+                self.assertLess(time.monotonic() - began, 5)
+                self.assertEqual(leaving.process.wait(PATIENCE), 0)
+        self.server.signal(signal.SIGCONT)
+        wait_for(lambda: staying.ask(sasl_username="ann") == PASS,
+                 "the database to be back")
+        counted = self.counted("ann")
+        self.assertEqual(staying.ask(sasl_username="ann"), PASS)
+        self.assertEqual(self.counted("ann"), counted + 1)
+
+    @slow
+    def test_check_names_the_server_and_the_driver(self) -> None:
+        for more in ({}, self.server.on_socket):
+            done = self.command("--check", count_mode=1,
+                                **self.connecting(**more))
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assertRegex(
+                done.stdout, rf"\d+\.\d+.*, through {self.driver}\nOK\n")
+        self.assertEqual(self.execute_all(
+            "SELECT table_name FROM information_schema.tables"
+            " WHERE table_schema IN ('test', 'public')"), [])
+
+
+class HostsTest(DriverTest):
+    """What several mail hosts on one database keep to."""
+
+    original: tuple[str, ...]  # how it made its tables
+
+    @slow
+    def test_hosts_share_many_limits_exactly(self) -> None:
+        chance = random.Random(3)
+        mails = [{**mail, "sasl_username": chance.choice("abcdefghij"),
+                  "recipient_count": chance.randint(1, 5)}
+                 for mail in numbered(1000)]
+        answers = flood(self.hosts({}, {}, {}, {}), mails)
+        self.assertEqual({action for _, action in answers}, {PASS, REFUSED})
+        self.assertEqual(len(answers), 1000)
+        for identity in "abcdefghij":
+            costs = {told: [mail["recipient_count"] for mail, action
+                            in answers if action == told
+                            and mail["sasl_username"] == identity]
+                     for told in (PASS, REFUSED)}
+            used = sum(costs[PASS])
+            self.assertEqual(self.counted(identity), used)
+            self.assertLessEqual(used, 100)
+            self.assertGreater(used + min(costs[REFUSED]), 100)
+
+    @slow
+    def test_nothing_is_lost_when_the_server_is_killed(self) -> None:
+        sent: list[int] = []
+        answers: Answers = []
+        enough = threading.Event()
+
+        def mails() -> Iterator[dict[str, Any]]:
+            while not enough.is_set():
+                sent.append(len(sent))
+                yield {"instance": f"1.{len(sent)}"}
+
+        def wait_for_more() -> None:
+            more = len(sent) + 300
+            wait_for(lambda: len(sent) > more, "requests")
+
+        both = {"limits": [[10**8, 3600]]}
+        hosts = self.hosts(both, both)
+        clients = threading.Thread(
+            target=lambda: answers.extend(flood(hosts, mails())))
+        clients.start()
+        for _ in range(3):
+            wait_for_more()
+            self.server.kill()
+            self.server.start()
+        wait_for_more()
+        enough.set()
+        clients.join()
+        self.assertEqual(len(answers), len(sent))
+        self.assertLessEqual({action for _, action in answers},
+                             {PASS, DB_AWAY})
+        self.assertEqual({action for _, action in answers[-150:]}, {PASS})
+        passed = sum(action == PASS for _, action in answers)
+        self.assertGreaterEqual(self.counted(), passed)
+
+    @slow
+    def test_clocks_that_differ_let_no_mail_too_many_through(self) -> None:
+        passed: list[bool] = []
+
+        def send(ledger: prl.Ledger, now: int) -> None:
+            passed.extend(self.passes(ledger, now + n) for n in range(20))
+
+        ledgers = [(self.open(), 1000), (self.open(), 970)]
+        at_once([functools.partial(send, *one) for one in ledgers * 8])
+        self.assertEqual((len(passed), sum(passed)), (320, 10))
+
+    @slow
+    def test_the_originals_tables_are_taken_over_by_all_at_once(self) -> None:
+        now = int(time.time())
+        names = [("Joe", 50), ("JOE", 30), ("joe", 15), ("José", 7),
+                 ("jose", 3), ("x" * 40, 9)]
+        rows = ", ".join(
+            f"('{name}', {now - number % 60}, 1, '1.{number}', 'DATA')"
+            for name, count in names for number in range(count))
+        self.execute_all(
+            *self.original, f"INSERT INTO mail_count VALUES {rows}",
+            "INSERT INTO limit_report VALUES ('Joe', 60, 3), ('ann', 60, 4)")
+        hosts = self.hosts({}, {}, {}, {})
+        for name, count in (("joe", 95), ("josé", 7), ("jose", 3),
+                            ("x" * 40, 9)):
+            self.assertEqual(self.counted(name), count)
+        self.assert_exact(flood(hosts, numbered(200)), 5)
+        for name, used in (("JOSÉ", 7), ("jose", 3), ("x" * 40, 9),
+                           ("x" * 41, 0), ("\U0001f600" * 99, 0)):
+            answers = flood(hosts, numbered(100, sasl_username=name))
+            self.assert_exact(answers, 100 - used)
+        self.assertEqual(self.execute_all(
+            "SELECT id, hit FROM limit_report ORDER BY hit"),
+            [("Joe", 3), ("ann", 4)])
+
+    @slow
+    def test_a_user_with_no_right_to_alter_needs_none(self) -> None:
+        self.hosts({"sql_limits_by_id": "SELECT %s"})[0].stop()
+        self.server.sql(self.server.grant)
+        for query in ("", "SELECT limits FROM rate_limits WHERE %s = 'x'"):
+            [host] = self.hosts({**self.connecting(user="weak"),
+                                 "sql_limits_by_id": query})
+            self.assertEqual(host.ask(), PASS)
+            host.stop()
+        self.assertEqual(self.counted(), 2)
+
+    @slow
+    def test_a_query_of_another_table_needs_no_rate_limits(self) -> None:
+        self.host().stop()
+        self.execute_all("CREATE TABLE mine (who varchar(9))")
+        self.server.sql(self.server.grant)
+        host = self.host(
+            sql_limits_by_id="SELECT '[[3, 60]]' FROM mine WHERE who = %s",
+            **self.connecting(user="weak"))
+        self.assertEqual(host.ask(), PASS)
+        self.assertEqual(self.counted(), 1)
+
+    @slow
+    def test_the_table_rate_limits_is_made_for_the_query(self) -> None:
+        hosts = self.hosts(*[{"sql_limits_by_id":
+            "SELECT limits FROM rate_limits WHERE id = 7 AND %s = 'joe'"}] * 4)
+        self.execute_all("INSERT INTO rate_limits (id, limits)"
+                         " VALUES (7, '[[30, 60]]')")
+        self.assert_exact(flood(hosts, numbered(99)), 30)
+        self.assert_exact(
+            flood(hosts, numbered(99, sasl_username="ann")), 99)
+
+    @slow
+    def test_clean_deletes_what_is_old_while_hosts_count(self) -> None:
+        hosts = self.hosts({"limits": [[100, 60]]})
+        ledger, now = self.open(), int(time.time())
+        for age, count in ((0, 1), (60, 2), (200, 3), (10**6, 4)):
+            self.execute(ledger, "INSERT INTO mail_count (id, date, total)"
+                         " VALUES " + ", ".join(
+                             [f"('ann', {now - age}, 1)"] * count * 1000))
+        done = self.command("--clean", limits=[[100, 60]])
+        self.assertEqual((done.returncode, done.stdout, done.stderr),
+                         (0, "7000 records deleted\n", ""))
+        self.assertEqual(self.execute(
+            ledger, "SELECT count(*) FROM mail_count"), [(3000,)])
+        self.assert_exact(flood(hosts, numbered(200)), 100)
+
+    @slow
+    def test_hosts_far_from_the_server_share_a_limit(self) -> None:
+        relay = Relay(self.server.port, 0.001)
+        self.addCleanup(relay.close)
+        far = self.connecting(port=relay.port)
+        self.assert_exact(flood(self.hosts(far, {}), numbered(500)), 100)
+
+
+class MySQLdbTest(HostsTest):
+    """MariaDB through MySQLdb."""
+
+    kind = MariaDB
+    driver = "MySQLdb"
+    original = (
+        "CREATE TABLE mail_count (id varchar(40) NOT NULL,"
+        " date bigint NOT NULL, recipient_count int DEFAULT 1,"
+        " instance varchar(40) NOT NULL, protocol_state varchar(10) NOT NULL)"
+        " CHARACTER SET utf8 COLLATE utf8_general_ci",
+        "CREATE INDEX mail_count_index ON mail_count (id, date)",
+        "CREATE TABLE limit_report (id varchar(40) NOT NULL,"
+        " delta int NOT NULL, hit int NOT NULL DEFAULT 0)"
+        " CHARACTER SET utf8 COLLATE utf8_general_ci",
+        "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
+
+
+class PyMySQLTest(DriverTest):
+    """MariaDB through pymysql."""
+
+    kind = MariaDB
+    driver = "pymysql"
+    before = ("MySQLdb",)
+
+
+class Psycopg2Test(HostsTest):
+    """PostgreSQL through psycopg2."""
+
+    kind = PostgreSQL
+    driver = "psycopg2"
+    original = tuple(statement.partition(" CHARACTER SET")[0]
+                     for statement in MySQLdbTest.original)
+
+
+class PsycopgTest(DriverTest):
+    """PostgreSQL through psycopg (3)."""
+
+    kind = PostgreSQL
+    driver = "psycopg"
+    before = ("psycopg2",)
+
+
+class GaleraTest(DatabaseTest):
+    """Three mail hosts, each with a node of a Galera cluster."""
+
+    kind = Galera
+    driver = "MySQLdb"
+
+    def on_nodes(self) -> list[Daemon]:
+        """Start a host on each node that lives."""
+        return self.hosts(*[{"mysql_config": node.config}
+                            for node in self.servers.nodes if node.process])
+
+    def test_hosts_on_all_nodes_share_one_limit_exactly(self) -> None:
+        self.assert_exact(flood(self.on_nodes(), numbered(1000)), 100)
+        self.assertEqual(self.counted(), 100)
+
+    @slow
+    def test_when_a_node_is_killed_the_others_go_on(self) -> None:
+        *living, doomed = self.on_nodes()
+        node = self.servers.nodes[-1]
+        lost: Answers = []
+
+        def until_the_end() -> Iterator[dict[str, Any]]:
+            while node.process is not None:
+                yield {}
+
+        def mails() -> Iterator[dict[str, Any]]:
+            for number, mail in enumerate(numbered(600)):
+                if number == 40:  # with the others under way
+                    node.kill()
+                yield mail
+
+        clients = threading.Thread(
+            target=lambda: lost.extend(flood([doomed], until_the_end())))
+        clients.start()
+        answers = flood(living, mails())
+        clients.join()
+        self.assertEqual({action for _, action in answers}, {PASS, REFUSED})
+        self.assertLessEqual({action for _, action in lost},
+                             {PASS, REFUSED, DB_AWAY})
+        passed = sum(action == PASS for _, action in answers + lost)
+        self.assertEqual(self.counted(), 100)
+        self.assertLessEqual(passed, 100)
+        self.assertGreater(passed, 100 - 16)  # who asked the dead node
+
+
+del DriverTest, HostsTest  # their subclasses run the tests
+
+
+class NoDriverTest(FolderTest):
+    """A machine without the driver for the setting backend."""
+
+    def test_the_package_to_install_is_named(self) -> None:
+        for backend, modules, packages in (
+                (1, ("MySQLdb", "pymysql"),
+                 "python3-mysqldb or python3-pymysql"),
+                (2, ("psycopg2", "psycopg"),
+                 "python3-psycopg2 or python3-psycopg")):
+            program = program_without(modules, self.folder)
+            for option in ([], ["--clean"], ["--check"]):
+                done = subprocess.run(
+                    [sys.executable, program, "--standalone", self.folder,
+                     "-f", self.write("test.yaml", ""), *option,
+                     "-o", f"backend={backend}"], timeout=PATIENCE,
+                    capture_output=True, text=True, check=False)
+                self.assertEqual(done.returncode, 5)
+                self.assertIn(packages, done.stderr)
 
 
 class ServiceTest(FolderTest):
