@@ -1011,6 +1011,7 @@ class Ledger:
                 result = work(cursor)
                 if not self._committed:
                     cursor.execute("COMMIT")
+                self.backend.finish(cursor)
                 return result
             except Exception as error:  # drivers raise more than their Error
                 past = time.monotonic()
@@ -1302,6 +1303,9 @@ class Backend:
         """Say whether the connection leads nowhere, if that can be told."""
         return False
 
+    def finish(self, cursor: Cursor) -> None:
+        """Wait for the end of statements that went together."""
+
     def is_conflict(self, error: Exception) -> bool:
         """Say whether another transaction was first, so try again."""
         codes = {*error.args[:1], getattr(error, "pgcode", None),
@@ -1406,6 +1410,7 @@ class MySQL(Backend):
     conflicts = (1213,)  # deadlock, or on Galera another node was first
     text = "? COLLATE utf8mb4_bin"
     begin_with = ""  # since autocommit is off
+    end_with = "; COMMIT"
     ready = ("SET autocommit = 0",)
 
     def choose(self, settings: Settings) -> dict[str, Any]:
@@ -1413,7 +1418,9 @@ class MySQL(Backend):
         charset = str(settings.mysql_config.get("charset", "utf8"))
         if charset.startswith("utf8"):
             charset = "utf8mb4"
-        return {**settings.mysql_config, "charset": charset}
+        flags = settings.mysql_config.get("client_flag", 0) | 1 << 16
+        return {**settings.mysql_config, "charset": charset,
+                "client_flag": flags}  # MULTI_STATEMENTS
 
     def connect(self, timeout: int) -> Connection:
         """Connect with a bound on each answer."""
@@ -1422,6 +1429,11 @@ class MySQL(Backend):
             "write_timeout": timeout, **self.config})
         connection.autocommit(True)
         return connection
+
+    def finish(self, cursor: Cursor) -> None:
+        """Wait for COMMIT, whose result is the second of its statement."""
+        while cursor.nextset():
+            pass
 
 
 class PostgreSQL(Backend):
