@@ -791,8 +791,9 @@ class Ledger:
         self._open = Batch()
         self._lock = threading.Lock()  # of the connection
         self._connection: Connection = None
-        self._prefix: str | None = None  # of a transaction's first statement
-        self._committed = False  # it was committed with its last one
+        self._ahead: tuple[str, tuple[object, ...]] = "", ()  # see _run
+        self._begun = False  # a statement of the transaction succeeded
+        self._committed = False  # its last one was sent with COMMIT
 
     def charge(self, charge: Charge) -> Verdict:
         """Settle a mail: all its claims are charged, or none.
@@ -1002,7 +1003,8 @@ class Ledger:
         """
         while True:
             old, began = self._connection is not None, time.monotonic()
-            self._prefix, self._committed = begin or "", False
+            self._ahead, self._begun, self._committed = (
+                begin or "", ()), False, False
             self.backend.deadline = deadline
             try:
                 cursor = self._connect().cursor()
@@ -1015,7 +1017,7 @@ class Ledger:
                 return result
             except Exception as error:  # drivers raise more than their Error
                 past = time.monotonic()
-                dead = (old and self._prefix is not None
+                dead = (old and not self._begun
                         and past - began < self.backend.timeout / 2)
                 conflict = self.backend.is_conflict(error)
                 self._roll_back(conflict)
@@ -1094,8 +1096,8 @@ class Ledger:
         accounts = {claim.identity: Account(claim.identity, claim.limits)
                     for charge in charges for claim in charge.claims}
         if self.backend.turn:
-            self._write(cursor, self.backend.turn,
-                        [(identity, 1) for identity in sorted(accounts)])
+            self._write(cursor, self.backend.turn, [
+                (identity, 1) for identity in sorted(accounts)], ahead=True)
         for account in accounts.values():
             self._ask_limits(cursor, account)
         now = max((charge.now for charge in charges), default=0)
@@ -1139,7 +1141,7 @@ class Ledger:
         """
         if not self.query:
             return False
-        cursor.execute("SAVEPOINT limits")
+        self._run(cursor, "SAVEPOINT limits")
         try:
             cursor.execute(self.query, (account.identity,))
             row = cursor.fetchone()
@@ -1164,8 +1166,11 @@ class Ledger:
                 since = [now - limit.seconds for limit in account.limits]
                 parameters += [account.identity, *since,
                                *[now] * (width - len(since))]
+            joined = bool(self._ahead[1])
             self._run(cursor, usage_statement(
                 len(some), width, self.backend.text), *parameters)
+            if joined:
+                self.backend.go_to_last(cursor)
             for n, *row in cursor.fetchall():
                 self._take(cursor, some[n], now, row)
 
@@ -1195,23 +1200,32 @@ class Ledger:
         self._write(cursor, INSERT, rows)
 
     def _write(self, cursor: Cursor, statement: str,
-               rows: Sequence[tuple[object, ...]], end: str = "") -> None:
+               rows: Sequence[tuple[object, ...]], end: str = "",
+               ahead: bool = False) -> None:
         """Write rows, some with each statement, which says VALUES {}.
 
-        end ends the transaction with the statement, if it is but one.
+        If that is one statement, end goes with it to end the transaction, or
+        it goes ahead with the next one.
         """
         for some in chunks(rows, self.backend.chunk):
-            values = "(" + ", ".join("?" * len(some[0])) + ")"
+            place = "(" + ", ".join("?" * len(some[0])) + ")"
+            text = statement.format(", ".join([place] * len(some)))
+            values = tuple(itertools.chain(*some))
+            if ahead and len(some) == len(rows):
+                self._ahead = f"{self._ahead[0]}{text}; ", values
+                return
             self._committed = bool(end) and len(some) == len(rows)
-            self._run(cursor, statement.format(", ".join([values] * len(some)))
-                      + (end if self._committed else ""),
-                      *itertools.chain(*some))
+            self._run(cursor, text + (end if self._committed else ""), *values)
 
     def _run(self, cursor: Cursor, statement: str, *values: object) -> Cursor:
-        """Execute a statement of ours with the driver's placeholders."""
-        cursor.execute((self._prefix or "")
-                       + statement.replace("?", self.backend.mark), values)
-        self._prefix = None
+        """Execute a statement with the driver's placeholders.
+
+        What was to go ahead goes with it: that saves a round trip.
+        """
+        (text, before), self._ahead = self._ahead, ("", ())
+        cursor.execute((text + statement).replace("?", self.backend.mark),
+                       (*before, *values))
+        self._begun = True
         return cursor
 
 
@@ -1303,8 +1317,11 @@ class Backend:
         """Say whether the connection leads nowhere, if that can be told."""
         return False
 
+    def go_to_last(self, cursor: Cursor) -> None:
+        """Go to the result of the last of statements sent together."""
+
     def finish(self, cursor: Cursor) -> None:
-        """Wait for the end of statements that went together."""
+        """Wait for the last of statements sent together."""
 
     def is_conflict(self, error: Exception) -> bool:
         """Say whether another transaction was first, so try again."""
@@ -1430,6 +1447,10 @@ class MySQL(Backend):
         connection.autocommit(True)
         return connection
 
+    def go_to_last(self, cursor: Cursor) -> None:
+        """Go to the second result: two are sent together at most."""
+        cursor.nextset()
+
     def finish(self, cursor: Cursor) -> None:
         """Wait for COMMIT, whose result is the second of its statement."""
         while cursor.nextset():
@@ -1476,6 +1497,12 @@ class PostgreSQL(Backend):
         if timeout == self.timeout:
             self._watched = connection
         return connection
+
+    def go_to_last(self, cursor: Cursor) -> None:
+        """Go to the last result; psycopg2 has no other."""
+        if hasattr(self.driver, "ClientCursor"):
+            while cursor.nextset():
+                pass
 
     def _watch(self) -> None:
         """Cut the line of a transaction whose deadline is past."""
