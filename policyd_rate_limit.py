@@ -1357,7 +1357,7 @@ class SQLite(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of sqlite3.connect()."""
-        return {"timeout": settings.db_timeout, **settings.sqlite_config}
+        return {"timeout": self.timeout, **settings.sqlite_config}
 
     def connect(self, timeout: int) -> Connection:
         """Open the file, so that a commit outlives a power cut."""
@@ -1413,9 +1413,9 @@ class MySQL(Backend):
     widen = (
         f"ALTER TABLE mail_count MODIFY id {identity} NOT NULL,"
         f" MODIFY protocol_state {COLUMNS['protocol_state']},"
-        " ROW_FORMAT=DYNAMIC",
+        " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
         f"ALTER TABLE limit_report MODIFY id {identity} NOT NULL,"
-        " ROW_FORMAT=DYNAMIC",
+        " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
     )
     add_total = (  # in one statement, since none can be rolled back
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']},"
