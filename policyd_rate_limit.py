@@ -2262,10 +2262,14 @@ class MissingFile(ConfigError):
 
 def read_config(path: str | None) -> Config:
     """Read a configuration file, the first that there is if path is None."""
-    path = path or find_config()
+    names = map(os.path.expanduser, CONFIG_FILES)
+    path = path or next(filter(os.path.exists, names), None)
+    if path is None:
+        raise MissingFile("no configuration file found; looked for "
+                          + ", ".join(CONFIG_FILES))
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
     except FileNotFoundError:
         raise MissingFile(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -2276,38 +2280,28 @@ def read_config(path: str | None) -> Config:
         values.setdefault("limited_networks", values.pop("limited_netword"))
         lines.setdefault("limited_networks", lines.get("limited_netword", 0))
     places = {name: f"{path}:{line}" for name, line in lines.items() if line}
-    warn_of_unknown(values, places, path)
+    known = default_values()
+    for name in map(str, values):  # old files carry old names: only warn
+        if name not in known and name != "config_file":
+            close = difflib.get_close_matches(name, known, 1)
+            log.warning("%s: %s: no such setting%s", places.get(name, path),
+                        name, f"; is {close[0]} meant?" if close else "")
     return Config(path, values, places)
 
 
-def find_config() -> str:
-    """Return the first configuration file that exists."""
-    for name in CONFIG_FILES:
-        if os.path.exists(os.path.expanduser(name)):
-            return os.path.expanduser(name)
-    raise MissingFile("no configuration file found; looked for "
-                      + ", ".join(CONFIG_FILES))
-
-
-def warn_of_unknown(values: Mapping[str, Any], places: Mapping[str, str],
-                    path: str) -> None:
-    """Warn of settings that there are not: old files carry old names."""
-    known = [one.name for one in fields(Settings)]
-    for name in values:
-        if name in known or name == "config_file":
-            continue
-        close = difflib.get_close_matches(str(name), known, 1)
-        log.warning("%s: %s: no such setting%s",
-                    places.get(str(name), path), name,
-                    f"; is {close[0]} meant?" if close else "")
-
-
 def read_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Read settings from YAML, and the line of each."""
+    """Read settings from YAML, and the line of each.
+
+    What our reader refuses is read with PyYAML, if that is installed.
+    """
     try:
         values, lines = parse_yaml(text)
-    except YamlError as error:
-        values = read_with_pyyaml(text, path, error)
+    except YamlError as refused:
+        try:
+            import yaml
+            values = yaml.safe_load(text)
+        except Exception:  # our reader's message names the line just as well
+            raise ConfigError(f"{path}:{refused.line}: {refused}") from None
         lines = {key: number for number, line in enumerate(
             text.splitlines(), 1) for key in re.findall(r"^(\w+) *:", line)}
     if not isinstance(values, (dict, type(None))):
@@ -2316,23 +2310,11 @@ def read_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
     return values or {}, lines
 
 
-def read_with_pyyaml(text: str, path: str, refused: YamlError) -> Any:
-    """Read with PyYAML what our reader refuses, if it is installed."""
-    try:
-        import yaml
-        return yaml.safe_load(text)
-    except ImportError:
-        pass
-    except (yaml.YAMLError, ValueError, RecursionError):
-        pass  # our reader's message names the line just as well
-    raise ConfigError(f"{path}:{refused.line}: {refused}") from None
-
-
 def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
     """Read the assignments of an old .conf, which is Python; run nothing."""
     log.warning("%s: this format is obsolete; write YAML", path)
     try:
-        body = ast.parse(text).body
+        body: list[Any] = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 1
         raise ConfigError(f"{path}:{line}: not Python: {error}") from None
@@ -2341,65 +2323,56 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
     for node in body:
         try:
-            [target] = getattr(node, "targets", [None])
-            value = evaluate(getattr(node, "value", None), known | values)
-            values[target.id], lines[target.id] = value, node.lineno
-        except (AttributeError, TypeError, ValueError, ArithmeticError,
-                RecursionError):
+            [target] = node.targets
+            values[target.id] = evaluate(node.value, known | values)
+            lines[target.id] = node.lineno
+        except Exception:  # it may be any statement of Python
             log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
                         path, node.lineno,
                         text.split("\n")[node.lineno - 1].strip()[:60])
     return values, lines
 
 
-ARITHMETIC: Mapping[type, Callable[[Any, Any], Any]] = {
+ARITHMETIC: Mapping[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
+    ast.USub: operator.neg,
 }
 
 
-def evaluate(node: object, known: Mapping[str, Any]) -> Any:
-    """Return the value of a literal, a known name, or arithmetic."""
+def evaluate(node: Any, known: Mapping[str, Any]) -> Any:
+    """Return the value of a literal, a known name, or arithmetic, or raise."""
     if isinstance(node, ast.Constant):
         return node.value
-    if isinstance(node, ast.Name) and node.id in known:
+    if isinstance(node, ast.Name):
         return known[node.id]
-    if isinstance(node, (ast.List, ast.Tuple)):
-        items = [evaluate(item, known) for item in node.elts]
-        return items if isinstance(node, ast.List) else tuple(items)
     if isinstance(node, ast.Dict):
         return {evaluate(key, known): evaluate(value, known)
                 for key, value in zip(node.keys, node.values)}
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return 0 - as_number(evaluate(node.operand, known))
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        return ARITHMETIC[type(node.op)](
-            as_number(evaluate(node.left, known)),
-            as_number(evaluate(node.right, known)))
-    raise ValueError
-
-
-def as_number(value: object) -> float:
-    """Check a number that cannot fill the memory, as text times one could."""
-    if isinstance(value, (int, float)) and abs(value) < 2**63:
-        return value
-    raise ValueError
+    parts = [evaluate(part, known) for part in ast.iter_child_nodes(node)
+             if isinstance(part, ast.expr)]
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return parts if isinstance(node, ast.List) else tuple(parts)
+    for part in parts:  # text times a number could fill the memory
+        if not isinstance(part, (int, float)) or abs(part) >= 2**63:
+            raise ValueError
+    return ARITHMETIC[type(node.op)](*parts)
 
 
 def override(config: Config, text: str) -> None:
     """Apply -o NAME=VALUE to a configuration; the value is YAML."""
     name, equals, value = text.partition("=")
-    known = [one.name for one in fields(Settings)]
-    if not equals or name.split(".")[0] not in known:
+    top = name.split(".")[0]
+    defaults = default_values()
+    if not equals or top not in defaults:
         raise ConfigError(f"-o {text}: expected NAME=VALUE"
                           " with the name of a setting")
     try:
         parsed, _ = parse_yaml(value)
     except YamlError as error:
         raise ConfigError(f"-o {text}: {error}") from None
-    top = name.split(".")[0]
     if config.values.get(top) is None:
-        config.values[top] = copy.copy(default_values()[top])
+        config.values[top] = defaults[top]
     mapping, key = descend(config.values, name)
     if mapping is config.values and key != top:
         raise ConfigError(f"-o {text}: {top} holds no names")
@@ -2407,15 +2380,27 @@ def override(config: Config, text: str) -> None:
     config.places[top] = f"-o {text}"
 
 
+def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Return the mapping and the key in it that a dotted name means."""
+    head, _, rest = name.partition(".")
+    if name in values or not isinstance(values.get(head), dict):
+        return values, name
+    return descend(values[head], rest)
+
+
+def default_values() -> dict[str, Any]:
+    """Return all settings' defaults, as a file would have them."""
+    return {one.name: copy.copy(one.metadata["default"])
+            for one in fields(Settings)}
+
+
 def check_settings(config: Config) -> Settings:
     """Return the settings, or raise what says which one is wrong."""
     values = {}
     for one in fields(Settings):
-        if one.name not in config.values:
-            continue
-        value, check = config.values[one.name], one.metadata["check"]
+        value, check = config.values.get(one.name), one.metadata["check"]
         if value is None:
-            continue  # left empty: the default holds
+            continue  # left out or left empty: the default holds
         try:
             values[one.name] = check(value)
         except (TypeError, ValueError):
@@ -2431,29 +2416,6 @@ def show(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # Python refuses to write out so long a number
         return "a huge number"
-
-
-def look_up(config: Config, name: str) -> Any:
-    """Return what --get-config prints; dotted names go into mappings."""
-    values = {**default_values(), **config.values, "config_file": config.path}
-    mapping, key = descend(values, name)
-    if key not in mapping:
-        raise UnknownSetting(f"{name} not found")
-    return mapping[key]
-
-
-def default_values() -> dict[str, Any]:
-    """Return all settings' defaults, as a file would have them."""
-    return {one.name: one.metadata["default"] for one in fields(Settings)}
-
-
-def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """Return the mapping and the key in it that a dotted name means."""
-    head, dot, rest = name.partition(".")
-    inner = values.get(head)
-    if name in values or not dot or not isinstance(inner, dict):
-        return values, name
-    return descend(inner, rest)
 
 
 YAML_DEPTH = 50  # levels of nesting
@@ -2499,7 +2461,6 @@ class YamlError(Exception):
     """Say what in a document cannot be read, and on which line."""
 
     def __init__(self, message: str, line: int) -> None:
-        """Keep the line apart from the message."""
         super().__init__(message)
         self.line = line
 
@@ -2673,9 +2634,9 @@ class Owner(NamedTuple):
     home: str
 
 
-def find_owner(settings: Settings) -> Owner | None:
-    """Return whom to become, None if not root; raise UnknownUser."""
-    if os.geteuid() != 0:
+def find_owner(settings: Settings, standalone: str | None) -> Owner | None:
+    """Return whom root becomes, None to stay; raise UnknownUser."""
+    if standalone or os.geteuid() != 0:
         return None
     try:
         user = pwd.getpwnam(settings.user)
@@ -2785,22 +2746,22 @@ def serve(settings: Settings, owner: Owner | None,
         announce(server.server_address)
         notify("READY=1")
         bulletin = Bulletin(service.counters, settings.pidfile)
-        obey(signals[0], service, read, bulletin)
+        obey(signals, service, read, bulletin)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.close()
         bulletin.close()
 
 
-def catch_signals() -> tuple[socket.socket, socket.socket]:
-    """Return a pair of sockets: from the first, signals' numbers come.
+def catch_signals() -> socket.socket:
+    """Return a socket from which signals' numbers come.
 
     Whatever thread the kernel gives a signal to, this wakes the main one.
     """
-    signals = socket.socketpair()
-    signals[0].settimeout(CLEAN_PAUSE)
-    signals[1].setblocking(False)
-    signal.set_wakeup_fd(signals[1].fileno())
+    signals, sender = socket.socketpair()
+    signals.settimeout(CLEAN_PAUSE)
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.detach())  # open until the end
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
                    signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
@@ -2827,13 +2788,13 @@ def obey(signals: socket.socket, service: Service,
             continue
         if number == signal.SIGUSR2:
             bulletin.publish(asked=True)
-            continue
-        if number != signal.SIGHUP:
+        elif number == signal.SIGHUP:
+            now = time.monotonic_ns() // 1000
+            notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
+            reload(service, read)
+            notify("READY=1")
+        else:
             return
-        microseconds = time.monotonic_ns() // 1000
-        notify(f"RELOADING=1\nMONOTONIC_USEC={microseconds}")
-        reload(service, read)
-        notify("READY=1")
 
 
 def reload(service: Service, read: Callable[[], Settings]) -> None:
@@ -2854,8 +2815,6 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
 def notify(state: str) -> None:
     """Tell systemd a state (sd_notify(3)), where there is a systemd."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
     if address.startswith("@"):  # the abstract namespace
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as message, \
@@ -2887,12 +2846,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as head(1) does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except PolicydError as error:
+    except (PolicydError, OSError) as error:
         log.error("%s", error)
-        return error.exit_code
-    except OSError as error:
-        log.error("%s", error)
-        return PolicydError.exit_code
+        return getattr(error, "exit_code", PolicydError.exit_code)
     return 0
 
 
@@ -2902,58 +2858,44 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         prog=PROGRAM, description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
     parser.set_defaults(command=run)
-    add_commands(parser.add_mutually_exclusive_group())
-    parser.add_argument(
-        "--json", action="store_true", help="show --status as JSON")
-    parser.add_argument(
-        "--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
-    parser.add_argument(
-        "-o", dest="overrides", metavar="NAME=VALUE", action="append",
-        default=[], help="override a setting; may be repeated")
-    parser.add_argument(
-        "--standalone", metavar="DIR",
-        help="run from a directory, without a configuration file and as"
-        " whoever calls: socket, database and pidfile are in DIR")
-    parser.add_argument("--version", action="version",
-                        version=f"{PROGRAM} {VERSION}")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--clean", dest="command", action="store_const", const=clean,
+           help="clean old records from the database, and send the report")
+    one_of("--check", dest="command", action="store_const", const=check_start,
+           help="check the configuration, the folders and the database")
+    one_of("--prometheus", dest="command", action="store_const",
+           const=show_metrics, help="show who has used how much, and what the"
+           " daemon has counted, for node_exporter")
+    one_of("--get-config", metavar="PARAMETER_NAME",
+           help="return the value of a config parameter")
+    one_of("--status", metavar="ID", nargs="?", const="",
+           help="show who has used how much, or all about one identity")
+    one_of("--reset", metavar="ID", help="forget what an identity has used")
+    also = parser.add_argument
+    also("--json", action="store_true", help="show --status as JSON")
+    also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
+    also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
+         default=[], help="override a setting; may be repeated")
+    also("--standalone", metavar="DIR", type=os.path.abspath,
+         help="run from a directory, without a configuration file and as"
+         " whoever calls: socket, database and pidfile are in DIR")
+    also("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
-    if options.json and options.command is run and options.status is None:
-        options.status = ""
     for name, command in (("get_config", get_config), ("reset", reset),
                           ("status", show_status)):
         if getattr(options, name) is not None:
             options.command = command
+    if options.json and options.command is run:
+        options.command, options.status = show_status, ""
     if options.json and options.command is not show_status:
         parser.error("--json goes with --status")
     return options
 
 
-def add_commands(commands: argparse._MutuallyExclusiveGroup) -> None:
-    """Add the options that do something else than run the daemon."""
-    for name, command, meaning in (
-            ("--clean", clean, "clean old records from the database, and"
-             " send the report"),
-            ("--check", check_start, "check the configuration, the folders"
-             " and the database"),
-            ("--prometheus", show_metrics, "show who has used how much, and"
-             " what the daemon has counted, for node_exporter")):
-        commands.add_argument(name, dest="command", action="store_const",
-                              const=command, help=meaning)
-    commands.add_argument(
-        "--get-config", metavar="PARAMETER_NAME",
-        help="return the value of a config parameter")
-    commands.add_argument(
-        "--status", metavar="ID", nargs="?", const="",
-        help="show who has used how much, or all about one identity")
-    commands.add_argument(
-        "--reset", metavar="ID", help="forget what an identity has used")
-
-
 def load_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of a command, and log as they say."""
     config = configure(options)
-    if options.file is None and config.path is not None:
-        options.file = config.path  # also at a reload, with another $HOME
+    options.file = options.file or config.path  # a reload has another $HOME
     settings = check_settings(config)
     if options.command in (run, check_start) and config.path is not None \
             and "count_mode" not in config.values:
@@ -2967,26 +2909,21 @@ def configure(options: argparse.Namespace) -> Config:
     """Return the configuration: the file, --standalone, then each -o."""
     config = Config(None, {}, {})
     try:
-        if options.standalone is None or options.file is not None:
+        if options.file is not None or not options.standalone:
             config = read_config(options.file)
     except MissingFile as error:
         if options.get_config is None:
             raise
         log.warning("%s", error)
-    if options.standalone is not None:
-        folder = os.path.abspath(options.standalone)
+    if options.standalone:
         config.values.update(
-            SOCKET=os.path.join(folder, "policy"), backend=0,
-            pidfile=os.path.join(folder, f"{PROGRAM}.pid"),
-            sqlite_config={"database": os.path.join(folder, "db.sqlite3")})
+            SOCKET=os.path.join(options.standalone, "policy"), backend=0,
+            pidfile=os.path.join(options.standalone, f"{PROGRAM}.pid"),
+            sqlite_config={
+                "database": os.path.join(options.standalone, "db.sqlite3")})
     for text in options.overrides:
         override(config, text)
     return config
-
-
-def owner_of(options: argparse.Namespace, settings: Settings) -> Owner | None:
-    """Return whom to become; with --standalone it is whoever calls."""
-    return None if options.standalone is not None else find_owner(settings)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -2994,13 +2931,12 @@ def run(options: argparse.Namespace) -> None:
     settings = load_settings(options)
 
     def announce(address: Any) -> None:
-        """Say that clients can come."""
         log.log(NOTICE, "listening on %s", format_address(address))
-        if options.standalone is not None:
+        if options.standalone:
             print(f"Listening on {format_address(address)}; for main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
 
-    serve(settings, owner_of(options, settings), announce,
+    serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
 
 
@@ -3028,7 +2964,7 @@ def enter(options: argparse.Namespace,
           make: bool = True) -> tuple[Settings, Ledger]:
     """Make the folders if so told, give up root's rights, open the ledger."""
     settings = load_settings(options)
-    owner = owner_of(options, settings)
+    owner = find_owner(settings, options.standalone)
     if make:
         make_folders(settings, owner)
     ledger = open_ledger(settings)
@@ -3080,25 +3016,24 @@ def reset(options: argparse.Namespace) -> None:
 def check_start(options: argparse.Namespace) -> None:
     """Say whether a start would work, or what is wrong; change nothing."""
     settings = load_settings(options)
-    owner = owner_of(options, settings)
-    needed = [*folders(settings)]
-    missing = [name for name in needed if not os.path.isdir(name)]
-    unusable = [name for name in missing if not can_make(name)]  # by root
+    owner = find_owner(settings, options.standalone)
+    needed = folders(settings)
+    makeable = [name for name in needed  # as long as it is root
+                if not os.path.isdir(name) and can_write(name)]
     check_socket(settings.SOCKET)
     backend = BACKENDS[settings.backend](settings)
     become(owner)
-    unusable += [name for name in needed if name not in missing
-                 and not os.access(name, os.W_OK | os.X_OK)]
+    unusable = [name for name in needed
+                if name not in makeable and not can_write(name)]
     if os.path.isdir(settings.pidfile):
         unusable.append(settings.pidfile)
     if unusable:
         raise PolicydError(f"{unusable[0]}: cannot be written")
-    print(backend.probe())
-    print("OK")
+    print(backend.probe(), "OK", sep="\n")
 
 
-def can_make(folder: str) -> bool:
-    """Say whether a missing folder could be made by this user."""
+def can_write(folder: str) -> bool:
+    """Say whether this user could make files in a folder, or the folder."""
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
@@ -3106,21 +3041,25 @@ def can_make(folder: str) -> bool:
 
 def check_socket(address: str | tuple[str, int]) -> None:
     """Raise OSError if a socket could not be bound to an address."""
-    if isinstance(address, str):
-        if len(os.fsencode(address)) > 107:  # unix(7), sun_path
-            raise OSError(errno.ENAMETOOLONG, "too long a path", address)
-        if not stat.S_ISSOCK(os.stat(address).st_mode
-                             if os.path.exists(address) else stat.S_IFSOCK):
-            raise FileExistsError(errno.EEXIST, "is not a socket", address)
-    else:
+    if not isinstance(address, str):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         socket.create_server((address[0], 0), family=family).close()
+    elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
+        raise OSError(errno.ENAMETOOLONG, "too long a path", address)
+    elif (os.path.exists(address)
+          and not stat.S_ISSOCK(os.stat(address).st_mode)):
+        raise FileExistsError(errno.EEXIST, "is not a socket", address)
 
 
 def get_config(options: argparse.Namespace) -> None:
-    """Print the value of a setting."""
-    value = look_up(configure(options), options.get_config)
-    if options.get_config == "SOCKET" and isinstance(value, list):
+    """Print the value of a setting; dotted names go into mappings."""
+    config, name = configure(options), options.get_config
+    mapping, key = descend({**default_values(), **config.values,
+                            "config_file": config.path}, name)
+    if key not in mapping:
+        raise UnknownSetting(f"{name} not found")
+    value = mapping[key]
+    if name == "SOCKET" and isinstance(value, list):
         value = tuple(value)  # as the original prints it
     print(value, end="")
 
