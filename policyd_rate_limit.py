@@ -218,7 +218,7 @@ Limits = tuple[Limit, ...]
 
 
 def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
-    """a whole number"""
+    """Check a whole number."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or not least <= value <= most:
@@ -242,7 +242,7 @@ def as_action(value: object) -> str:
 
 
 def as_a(kind: type | tuple[type, ...], value: object) -> Any:
-    """a value of a type"""
+    """Check a value's type."""
     if not isinstance(value, kind):
         raise TypeError
     return value
@@ -250,7 +250,7 @@ def as_a(kind: type | tuple[type, ...], value: object) -> Any:
 
 def as_pair(value: object, first: Callable[[Any], Any],
             second: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """a list of two"""
+    """Check a list of two."""
     one, two = as_list(value)
     return first(one), second(two)
 
@@ -264,15 +264,16 @@ def as_limits_by_id(value: object) -> Mapping[str, Limits]:
 
 
 def expect(expected: str, check: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Make a check with a docstring."""
+    """Give a check its docstring."""
     check.__doc__ = expected
     return check
 
 
-as_bool = expect("True or False", lambda value: bool(
-    (0, 1).index(value)))  # as are False and True
-as_seconds = expect("a number of seconds, 1 or more", lambda value: min(
-    as_whole(value, 1), MAX_NUMBER))  # 68 years: for ever
+as_list = functools.partial(as_a, (list, tuple))
+as_bool = expect("True or False",  # which equal 1 and 0
+                 lambda value: bool((0, 1).index(value)))
+as_seconds = expect("a number of seconds, 1 or more",  # 68 years: for ever
+                    lambda value: min(as_whole(value, 1), MAX_NUMBER))
 as_permission = expect("a file mode such as 0666", lambda value: as_whole(
     int(value, 8) if isinstance(value, str) else value, most=0o7777))
 as_backend = expect("0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
@@ -280,13 +281,13 @@ as_backend = expect("0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
 as_count_mode = expect(
     "0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)",
     lambda value: as_whole(value, most=2))
-as_text_or_none = expect("text, or null", lambda value: (
-    as_text(value) if value else None))
-as_list = functools.partial(as_a, (list, tuple))
-as_texts = expect("text or a list of texts", lambda value: tuple(map(as_text, (
-    [value] if value and isinstance(value, str) else as_list(value or ())))))
-as_windows = expect("a list of seconds, such as [86400]", lambda value: tuple(
-    map(as_seconds, as_list(value))))
+as_text_or_none = expect("text, or null",
+                         lambda value: as_text(value) if value else None)
+as_texts = expect("text or a list of texts", lambda value: tuple(
+    map(as_text, [value] if value and isinstance(value, str)
+        else as_list(value or ()))))
+as_windows = expect("a list of seconds, such as [86400]",
+                    lambda value: tuple(map(as_seconds, as_list(value))))
 as_limits = expect(
     "a list of [mails, seconds], such as [[10, 60], [150, 86400]]",
     lambda value: tuple(Limit(as_whole(mails), as_seconds(seconds))
