@@ -74,7 +74,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -96,20 +96,19 @@ MAX_REQUEST = 65536  # bytes; the largest that Postfix sent in tests is 6 kB
 MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
 MAX_NUMBER = 2**31 - 1  # what a column of type int holds
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
-MAX_CONNECTIONS = 4000  # Postfix's default_process_limit is 100
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
 CLEAN_PAUSE = 10  # seconds between two such steps while the daemon works
 NOTICE = 25  # the log level of what is said even with debug: False
-
 SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
+COUNTED_STATES = (  # by count_mode, the states at which a mail is counted
+    ("RCPT",), ("DATA", "END-OF-MESSAGE"), ("DATA", "END-OF-MESSAGE"))
 
 
 class Seldom(logging.Filter):
     """Lets each message that is marked SELDOM through once a minute."""
 
     def __init__(self) -> None:
-        """Begin with nothing said."""
         super().__init__()
         self.said: dict[str, float] = {}
 
@@ -127,13 +126,6 @@ log = logging.getLogger(PROGRAM)
 log.addFilter(Seldom())
 
 
-# By count_mode, the protocol states at which a mail is counted.
-COUNTED_STATES = (("RCPT",), ("DATA", "END-OF-MESSAGE"),
-                  ("DATA", "END-OF-MESSAGE"))
-
-Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
-
-
 class Limit(NamedTuple):
     """At most so many mails in any so many seconds."""
 
@@ -143,43 +135,36 @@ class Limit(NamedTuple):
 
 class PolicydError(Exception):
     """Something failed at run time."""
-
     exit_code = 6
 
 
 class UnknownSetting(PolicydError):
     """--get-config was asked for a setting that there is not."""
-
     exit_code = 1
 
 
 class UnknownUser(PolicydError):
     """The user or group to run as does not exist."""
-
     exit_code = 2
 
 
 class AlreadyRunning(PolicydError):
     """Another instance has the pidfile or the socket."""
-
     exit_code = 3
 
 
 class SocketMalformed(PolicydError):
     """SOCKET is neither a path nor [address, port]."""
-
     exit_code = 4
 
 
 class ConfigError(PolicydError):
     """The configuration is missing or cannot be understood."""
-
     exit_code = 5
 
 
 class CleanError(PolicydError):
     """--clean could not do its work."""
-
     exit_code = 8
 
 
@@ -209,7 +194,8 @@ def fold(identity: str) -> str:
     return folded[:MAX_IDENTITY - len(digest) - 1] + "#" + digest
 
 
-def parse_address(text: str) -> Address | None:
+def parse_address(
+        text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return the IP address that text spells, IPv4 inside IPv6 as IPv4."""
     if not (text[:1].isdigit() or ":" in text):
         return None
@@ -223,44 +209,21 @@ def parse_address(text: str) -> Address | None:
 # ---------------------------------------------------------------------------
 # 2. Settings
 #
-# One entry a setting: name, default, check, meaning.  A check takes what a
-# file holds and returns it typed, or raises ValueError or TypeError; its
-# docstring tells the admin what was expected.
+# One entry a setting: name, default, check.  A check takes what a file holds
+# and returns it typed, or raises ValueError or TypeError; its docstring
+# tells the admin what was expected.
 # ---------------------------------------------------------------------------
 
 Limits = tuple[Limit, ...]
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
-def as_bool(value: object) -> bool:
-    """True or False"""
-    if value not in (0, 1):  # as are False and True
-        raise ValueError
-    return bool(value)
-
-
-def as_whole(value: object, most: float = math.inf) -> int:
-    """a whole number, 0 or more"""
+def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
+    """Check a whole number."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    if not 0 <= value <= most:
+    if type(value) is not int or not least <= value <= most:
         raise ValueError
     return value
-
-
-def as_seconds(value: object) -> int:
-    """a number of seconds, 1 or more"""
-    if not as_whole(value):
-        raise ValueError
-    return min(as_whole(value), MAX_NUMBER)  # 68 years: for ever
-
-
-def as_permission(value: object) -> int:
-    """a file mode such as 0666"""
-    return as_whole(
-        int(value, 8) if isinstance(value, str) else value, 0o7777)
 
 
 def as_text(value: object) -> str:
@@ -270,195 +233,142 @@ def as_text(value: object) -> str:
     return value
 
 
-def as_text_or_none(value: object) -> str | None:
-    """text, or null"""
-    return as_text(value) if value else None
-
-
-def as_texts(value: object) -> tuple[str, ...]:
-    """text or a list of texts"""
-    if isinstance(value, (list, tuple)):
-        return tuple(as_text(item) for item in value)
-    return (as_text(value),) if value else ()
-
-
 def as_action(value: object) -> str:
     """an action of access(5), such as "dunno\""""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)  # 450
-    if not as_text(value).isprintable():  # a newline ends the reply
+    text = str(value) if type(value) is int else as_text(value)  # 450
+    if not text.isprintable():  # a newline ends the reply
         raise ValueError
-    return as_text(value).strip()
+    return text.strip()
 
 
-def as_limits(value: object) -> Limits:
-    """a list of [mails, seconds], such as [[10, 60], [150, 86400]]"""
-    return tuple(Limit(as_whole(mails), as_seconds(seconds))
-                 for mails, seconds in as_list(value))
+def as_a(kind: type | tuple[type, ...], value: object) -> Any:
+    """Check a value's type."""
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+def as_pair(value: object, first: Callable[[Any], Any],
+            second: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Check a list of two."""
+    one, two = as_list(value)
+    return first(one), second(two)
 
 
 def as_limits_by_id(value: object) -> Mapping[str, Limits]:
     """identities, each with a list of [mails, seconds]"""
-    entries = as_mapping(value).items()
+    entries = as_a(dict, value).items()
     if any(isinstance(key, (bool, type(None))) for key, _ in entries):
         raise TypeError  # YAML reads a user called yes as True
     return {fold(str(key)): as_limits(limits) for key, limits in entries}
 
 
-def as_networks(value: object) -> tuple[Network, ...]:
-    """a list of networks such as [10.0.0.0/8, "::/0"]"""
-    return tuple(ipaddress.ip_network(as_text(item), strict=False)
-                 for item in as_list(value))
+def expect(expected: str, check: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Give a check its docstring."""
+    check.__doc__ = expected
+    return check
 
 
-def as_mapping(value: object) -> Mapping[str, Any]:
-    """names with values"""
-    if not isinstance(value, dict):
-        raise TypeError
-    return value
+as_list = functools.partial(as_a, (list, tuple))
+as_bool = expect("True or False",  # which equal 1 and 0
+                 lambda value: bool((0, 1).index(value)))
+as_seconds = expect("a number of seconds, 1 or more",  # 68 years: for ever
+                    lambda value: min(as_whole(value, 1), MAX_NUMBER))
+as_permission = expect("a file mode such as 0666", lambda value: as_whole(
+    int(value, 8) if isinstance(value, str) else value, most=0o7777))
+as_backend = expect("0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
+                    lambda value: as_whole(value, most=2))
+as_count_mode = expect(
+    "0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)",
+    lambda value: as_whole(value, most=2))
+as_text_or_none = expect("text, or null",
+                         lambda value: as_text(value) if value else None)
+as_texts = expect("text or a list of texts", lambda value: tuple(
+    map(as_text, [value] if value and isinstance(value, str)
+        else as_list(value or ()))))
+as_windows = expect("a list of seconds, such as [86400]",
+                    lambda value: tuple(map(as_seconds, as_list(value))))
+as_limits = expect(
+    "a list of [mails, seconds], such as [[10, 60], [150, 86400]]",
+    lambda value: tuple(Limit(as_whole(mails), as_seconds(seconds))
+                        for mails, seconds in as_list(value)))
+as_networks = expect(
+    'a list of networks such as [10.0.0.0/8, "::/0"]',
+    lambda value: tuple(ipaddress.ip_network(as_text(item), strict=False)
+                        for item in as_list(value)))
+as_mapping = expect("names with values", lambda value: as_a(dict, value))
+as_sqlite = expect(
+    "names with values, among them database, a path", lambda value: {
+        **as_a(dict, value), "database": as_text(value.get("database"))})
+as_socket = expect(
+    'a path, or [address, port] such as ["127.0.0.1", 8552]',
+    lambda value: as_text(value) if isinstance(value, str) else as_pair(
+        value, lambda host: str(ipaddress.ip_address(as_text(host))),
+        lambda port: as_whole(port, most=65535)))
+as_smtp_server = expect('["host", port] or a host', lambda value: as_pair(
+    [value, 25] if isinstance(value, str) else value,
+    as_text, lambda port: as_whole(int(port), most=65535)))
+as_credentials = expect('["user", "password"] or null', lambda value: as_pair(
+    value, as_text, lambda word: as_text(str(word))) if value else None)
 
 
-def as_windows(value: object) -> tuple[int, ...]:
-    """a list of seconds, such as [86400]"""
-    return tuple(as_seconds(item) for item in as_list(value))
-
-
-def as_sqlite(value: object) -> Mapping[str, Any]:
-    """names with values, among them database, a path"""
-    as_text(as_mapping(value).get("database"))
-    return as_mapping(value)
-
-
-def as_backend(value: object) -> int:
-    """0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)"""
-    return as_whole(value, 2)
-
-
-def as_count_mode(value: object) -> int:
-    """0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)"""
-    return as_whole(value, 2)
-
-
-def as_socket(value: object) -> str | tuple[str, int]:
-    """a path, or [address, port] such as ["127.0.0.1", 8552]"""
-    if isinstance(value, str):
-        return as_text(value)
-    host, port = as_list(value)
-    return str(ipaddress.ip_address(as_text(host))), as_whole(port, 65535)
-
-
-def as_smtp_server(value: object) -> tuple[str, int]:
-    """["host", port] or a host"""
-    host, port = (value, 25) if isinstance(value, str) else as_list(value)
-    return as_text(host), as_whole(int(port), 65535)
-
-
-def as_credentials(value: object) -> tuple[str, str] | None:
-    """["user", "password"] or null"""
-    if not value:
-        return None
-    user, password = as_list(value)
-    return as_text(user), as_text(str(password))
-
-
-def as_list(value: object) -> Sequence[Any]:
-    """a list"""
-    if not isinstance(value, (list, tuple)):
-        raise TypeError
-    return value
-
-
-def setting(default: object, check: Callable[[Any], Any], meaning: str,
+def setting(default: object, check: Callable[[Any], Any],
             error: type[PolicydError] = ConfigError) -> Any:
     """Make an entry of the table; error is what a bad value raises."""
-    return field(
-        default_factory=lambda: check(default),
-        metadata={"default": default, "check": check, "meaning": meaning,
-                  "error": error})
+    return field(default_factory=lambda: check(default), metadata={
+        "default": default, "check": check, "error": error})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings; names and defaults are the original's."""
 
-    debug: bool = setting(True, as_bool, "log each decision")
-    log_requests: bool = setting(
-        False, as_bool, "log all that Postfix tells of each mail")
-    user: str = setting(PROGRAM, as_text, "the user that root becomes")
-    group: str = setting(PROGRAM, as_text, "the group that root becomes")
+    debug: bool = setting(True, as_bool)  # log each decision
+    log_requests: bool = setting(False, as_bool)  # and all of each request
+    user: str = setting(PROGRAM, as_text)  # that root becomes
+    group: str = setting(PROGRAM, as_text)
     pidfile: str = setting(
-        "/var/run/policyd-rate-limit/policyd-rate-limit.pid", as_text,
-        "the file with the process id")
+        "/var/run/policyd-rate-limit/policyd-rate-limit.pid", as_text)
     SOCKET: str | tuple[str, int] = setting(
-        "/var/spool/postfix/ratelimit/policy", as_socket,
-        "where to listen: a path, or [address, port]", SocketMalformed)
-    socket_permission: int = setting(
-        0o666, as_permission, "the mode of the unix socket")
-    delay_to_close: int = setting(
-        300, as_seconds, "seconds after which an idle connection is closed")
-    backend: int = setting(
-        0, as_backend, "where to count: 0 SQLite, 1 MySQL, 2 PostgreSQL")
+        "/var/spool/postfix/ratelimit/policy", as_socket, SocketMalformed)
+    socket_permission: int = setting(0o666, as_permission)
+    delay_to_close: int = setting(300, as_seconds)  # an idle connection
+    backend: int = setting(0, as_backend)  # where to count
     sqlite_config: Mapping[str, Any] = setting(
-        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_sqlite,
-        "how to open the SQLite database")
+        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_sqlite)
     mysql_config: Mapping[str, Any] = setting(
         {"user": "username", "passwd": "*****", "db": "database",
-         "host": "localhost", "charset": "utf8"}, as_mapping,
-        "how to connect to MariaDB or MySQL")
+         "host": "localhost", "charset": "utf8"}, as_mapping)
     pgsql_config: Mapping[str, Any] = setting(
         {"database": "database", "user": "username", "password": "*****",
-         "host": "localhost"}, as_mapping, "how to connect to PostgreSQL")
-    db_timeout: int = setting(
-        5, as_seconds, "seconds to wait for the database")
-    limits: Limits = setting(
-        [(10, 60), (150, 86400)], as_limits,
-        "at most so many mails in so many seconds, for each identity")
-    limits_by_id: Mapping[str, Limits] = setting(
-        {}, as_limits_by_id, "other limits for some identities; [] for none")
-    sql_limits_by_id: str | None = setting(
-        "", as_text_or_none, "a query for the limits of an identity")
-    limit_by_sasl: bool = setting(
-        True, as_bool, "the SASL user name is the identity")
-    limit_by_sender: bool = setting(
-        False, as_bool, "else the sender address")
-    limit_by_ip: bool = setting(
-        False, as_bool, "else the client address")
-    limited_networks: tuple[Network, ...] = setting(
-        [], as_networks, "but only client addresses in these networks")
-    count_mode: int = setting(
-        1, as_count_mode,
-        "what counts: 0 each RCPT, 1 the recipients at DATA, 2 the mail")
-    success_action: str = setting(
-        "dunno", as_action, "the action for a mail within the limits")
+         "host": "localhost"}, as_mapping)
+    db_timeout: int = setting(5, as_seconds)  # to wait for the database
+    limits: Limits = setting([(10, 60), (150, 86400)], as_limits)
+    limits_by_id: Mapping[str, Limits] = setting({}, as_limits_by_id)
+    sql_limits_by_id: str | None = setting("", as_text_or_none)  # a query
+    # The identity is the SASL user, else the sender, else the address.
+    limit_by_sasl: bool = setting(True, as_bool)
+    limit_by_sender: bool = setting(False, as_bool)
+    limit_by_ip: bool = setting(False, as_bool)
+    limited_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network,
+                            ...] = setting([], as_networks)
+    count_mode: int = setting(1, as_count_mode)
+    success_action: str = setting("dunno", as_action)
     fail_action: str = setting(
-        "defer_if_permit Rate limit reach, retry later", as_action,
-        "the action for a mail too many")
-    db_error_action: str = setting(
-        "dunno", as_action, "the action while the database is away")
-    report: bool = setting(
-        False, as_bool, "--clean mails a report of who hit a limit")
-    report_from: str | None = setting(
-        None, as_text_or_none, "the sender of reports")
-    report_to: tuple[str, ...] = setting(
-        None, as_texts, "who gets reports: one address or a list")
-    report_subject: str = setting(
-        "policyd-rate-limit report", as_text, "the subject of reports")
-    report_limits: tuple[int, ...] = setting(
-        [86400], as_windows, "the windows, in seconds, to report")
-    report_only_if_needed: bool = setting(
-        True, as_bool, "no report if nobody hit a limit")
-    smtp_server: tuple[str, int] = setting(
-        ("localhost", 25), as_smtp_server, "where to send reports")
-    smtp_starttls: bool = setting(
-        False, as_bool, "encrypt the connection to smtp_server")
-    smtp_tls_verify: bool = setting(
-        True, as_bool, "check smtp_server's certificate, unless it is local")
-    smtp_credentials: tuple[str, str] | None = setting(
-        None, as_credentials, "user and password for smtp_server")
-    alert: bool = setting(
-        False, as_bool, "mail report_to at once when somebody hits a limit")
-    alert_command: tuple[str, ...] = setting(
-        None, as_texts, "a program to run in place of mailing an alert")
+        "defer_if_permit Rate limit reach, retry later", as_action)
+    db_error_action: str = setting("dunno", as_action)
+    report: bool = setting(False, as_bool)  # --clean mails who hit a limit
+    report_from: str | None = setting(None, as_text_or_none)
+    report_to: tuple[str, ...] = setting(None, as_texts)
+    report_subject: str = setting("policyd-rate-limit report", as_text)
+    report_limits: tuple[int, ...] = setting([86400], as_windows)
+    report_only_if_needed: bool = setting(True, as_bool)
+    smtp_server: tuple[str, int] = setting(("localhost", 25), as_smtp_server)
+    smtp_starttls: bool = setting(False, as_bool)
+    smtp_tls_verify: bool = setting(True, as_bool)  # never of a local server
+    smtp_credentials: tuple[str, str] | None = setting(None, as_credentials)
+    alert: bool = setting(False, as_bool)  # mail report_to at once
+    alert_command: tuple[str, ...] = setting(None, as_texts)  # in its place
 
     @property
     def longest_window(self) -> int:
@@ -494,10 +404,7 @@ class Request(NamedTuple):
 
 
 def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
-    """Yield the requests that receive() brings until it brings nothing.
-
-    A request that is broken or too long raises BadRequest.
-    """
+    """Yield requests until receive() brings nothing, or raise BadRequest."""
     buffer = b""
     while data := receive():
         buffer += data
@@ -511,25 +418,21 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
 
 
 def parse_request(head: bytes) -> Request:
-    """Parse the lines name=value of a request, or raise BadRequest.
-
-    Values are the mail client's: no bytes in them make a request broken.
-    """
+    """Parse the lines name=value of a request, or raise BadRequest."""
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
         raise BadRequest("too many attributes, or binary rubbish")
-    text = head.decode("utf-8", "backslashreplace")
+    text = head.decode("utf-8", "backslashreplace")  # any bytes may come
     try:
         given = dict(line.split("=", 1) for line in text.split("\n"))
     except ValueError:
         raise BadRequest("a line that is not name=value") from None
-    if given.get("request") != "smtpd_access_policy":
-        raise BadRequest("no request=smtpd_access_policy")
     get = given.get
+    if get("request") != "smtpd_access_policy":
+        raise BadRequest("no request=smtpd_access_policy")
     return Request(
         get("protocol_state", ""), get("queue_id", ""), get("instance", ""),
-        get("sasl_username", ""), get("sender", ""),
-        get("client_address", ""), parse_count(get("recipient_count", "")),
-        given)
+        get("sasl_username", ""), get("sender", ""), get("client_address", ""),
+        parse_count(get("recipient_count", "")), given)
 
 
 def parse_count(text: str) -> int:
@@ -538,11 +441,6 @@ def parse_count(text: str) -> int:
         return 0
     digits = text.lstrip("0")
     return int(digits or "0") if len(digits) < 10 else MAX_NUMBER
-
-
-def format_reply(action: str) -> bytes:
-    """Return the bytes that tell Postfix an action of access(5)."""
-    return f"action={action}\n\n".encode()
 
 
 # ---------------------------------------------------------------------------
@@ -587,7 +485,8 @@ def claims_of(request: Request, settings: Settings) -> list[Claim]:
     limits = settings.limits_by_id.get(identity, settings.limits)
     if not limits and not settings.sql_limits_by_id:
         return []
-    return [Claim(identity, cost_of(request, settings.count_mode), limits)]
+    cost = request.recipient_count if settings.count_mode == 1 else 1
+    return [Claim(identity, cost or 1, limits)]
 
 
 def identify(request: Request, settings: Settings) -> str | None:
@@ -599,15 +498,9 @@ def identify(request: Request, settings: Settings) -> str | None:
     if not settings.limit_by_ip:
         return None
     address = parse_address(request.client_address)
-    if address is None:
-        return None
-    inside = any(address in network for network in settings.limited_networks)
+    inside = address is not None and any(
+        address in network for network in settings.limited_networks)
     return str(address) if inside else None
-
-
-def cost_of(request: Request, count_mode: int) -> int:
-    """Return what a mail costs: its recipients in count_mode 1, else one."""
-    return max(request.recipient_count, 1) if count_mode == 1 else 1
 
 
 def judge(usage: Sequence[Usage]) -> Verdict:
@@ -1749,6 +1642,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     """One connection: any number of requests, each answered in turn."""
 
     server: PolicyServer
+    request: socket.socket
 
     def setup(self) -> None:
         """Bound the time, and tell the server that this is open."""
@@ -1759,9 +1653,6 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             # settimeout() would poll() before each call: a fifth slower
             self.request.setsockopt(socket.SOL_SOCKET, option,
                                     struct.pack("ll", self.patience, 0))
-        if self.server.address_family != socket.AF_UNIX:
-            self.request.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.server.handlers[self] = threading.current_thread()
 
     def handle(self) -> None:
@@ -1769,7 +1660,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         answer, told = self.server.service.answer, dict[str, str]()
         try:
             for request in read_requests(self.receive):
-                self.request.sendall(format_reply(answer(request, told)))
+                action = answer(request, told)
+                self.request.sendall(f"action={action}\n\n".encode())
                 self.asked, self.active = True, time.monotonic()
         except BadRequest as error:
             log.warning("hung up on a client: %s", error, extra=SELDOM)
@@ -1784,8 +1676,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Return some bytes, none at the end or when time is up."""
         if time.monotonic() - self.active > 2 * self.patience:
             return b""  # a request that comes byte by byte
-        data: bytes = self.request.recv(8192)
-        return data
+        return self.request.recv(8192)
 
     def hang_up(self, how: int) -> None:
         """Shut the connection down, from another thread."""
@@ -1799,38 +1690,39 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 1024  # Postfix's processes come all at once
+    most = 4000  # connections; Postfix's default_process_limit is 100
+    path: str | None = None  # of the unix socket, once it is ours
 
     def __init__(self, service: Service) -> None:
         """Bind and listen; raise AlreadyRunning, or OSError."""
         self.service = service
         self.handlers: dict[PolicyHandler, threading.Thread] = {}
-        self.most = MAX_CONNECTIONS
-        self.path: str | None = None  # of the unix socket, once it is ours
         address = service.settings.SOCKET
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
         elif ":" in address[0]:
             self.address_family = socket.AF_INET6
-        with lock_folder(address):
+        with free_path(address):
             super().__init__(
                 address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
         settings = self.service.settings
-        if isinstance(settings.SOCKET, str):
-            remove_stale_socket(settings.SOCKET)
         before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
         finally:
             os.umask(before)
         if isinstance(settings.SOCKET, str):
-            self.path = settings.SOCKET
-            self.made = os.lstat(self.path)
+            self.path, self.made = settings.SOCKET, os.lstat(settings.SOCKET)
+        else:  # each connection inherits it
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; when descriptors run out, make room."""
+        """Accept a connection; make room where there is none."""
+        if len(self.handlers) >= self.most:
+            self.evict()
         try:
             return super().get_request()
         except OSError as error:
@@ -1840,27 +1732,18 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 time.sleep(0.05)  # the evicted thread's time to close it
             raise
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread, in the place of another if there are too many."""
-        if len(self.handlers) >= self.most:
-            self.evict()
-        super().process_request(request, client_address)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
         log.error("fault in a connection", exc_info=True, extra=SELDOM)
 
     def evict(self) -> None:
-        """Hang up on who never asked, else on who was idle longest.
-
-        Postfix opens another connection for its next request.
-        """
+        """Hang up on who never asked, else on who was idle longest."""
         oldest = min(list(self.handlers), default=None,
-                     key=lambda handler: (handler.asked, handler.active))
+                     key=operator.attrgetter("asked", "active"))
         if oldest is not None:
             log.warning("too many connections: an idle one is closed",
                         extra=SELDOM)
-            self.handlers.pop(oldest, None)
+            self.handlers.pop(oldest, None)  # Postfix connects again
             oldest.hang_up(socket.SHUT_RDWR)
 
     def stop(self, seconds: float) -> None:
@@ -1884,14 +1767,16 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 @contextlib.contextmanager
-def lock_folder(address: str | tuple[str, int]) -> Iterator[None]:
-    """Keep others from judging a socket stale until it listens."""
+def free_path(address: str | tuple[str, int]) -> Iterator[None]:
+    """Free a path; keep others from judging ours stale until it listens."""
     if not isinstance(address, str):
         yield
         return
     folder = os.open(os.path.dirname(os.path.abspath(address)), os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.lexists(address):
+            remove_stale_socket(address)
         yield
     except BlockingIOError:
         raise AlreadyRunning(f"{address}: another process is about to listen"
@@ -1902,19 +1787,16 @@ def lock_folder(address: str | tuple[str, int]) -> Iterator[None]:
 
 def remove_stale_socket(path: str) -> None:
     """Remove a socket on which nobody listens; never one in use."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "is not a socket", path)
-    except FileNotFoundError:
-        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise FileExistsError(errno.EEXIST, "is not a socket", path)
     with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1)
+        probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
-        except (socket.timeout, BlockingIOError):
+        except BlockingIOError:
             pass  # it listens, but is busy
     raise AlreadyRunning(f"{path}: another process listens there")
 
@@ -2737,7 +2619,7 @@ def serve(settings: Settings, owner: Owner | None,
         if owner is not None and server.path is not None:
             os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
         become(owner)
-        server.most = max(16, min(MAX_CONNECTIONS, raise_file_limit() - 64))
+        server.most = max(16, min(server.most, raise_file_limit() - 64))
         service.clean()  # opens the ledger, and says so if it cannot
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
