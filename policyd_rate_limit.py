@@ -39,7 +39,6 @@ import fcntl
 import functools
 import grp
 import hashlib
-import heapq
 import importlib
 import io
 import ipaddress
@@ -69,7 +68,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
@@ -1433,43 +1432,18 @@ def open_ledger(settings: Settings) -> Ledger:
 # ---------------------------------------------------------------------------
 
 
-class Counters:
-    """What the daemon has done since its start; any thread may add."""
-
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self._lock = threading.Lock()
-        self._sums: dict[str, float] = dict.fromkeys((
-            "requests", "passed", "refused", "database_errors",
-            "decision_seconds"), 0)
-
-    def count(self, name: str, seconds: float = 0) -> None:
-        """Count a request, or a decision and the time it took."""
-        with self._lock:
-            self._sums[name] += 1
-            self._sums["decision_seconds"] += seconds
-
-    def read(self) -> dict[str, float]:
-        """Return all counts."""
-        with self._lock:
-            return dict(self._sums)
-
-
 class Service:
     """Answers requests under settings that may be replaced at any time."""
 
     def __init__(self, settings: Settings, ledger: Ledger,
                  clock: Callable[[], float] = time.time,
                  alarm: Callable[..., None] = lambda *_: None) -> None:
-        """Answer from a ledger, at the times that a clock tells.
-
-        alarm is told of each refusal; it must be quick.
-        """
+        """Take a clock, and an alarm, which is told of each refusal."""
         self.settings = settings
-        self.counters = Counters()
-        self._alarm = alarm
+        self.tally = Tally(settings.pidfile)
         self._ledger = ledger
         self._clock = clock
+        self._alarm = alarm
         self._counted = -math.inf  # when a mail was last counted
         self._away = False  # the database
         self._news = threading.Lock()  # for _away, when that changes
@@ -1482,25 +1456,33 @@ class Service:
         instance was given at DATA, for when END-OF-MESSAGE asks again.
         """
         settings = self.settings  # the same ones from here to the answer
-        now = self._clock()
-        self.counters.count("requests")
+        now, queue_id = self._clock(), printable(request.queue_id) or "NOQUEUE"
+        self.tally.count("requests")
         if settings.log_requests:
-            log_request(request)
+            log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
+                f"{name}={value}" for name, value in request.attributes.items()
+                if value)))
         self._watch_state(request, settings, now)
-        if request.protocol_state == "END-OF-MESSAGE" and told:
-            again = told.pop(request.instance, None)
-            if again is not None:
-                return again
+        if (request.protocol_state == "END-OF-MESSAGE"
+                and request.instance in told):
+            return told.pop(request.instance)
         told.clear()
         claims = claims_of(request, settings)
         if not claims:
-            log.info("%s: protocol_state=%s, not counted, action=%s",
-                     queue_id(request), printable(request.protocol_state),
+            log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
+                     printable(request.protocol_state),
                      settings.success_action)
             return settings.success_action
-        action = self._charge(request, claims, settings, int(now))
-        if action is None:
+        try:
+            verdict = self._charge(request, claims, settings, int(now))
+        except LedgerError:
             return settings.db_error_action
+        level, action = ((logging.INFO, settings.success_action)
+                         if verdict.broken is None else
+                         (NOTICE, settings.fail_action))
+        if log.isEnabledFor(level):
+            log.log(level, "%s: %s, action=%s", queue_id, describe(verdict),
+                    action)
         if request.protocol_state == "DATA" and request.instance:
             told[request.instance] = action
         return action
@@ -1513,44 +1495,37 @@ class Service:
 
     def clean(self) -> None:
         """Drop a few rows that no limit sees, so that nobody has to."""
-        keep = 2 * self.settings.longest_window
         try:
             last, deleted = self._ledger.clean(
-                self._cleaned, int(self._clock()), keep)
+                self._cleaned, int(self._clock()),
+                2 * self.settings.longest_window)
         except LedgerError as error:
             self._tell_database(error)
-        else:
-            self._cleaned = last or ""
-            if deleted:
-                log.info("%d old records deleted", deleted)
+            return
+        self._cleaned = last or ""
+        if deleted:
+            log.info("%d old records deleted", deleted)
 
     def _charge(self, request: Request, claims: list[Claim],
-                settings: Settings, now: int) -> str | None:
-        """Return the ledger's action for claims; None: it is away."""
-        began = time.perf_counter()
+                settings: Settings, now: int) -> Verdict:
+        """Return the ledger's verdict, having told whom it concerns."""
+        began, result = time.perf_counter(), "database_errors"
         try:
             verdict = self._ledger.charge(Charge(
                 claims, now, request.instance, request.protocol_state))
+            result = "passed" if verdict.broken is None else "refused"
         except LedgerError as error:
-            self.counters.count(
-                "database_errors", time.perf_counter() - began)
             self._tell_database(error)
-            return None
-        passed = verdict.broken is None
-        if self._away and passed:  # a refusal writes nothing: it may be full
-            self._tell_database(None)
-        self.counters.count("passed" if passed else "refused",
-                            time.perf_counter() - began)
-        if not passed:
+            raise
+        finally:
+            self.tally.count(result, time.perf_counter() - began)
+        if verdict.broken is not None:
             with contextlib.suppress(Exception):  # the answer comes first
                 self._alarm(
                     verdict.broken, request.client_address, settings, now)
-        action = settings.success_action if passed else settings.fail_action
-        level = logging.INFO if passed else NOTICE
-        if log.isEnabledFor(level):
-            log.log(level, "%s: %s, action=%s", queue_id(request),
-                    describe(verdict), action)
-        return action
+        elif self._away:  # a refusal writes nothing: it may be full
+            self._tell_database(None)
+        return verdict
 
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
@@ -1568,27 +1543,82 @@ class Service:
 
     def _tell_database(self, error: LedgerError | None) -> None:
         """Say once that the database is away, and once that it is back."""
+        away = error is not None
         with self._news:
-            if self._away == (error is not None):
+            if away == self._away:
                 return
-            self._away = error is not None
-        if error is None:
-            log.warning("the database is back: counting again")
-        else:
+            self._away = away
+        if away:
             log.error("the database is away, the answer is %s: %s",
                       self.settings.db_error_action, error)
+        else:
+            log.warning("the database is back: counting again")
+
+
+class Tally:
+    """What the daemon has done since its start; any thread may count.
+
+    --prometheus finds it in a file beside the pidfile: that needs no
+    database, whose errors it counts, and no protocol for strangers to ask by.
+    """
+
+    def __init__(self, pidfile: str) -> None:
+        self._path = pidfile + ".tally"
+        self._lock = threading.Lock()
+        self._counts: dict[str, float] = dict.fromkeys((
+            "requests", "passed", "refused", "database_errors",
+            "decision_seconds"), 0)
+        self._last = self._counts.copy()  # an hour ago
+        self._began = time.monotonic()  # the hour
+
+    def count(self, name: str, seconds: float = 0) -> None:
+        """Count a request, or a decision and the time it took."""
+        with self._lock:
+            self._counts[name] += 1
+            self._counts["decision_seconds"] += seconds
+
+    def publish(self, asked: bool = False) -> None:
+        """Write the file, and log a summary each hour or when asked."""
+        with self._lock:
+            counts = self._counts.copy()
+        with contextlib.suppress(OSError):  # the daemon must go on
+            with open(self._path + ".new", "w", encoding="utf-8") as file:
+                json.dump(counts, file)
+            os.replace(self._path + ".new", self._path)
+        past = time.monotonic() - self._began
+        new = {name: counts[name] - self._last[name] for name in counts}
+        if asked or (past >= 3600 and new["requests"]):
+            seconds = new.pop("decision_seconds")
+            decided = new["passed"] + new["refused"] + new["database_errors"]
+            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
+                    ", ".join(f"{new[name]} {name}" for name in new),
+                    1000 * seconds / (decided or 1))
+        if past >= 3600:
+            self._last, self._began = counts, time.monotonic()
+
+    def read(self) -> dict[str, float]:
+        """Return what a running daemon has written, nothing if none runs."""
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                written = os.fstat(file.fileno()).st_mtime
+                return json.load(file) if time.time() < written + 60 else {}
+        except (OSError, ValueError) as error:
+            log.warning("no counters of the daemon: %s", error)
+            return {}
+
+    def close(self) -> None:
+        """Remove the file."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
 
 
 def main_cf(count_mode: int, address: str | tuple[str, int]) -> str:
     """Return the line of main.cf that makes Postfix ask at an address."""
-    stage = "recipient" if count_mode == 0 else "data"
-    where = format_address(address)
-    if isinstance(address, str):
-        where = "unix:" + where.replace("/var/spool/postfix/", "", 1)
-    else:
-        where = "inet:" + where
+    stage = "data" if count_mode else "recipient"
+    kind = "unix" if isinstance(address, str) else "inet"
+    where = format_address(address).replace("/var/spool/postfix/", "", 1)
     return (f"smtpd_{stage}_restrictions = check_policy_service"
-            f" {{ {where}, default_action=DUNNO }}")
+            f" {{ {kind}:{where}, default_action=DUNNO }}")
 
 
 def format_address(address: str | tuple[str, int]) -> str:
@@ -1611,23 +1641,11 @@ def describe(verdict: Verdict) -> str:
     return f"identity=<{printable(identity)}>, cost={cost}, used={use}"
 
 
-def queue_id(request: Request) -> str:
-    """Return the queue id as Postfix logs it, NOQUEUE if there is none."""
-    return printable(request.queue_id) or "NOQUEUE"
-
-
 def printable(text: str) -> str:
     """Return text without what could forge a line of the log."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def log_request(request: Request) -> None:
-    """Log all that Postfix told."""
-    log.log(NOTICE, "%s: %s", queue_id(request), ", ".join(
-        f"{printable(name)}={printable(value)}"
-        for name, value in request.attributes.items() if value))
 
 
 # ---------------------------------------------------------------------------
@@ -1811,8 +1829,6 @@ def remove_stale_socket(path: str) -> None:
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
 ALERTS_KNOWN = 10000  # identities and windows remembered, of 200 bytes each
-MOST_SHOWN = 20  # identities on a terminal
-METRIC = PROGRAM.replace("-", "_")
 
 
 def send_reports(ledger: Ledger, settings: Settings) -> None:
@@ -1845,15 +1861,16 @@ def warn_unaddressed(settings: Settings) -> None:
         log.warning("report_to: nobody is named to get reports and alerts")
 
 
-def report(hits: Mapping[tuple[str, int], int]) -> str:
+def report(hits: Hits) -> str:
     """Return the text of a report, most hits first."""
-    rows = [(printable(identity), f"{window} s", str(hit))
-            for (identity, window), hit in
-            sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
-    width = max((len(row[0]) for row in rows), default=8)
+    rows = [("identity", "window", "hits")]
+    rows += [(printable(identity), f"{window} s", str(hit))
+             for (identity, window), hit in
+             sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
+    width = max(len(identity) for identity, _, _ in rows)
     return "Mails refused since the last report:\n\n" + "".join(
         f"{identity:{width}} {window:>12} {hit:>10}\n"
-        for identity, window, hit in [("identity", "window", "hits"), *rows])
+        for identity, window, hit in rows)
 
 
 def mail(settings: Settings, address: str, subject: str, text: str) -> None:
@@ -1907,14 +1924,11 @@ class Alarm:
     """Tells at once who hits a limit, from a thread of its own."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Count the hours by a clock."""
         self._clock = clock
         self._queue: queue.Queue[tuple[Settings, dict[str, str]]] = (
             queue.Queue(2 * ALERTS_AN_HOUR))
-        self._lock = threading.Lock()  # of _known
+        self._lock = threading.Lock()  # of _known: when told, refused since
         self._known: dict[tuple[str, int], tuple[float, int]] = {}
-        self._sent: list[float] = []  # when, in the last hour
-        self._silent = -math.inf  # when it was told that no more come
 
     def refused(self, broken: Usage, client: str, settings: Settings,
                 now: float) -> None:
@@ -1922,58 +1936,54 @@ class Alarm:
         identity, _, _, (mails, window) = broken
         if not settings.alert or window not in settings.report_limits:
             return
+        key = identity, window
         with self._lock:
-            told, refused = self._known.pop(
-                (identity, window), (-math.inf, 0))
+            told, refused = self._known.pop(key, (-math.inf, 0))
             due = abs(now - told) >= window  # the clock may be set back
-            refused += 1
-            self._known[identity, window] = (now, 0) if due else (
-                told, refused)
+            self._known[key] = (now, 0) if due else (told, refused + 1)
             if len(self._known) > ALERTS_KNOWN:
                 del self._known[next(iter(self._known))]
         if not due:
             return
         facts = {"identity": printable(identity),
                  "limit": f"{mails} mails in {window} s",
-                 "since": moment(int(now)),
+                 "since": moment(now),
                  "client_address": printable(client),
-                 "refused_since_last_alert": str(refused)}
+                 "refused_since_last_alert": str(refused + 1)}
         with contextlib.suppress(queue.Full):  # the report will tell
             self._queue.put_nowait((settings, facts))
 
     def run(self) -> None:
-        """Send alerts for ever."""
+        """Send alerts for ever, but not too many within an hour."""
+        sent = deque([-math.inf] * ALERTS_AN_HOUR, ALERTS_AN_HOUR)
+        silent = -math.inf  # when it was told that no more come
         while True:
             settings, facts = self._queue.get()
-            try:
-                self._send(settings, facts)
-            except Exception as error:  # this thread must go on
-                log.warning("an alert was not sent: %s", reason(error),
-                            extra=SELDOM)
+            now = self._clock()
+            if now >= sent[0] + 3600:
+                sent.append(now)
+            elif now >= silent + 3600:
+                silent = now
+                facts = {"notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
+                                   " the rest is left to the report"}
+            else:
+                continue
+            send_alert(settings, facts)
 
-    def _send(self, settings: Settings, facts: dict[str, str]) -> None:
-        """Send an alert, unless there were too many within the hour."""
-        now = self._clock()
-        self._sent = [sent for sent in self._sent if now < sent + 3600]
-        if len(self._sent) < ALERTS_AN_HOUR:
-            self._sent.append(now)
-        elif now < self._silent + 3600:
-            return
-        else:
-            self._silent = now
-            facts = {"notice": f"{ALERTS_AN_HOUR} alerts within an hour: the"
-                               " rest is left to the report"}
-        if settings.alert_command:
-            run_program(settings.alert_command, facts)
-            return
-        subject = f"{PROGRAM} alert: {next(iter(facts.values()))}"
-        text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
-        for address in settings.report_to:
-            try:
-                mail(settings, address, subject, text)
-            except Exception as error:  # the next one may take it
-                log.warning("no alert to %s: %s", address, reason(error),
-                            extra=SELDOM)
+
+def send_alert(settings: Settings, facts: Mapping[str, str]) -> None:
+    """Run alert_command, or mail an alert to each address; never raise."""
+    subject = f"{PROGRAM} alert: {next(iter(facts.values()))}"
+    text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
+    for target in settings.alert_command[:1] or settings.report_to:
+        try:
+            if settings.alert_command:
+                run_program(settings.alert_command, facts)
+            else:
+                mail(settings, target, subject, text)
+        except Exception as error:  # the next one may take it
+            log.warning("no alert to %s: %s", target, reason(error),
+                        extra=SELDOM)
 
 
 def run_program(command: Sequence[str], facts: Mapping[str, str],
@@ -1990,83 +2000,31 @@ def run_program(command: Sequence[str], facts: Mapping[str, str],
             os.killpg(child.pid, signal.SIGKILL)  # and what it started
             code = child.wait()
     if code:
-        raise OSError(f"{command[0]}: exit status {code}")
+        raise OSError(f"exit status {code}")
 
 
-class Bulletin:
-    """Tells the log and --prometheus what the daemon has counted.
-
-    By a file beside the pidfile: it needs no database, whose errors it
-    counts, and no protocol by which strangers could ask.
-    """
-
-    def __init__(self, counters: Counters, pidfile: str) -> None:
-        """Begin an hour."""
-        self._counters = counters
-        self._path = tally_of(pidfile)
-        self._last = counters.read()
-        self._began = time.monotonic()
-
-    def publish(self, asked: bool = False) -> None:
-        """Write the file, and log a summary each hour or when asked."""
-        counts = self._counters.read()
-        with contextlib.suppress(Exception):  # the daemon must go on
-            with open(self._path + ".new", "w", encoding="utf-8") as file:
-                json.dump({"time": time.time(), **counts}, file)
-            os.replace(self._path + ".new", self._path)
-        past = time.monotonic() - self._began
-        new = {name: counts[name] - self._last[name] for name in counts}
-        if asked or (past >= 3600 and new["requests"]):
-            seconds = new.pop("decision_seconds")
-            decided = new["passed"] + new["refused"] + new["database_errors"]
-            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
-                    ", ".join(f"{new[name]} {name}" for name in new),
-                    1000 * seconds / (decided or 1))
-        if past >= 3600:
-            self._last, self._began = counts, time.monotonic()
-
-    def close(self) -> None:
-        """Remove the file."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
-
-
-def tally_of(pidfile: str) -> str:
-    """Return the path of the file with what the daemon has counted."""
-    return pidfile + ".tally"
-
-
-def read_tally(pidfile: str) -> dict[str, float]:
-    """Return what the daemon has counted, nothing if none is running."""
-    try:
-        with open(tally_of(pidfile), encoding="utf-8") as file:
-            counts = dict(json.load(file))
-    except (OSError, ValueError) as error:
-        log.warning("no counters of the daemon: %s", error)
-        return {}
-    return counts if time.time() < counts.pop("time") + 60 else {}
-
-
-def metrics(name: str, kind: str,
-            values: Mapping[str, float]) -> Iterator[str]:
-    """Yield a metric, a value for each labels, as Prometheus reads it."""
-    yield f"# TYPE {METRIC}_{name} {kind}\n"
-    for labels, value in values.items():
-        yield f"{METRIC}_{name}{labels} {value}\n"
-
-
-def usage_metrics(standings: Sequence[Standing]) -> Iterator[str]:
-    """Yield what identities have used, and may use, for Prometheus."""
-    windows = {}
-    for one in standings:
+def show_metrics(settings: Settings, ledger: Ledger) -> Iterator[str]:
+    """Yield the lines of --prometheus: of the daemon, then of identities."""
+    counts = Tally(settings.pidfile).read()
+    yield from show_metric("up", {"": int(bool(counts))})
+    for name, value in counts.items():
+        yield from show_metric(f"{name}_total", {"": value})
+    used, limit = {}, {}
+    for one in ledger.survey(settings, int(time.time())):
         name = re.sub(r'(["\\])', r"\\\1", printable(one.identity))
         for window in sorted(one.limits, reverse=True):  # the narrowest last
-            windows[f'{{identity="{name}",window="{window.seconds}"}}'] = (
-                window)
-    for name, get in (("used", operator.attrgetter("used")),
-                      ("limit", operator.attrgetter("mails"))):
-        yield from metrics(name, "gauge", {
-            labels: get(window) for labels, window in windows.items()})
+            labels = f'{{identity="{name}",window="{window.seconds}"}}'
+            used[labels], limit[labels] = window.used, window.mails
+    yield from show_metric("used", used)
+    yield from show_metric("limit", limit)
+
+
+def show_metric(name: str, values: Mapping[str, float]) -> Iterator[str]:
+    """Yield a metric, with a value for each labels."""
+    name = f"policyd_rate_limit_{name}"
+    yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
+    for labels, value in values.items():
+        yield f"{name}{labels} {value}"
 
 
 def fullness(standing: Standing) -> tuple[float, int]:
@@ -2076,8 +2034,8 @@ def fullness(standing: Standing) -> tuple[float, int]:
 
 
 def show_most(standings: Sequence[Standing], colour: bool) -> Iterator[str]:
-    """Yield the lines that show who has used most, for a terminal."""
-    shown = heapq.nlargest(MOST_SHOWN, standings, key=fullness)
+    """Yield the lines that show the first 20, for a terminal."""
+    shown = standings[:20]
     room = max(16, shutil.get_terminal_size().columns - 58)
     width = min(room, max((len(one.identity) for one in shown), default=0))
     for one in shown:
@@ -2106,8 +2064,7 @@ def show_one(standing: Standing, colour: bool) -> Iterator[str]:
 def show_window(window: Window, colour: bool) -> str:
     """Return a limit with a bar of what is used, and when there is room."""
     mails, seconds, used, room_at, _ = window
-    filled = min(10, math.ceil(10 * used / max(mails, 1)))
-    bar = "#" * filled + "." * (10 - filled)
+    bar = f"{'#' * min(10, math.ceil(10 * used / max(mails, 1))):.<10}"
     if colour and used >= mails:
         bar = f"\033[31m{bar}\033[0m"
     size, unit = next((size, unit) for size, unit in (
@@ -2117,7 +2074,7 @@ def show_window(window: Window, colour: bool) -> str:
             f" {room}").rstrip()
 
 
-def moment(date: int) -> str:
+def moment(date: float) -> str:
     """Return a time as people write it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
 
@@ -2627,12 +2584,11 @@ def serve(settings: Settings, owner: Owner | None,
         threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        bulletin = Bulletin(service.counters, settings.pidfile)
-        obey(signals, service, read, bulletin)
+        obey(signals, service, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.close()
-        bulletin.close()
+        service.tally.close()
 
 
 def catch_signals() -> socket.socket:
@@ -2659,17 +2615,17 @@ def raise_file_limit() -> int:
 
 
 def obey(signals: socket.socket, service: Service,
-         read: Callable[[], Settings], bulletin: Bulletin) -> None:
+         read: Callable[[], Settings]) -> None:
     """Reload at HUP, sum up at USR2, return at others; clean meanwhile."""
     while True:
-        bulletin.publish()
+        service.tally.publish()
         try:
             number = signals.recv(1)[0]
         except socket.timeout:
             service.clean()
             continue
         if number == signal.SIGUSR2:
-            bulletin.publish(asked=True)
+            service.tally.publish(asked=True)
         elif number == signal.SIGHUP:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
@@ -2746,8 +2702,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     one_of("--check", dest="command", action="store_const", const=check_start,
            help="check the configuration, the folders and the database")
     one_of("--prometheus", dest="command", action="store_const",
-           const=show_metrics, help="show who has used how much, and what the"
-           " daemon has counted, for node_exporter")
+           const=show_prometheus, help="show who has used how much, and what"
+           " the daemon has counted, for node_exporter")
     one_of("--get-config", metavar="PARAMETER_NAME",
            help="return the value of a config parameter")
     one_of("--status", metavar="ID", nargs="?", const="",
@@ -2859,12 +2815,12 @@ def show_status(options: argparse.Namespace) -> None:
     settings, ledger = enter(options, make=False)
     now = int(time.time())
     identity = fold(options.status) if options.status else None
-    standings = ledger.survey(settings, now, identity)
+    standings = sorted(ledger.survey(settings, now, identity),
+                       key=fullness, reverse=True)
     if options.json:
-        shown = sorted(standings, key=fullness, reverse=True)
         print(json.dumps({"time": now, "identities": [
             {**one._asdict(), "limits": [w._asdict() for w in one.limits]}
-            for one in shown]}))
+            for one in standings]}))
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
@@ -2873,26 +2829,21 @@ def show_status(options: argparse.Namespace) -> None:
         print(line)
 
 
-def show_metrics(options: argparse.Namespace) -> None:
+def show_prometheus(options: argparse.Namespace) -> None:
     """Show it for node_exporter's textfile collector, which reads UTF-8."""
     settings, ledger = enter(options, make=False)
-    counts = read_tally(settings.pidfile)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    sys.stdout.writelines(metrics("up", "gauge", {"": int(bool(counts))}))
-    for name, value in counts.items():
-        sys.stdout.writelines(
-            metrics(f"{name}_total", "counter", {"": value}))
-    sys.stdout.writelines(
-        usage_metrics(ledger.survey(settings, int(time.time()))))
+    for line in show_metrics(settings, ledger):
+        print(line)
 
 
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
     _, ledger = enter(options)
     identity = fold(options.reset)
-    mails = ledger.forget(identity)
-    print(f"{printable(identity)}: {mails} recorded mails forgotten")
+    print(f"{printable(identity)}: {ledger.forget(identity)} recorded mails"
+          " forgotten")
 
 
 def check_start(options: argparse.Namespace) -> None:

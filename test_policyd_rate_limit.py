@@ -4218,14 +4218,13 @@ class AlertTest(ReportsTest):
         self.assertIn("policyd_rate_limit_up 0\n", shown)
 
     def test_a_summary_each_hour_if_there_was_anything(self) -> None:
-        counters = prl.Counters()
-        bulletin = prl.Bulletin(counters, self.path("pid"))
+        tally = prl.Tally(self.path("pid"))
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
             for requests in (0, 2, 0):
                 for _ in range(requests):
-                    counters.count("requests")
-                bulletin._began -= 3600
-                bulletin.publish()
+                    tally.count("requests")
+                tally._began -= 3600
+                tally.publish()
         [said] = logged.output
         self.assertIn("in 60 minutes: 2 requests", said)
 
