@@ -374,6 +374,32 @@ class DocsTest(unittest.TestCase):
                          set("01234568"))
 
 
+class UnitTest(FolderTest):
+    """The unit file is sound, and shuts the daemon in."""
+
+    def analyze(self, *what: str) -> subprocess.CompletedProcess[str]:
+        """Let systemd-analyze look at the unit, with a program that is."""
+        if shutil.which("systemd-analyze") is None:
+            skip("systemd-analyze is missing")
+        with open(os.path.join(HERE, "policyd-rate-limit.service"),
+                  encoding="utf-8") as file:
+            unit = re.sub("(?m)^ExecStart=.*", "ExecStart=/bin/true",
+                          file.read())
+        return subprocess.run(
+            ["systemd-analyze", *what,
+             self.write("policyd-rate-limit.service", unit)],
+            capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+    def test_it_verifies_without_a_word(self) -> None:
+        done = self.analyze("verify")
+        self.assertEqual((done.returncode, done.stdout + done.stderr),
+                         (0, ""))
+
+    def test_its_exposure_is_1_5_at_most(self) -> None:
+        done = self.analyze("security", "--offline=yes", "--threshold=15")
+        self.assertEqual(done.returncode, 0, done.stdout[-200:])
+
+
 def requests_in(*pieces: bytes) -> list[prl.Request]:
     """Return the requests that some reads bring."""
     reads = iter([*pieces, b""])
