@@ -73,7 +73,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union
 
 T = TypeVar("T")
 
@@ -214,6 +214,7 @@ def parse_address(
 # ---------------------------------------------------------------------------
 
 Limits = tuple[Limit, ...]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
@@ -237,7 +238,7 @@ def as_action(value: object) -> str:
     text = str(value) if type(value) is int else as_text(value)  # 450
     if not text.isprintable():  # a newline ends the reply
         raise ValueError
-    return text.strip()
+    return as_text(text.strip())
 
 
 def as_a(kind: type | tuple[type, ...], value: object) -> Any:
@@ -311,63 +312,95 @@ as_credentials = expect('["user", "password"] or null', lambda value: as_pair(
     value, as_text, lambda word: as_text(str(word))) if value else None)
 
 
-def setting(default: object, check: Callable[[Any], Any],
+def setting(default: object, check: Callable[[Any], Any], meaning: str,
             error: type[PolicydError] = ConfigError) -> Any:
     """Make an entry of the table; error is what a bad value raises."""
     return field(default_factory=lambda: check(default), metadata={
-        "default": default, "check": check, "error": error})
+        "default": default, "check": check, "meaning": meaning,
+        "error": error})
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings; names and defaults are the original's."""
 
-    debug: bool = setting(True, as_bool)  # log each decision
-    log_requests: bool = setting(False, as_bool)  # and all of each request
-    user: str = setting(PROGRAM, as_text)  # that root becomes
-    group: str = setting(PROGRAM, as_text)
+    debug: bool = setting(True, as_bool, "log each decision")
+    log_requests: bool = setting(
+        False, as_bool, "log all that Postfix tells of each mail")
+    user: str = setting(PROGRAM, as_text, "the user that root becomes")
+    group: str = setting(PROGRAM, as_text, "the group that root becomes")
     pidfile: str = setting(
-        "/var/run/policyd-rate-limit/policyd-rate-limit.pid", as_text)
+        "/var/run/policyd-rate-limit/policyd-rate-limit.pid", as_text,
+        "the file with the process id")
     SOCKET: str | tuple[str, int] = setting(
-        "/var/spool/postfix/ratelimit/policy", as_socket, SocketMalformed)
-    socket_permission: int = setting(0o666, as_permission)
-    delay_to_close: int = setting(300, as_seconds)  # an idle connection
-    backend: int = setting(0, as_backend)  # where to count
+        "/var/spool/postfix/ratelimit/policy", as_socket,
+        "where to listen: a path, or [address, port]", SocketMalformed)
+    socket_permission: int = setting(
+        0o666, as_permission, "the mode of the unix socket")
+    delay_to_close: int = setting(
+        300, as_seconds, "seconds after which an idle connection is closed")
+    backend: int = setting(
+        0, as_backend, "where to count: 0 SQLite, 1 MySQL, 2 PostgreSQL")
     sqlite_config: Mapping[str, Any] = setting(
-        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_sqlite)
+        {"database": "/var/lib/policyd-rate-limit/db.sqlite3"}, as_sqlite,
+        "how to open the SQLite database")
     mysql_config: Mapping[str, Any] = setting(
-        {"user": "username", "passwd": "*****", "db": "database",
-         "host": "localhost", "charset": "utf8"}, as_mapping)
+        {"user": "username", "passwd": "*****",
+         "db": "database", "host": "localhost", "charset": "utf8"}, as_mapping,
+        "how to connect to MariaDB or MySQL")
     pgsql_config: Mapping[str, Any] = setting(
-        {"database": "database", "user": "username", "password": "*****",
-         "host": "localhost"}, as_mapping)
-    db_timeout: int = setting(5, as_seconds)  # to wait for the database
-    limits: Limits = setting([(10, 60), (150, 86400)], as_limits)
-    limits_by_id: Mapping[str, Limits] = setting({}, as_limits_by_id)
-    sql_limits_by_id: str | None = setting("", as_text_or_none)  # a query
-    # The identity is the SASL user, else the sender, else the address.
-    limit_by_sasl: bool = setting(True, as_bool)
-    limit_by_sender: bool = setting(False, as_bool)
-    limit_by_ip: bool = setting(False, as_bool)
-    limited_networks: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network,
-                            ...] = setting([], as_networks)
-    count_mode: int = setting(1, as_count_mode)
-    success_action: str = setting("dunno", as_action)
+        {"database": "database", "user": "username",
+         "password": "*****", "host": "localhost"}, as_mapping,
+        "how to connect to PostgreSQL")
+    db_timeout: int = setting(
+        5, as_seconds, "seconds to wait for the database")
+    limits: Limits = setting(
+        [(10, 60), (150, 86400)], as_limits,
+        "at most so many mails in so many seconds, for each identity")
+    limits_by_id: Mapping[str, Limits] = setting(
+        {}, as_limits_by_id, "other limits for some identities; [] for none")
+    sql_limits_by_id: str | None = setting(
+        "", as_text_or_none, "a query for the limits of an identity")
+    limit_by_sasl: bool = setting(
+        True, as_bool, "the SASL user name is the identity")
+    limit_by_sender: bool = setting(False, as_bool, "else the sender address")
+    limit_by_ip: bool = setting(False, as_bool, "else the client address")
+    limited_networks: tuple[Network, ...] = setting(
+        [], as_networks, "but only client addresses in these networks")
+    count_mode: int = setting(
+        1, as_count_mode,
+        "what counts: 0 each RCPT, 1 the recipients at DATA, 2 the mail")
+    success_action: str = setting(
+        "dunno", as_action, "the action for a mail within the limits")
     fail_action: str = setting(
-        "defer_if_permit Rate limit reach, retry later", as_action)
-    db_error_action: str = setting("dunno", as_action)
-    report: bool = setting(False, as_bool)  # --clean mails who hit a limit
-    report_from: str | None = setting(None, as_text_or_none)
-    report_to: tuple[str, ...] = setting(None, as_texts)
-    report_subject: str = setting("policyd-rate-limit report", as_text)
-    report_limits: tuple[int, ...] = setting([86400], as_windows)
-    report_only_if_needed: bool = setting(True, as_bool)
-    smtp_server: tuple[str, int] = setting(("localhost", 25), as_smtp_server)
-    smtp_starttls: bool = setting(False, as_bool)
-    smtp_tls_verify: bool = setting(True, as_bool)  # never of a local server
-    smtp_credentials: tuple[str, str] | None = setting(None, as_credentials)
-    alert: bool = setting(False, as_bool)  # mail report_to at once
-    alert_command: tuple[str, ...] = setting(None, as_texts)  # in its place
+        "defer_if_permit Rate limit reach, retry later", as_action,
+        "the action for a mail too many")
+    db_error_action: str = setting(
+        "dunno", as_action, "the action while the database is away")
+    report: bool = setting(
+        False, as_bool, "--clean mails a report of who hit a limit")
+    report_from: str | None = setting(
+        None, as_text_or_none, "the sender of reports")
+    report_to: tuple[str, ...] = setting(
+        None, as_texts, "who gets reports: one address or a list")
+    report_subject: str = setting(
+        "policyd-rate-limit report", as_text, "the subject of reports")
+    report_limits: tuple[int, ...] = setting(
+        [86400], as_windows, "the windows, in seconds, to report")
+    report_only_if_needed: bool = setting(
+        True, as_bool, "no report if nobody hit a limit")
+    smtp_server: tuple[str, int] = setting(
+        ("localhost", 25), as_smtp_server, "where to send reports")
+    smtp_starttls: bool = setting(
+        False, as_bool, "encrypt the connection to smtp_server")
+    smtp_tls_verify: bool = setting(
+        True, as_bool, "check smtp_server's certificate, unless it is local")
+    smtp_credentials: tuple[str, str] | None = setting(
+        None, as_credentials, "user and password for smtp_server")
+    alert: bool = setting(
+        False, as_bool, "mail report_to at once when somebody hits a limit")
+    alert_command: tuple[str, ...] = setting(
+        None, as_texts, "a program to run in place of mailing an alert")
 
     @property
     def longest_window(self) -> int:
@@ -2242,7 +2275,7 @@ def check_settings(config: Config) -> Settings:
             continue  # left out or left empty: the default holds
         try:
             values[one.name] = check(value)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise one.metadata["error"](
                 f"{config.places.get(one.name, config.path)}: {one.name}:"
                 f" found {show(value)}, expected {check.__doc__}") from None

@@ -337,9 +337,11 @@ class DocsTest(unittest.TestCase):
 
     def test_readme_has_each_setting_with_its_default(self) -> None:
         for one in fields(prl.Settings):
-            row = re.search(rf"^\| `{one.name}` \| `(.*?)` \| ", self.readme,
-                            re.MULTILINE)
+            row = re.search(rf"^\| `{one.name}` \| `(.*?)` \| (.*) \|$",
+                            self.readme, re.MULTILINE)
             assert row is not None, one.name
+            self.assertEqual(re.sub("[`\"']", "", row[2]),
+                             one.metadata["meaning"].replace("'", ""))
             value, _ = prl.parse_yaml(row[1])
             if value is not None:
                 value = one.metadata["check"](value)
