@@ -2925,8 +2925,8 @@ def check_socket(address: str | tuple[str, int]) -> None:
         socket.create_server((address[0], 0), family=family).close()
     elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
         raise OSError(errno.ENAMETOOLONG, "too long a path", address)
-    elif (os.path.exists(address)
-          and not stat.S_ISSOCK(os.stat(address).st_mode)):
+    elif (os.path.lexists(address)
+          and not stat.S_ISSOCK(os.lstat(address).st_mode)):
         raise FileExistsError(errno.EEXIST, "is not a socket", address)
 
 
