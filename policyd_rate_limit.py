@@ -928,11 +928,11 @@ class Ledger:
         """
         while True:
             old, began = self._connection is not None, time.monotonic()
-            self._ahead, self._begun, self._committed = (
-                begin or "", ()), False, False
+            self._ahead, self._begun, self._committed = ("", ()), False, False
             self.backend.deadline = deadline
             try:
                 cursor = self._connect().cursor()
+                self._ahead, self._begun = (begin or "", ()), False
                 if begin is None:
                     self._run(cursor, self.backend.begin)
                 result = work(cursor)

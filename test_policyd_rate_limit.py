@@ -1556,6 +1556,17 @@ class Psycopg2Test(HostsTest):
     original = tuple(statement.partition(" CHARACTER SET")[0]
                      for statement in MySQLdbTest.original)
 
+    def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
+        self.execute_all(
+            *self.original,
+            "INSERT INTO mail_count VALUES ('JOE', 1000, 1, 'a', 'DATA')")
+        ledger = self.open()
+        self.passes(ledger, 1000)
+        self.assertEqual(self.used(ledger, 1000), 2)
+        self.assertEqual(  # such as: there is no transaction in progress
+            [one for one in ledger._connection.notices if "WARNING" in one],
+            [])
+
 
 class PsycopgTest(DriverTest):
     """PostgreSQL through psycopg (3)."""
