@@ -1609,7 +1609,7 @@ class PolicyTest(unittest.TestCase):
                 ((0, 0), 11, minute), ((0, 0), 10, None),
                 ((0, 141), 10, day)):
             verdict = prl.judge([
-                prl.Usage("joe", use, cost, limit)
+                prl.Usage(prl.Claim("joe", cost, ()), limit, use)
                 for use, limit in zip(used, (minute, day))])
             self.assertEqual(verdict.broken and verdict.broken.limit, broken)
             self.assertEqual(len(verdict.usage), 2)
@@ -1643,11 +1643,11 @@ class StoreContract:
     def execute(self, ledger: prl.Ledger, statement: str,
                 *values: object) -> list[tuple[Any, ...]]:
         """Run a statement with ? as placeholder and return its rows."""
-        def work(cursor: Any) -> list[tuple[Any, ...]]:
-            cursor.execute(statement.replace("?", ledger.backend.mark), values)
+        def work(transaction: Any) -> list[tuple[Any, ...]]:
+            cursor = transaction.run(statement, *values)
             rows = cursor.fetchall() if cursor.description else []
             return [tuple(row) for row in rows]
-        return ledger.transact(work)
+        return ledger.database.transact(work)
 
     def passes(self, ledger: prl.Ledger, now: int, identity: str = "joe",
                cost: int = 1, limits: prl.Limits = LIMITS) -> bool:
@@ -1683,7 +1683,7 @@ class StoreContract:
         both = [prl.Claim("joe", 1, self.LIMITS), prl.Claim("x.org", 1, tight)]
         for expected in (None, "x.org"):
             verdict = ledger.charge(prl.Charge(both, 1000))
-            self.assertEqual(verdict.broken and verdict.broken.identity,
+            self.assertEqual(verdict.broken and verdict.broken.claim.identity,
                              expected)
         self.assertEqual(self.used(ledger, 1000), 1)
 
@@ -1750,7 +1750,8 @@ class StoreContract:
         after: str | None = ""
         deleted = 0
         while after is not None:
-            after, some = ledger.clean(after, 1109, 60)
+            after, some = ledger.database.transact(
+                prl.clean_some, None, after, 1109, 60)
             deleted += some
         self.assertEqual(deleted, 150)
         self.assertEqual(self.execute(
@@ -1765,17 +1766,18 @@ class StoreContract:
         ledger = self.open()
         charges = [prl.Charge([prl.Claim(f"u{i:05}", 1, self.LIMITS)], 1000)
                    for i in range(2500)]
-        ledger.transact(lambda cursor: ledger._decide(cursor, charges))
+        ledger.database.transact(prl.settle, charges, None, ())
         steps, after = [], ""
         while after is not None:
-            after, some = ledger.clean(after or "", 9999, 600)  # type: ignore
+            after, some = ledger.database.transact(  # type: ignore
+                prl.clean_some, None, after or "", 9999, 600)
             steps.append(some)
         self.assertEqual(sum(steps), 2500)
         self.assertLessEqual(max(steps), prl.CLEAN_STEP + 1)
 
     def test_a_query_gives_limits_that_hold_at_once(self) -> None:
         ledger = self.open("SELECT rule FROM rules WHERE who = "
-                           + self.open().backend.mark)
+                           + self.open().database.backend.placeholder)
         self.execute(ledger, "CREATE TABLE rules"
                      " (who varchar(99), rule varchar(99))")
         self.assertEqual(self.passes(ledger, 1000, cost=10), True)
@@ -1819,7 +1821,8 @@ class StoreContract:
             if fits:
                 sent.append((at, cost))
             if step % 97 == 0:
-                ledgers[0].clean("", at, 1200)
+                ledgers[0].database.transact(
+                    prl.clean_some, None, "", at, 1200)
 
 
 class SQLiteTest(StoreContract, FolderTest):
@@ -1829,7 +1832,7 @@ class SQLiteTest(StoreContract, FolderTest):
         ledger = prl.open_ledger(prl.Settings(
             sqlite_config={"database": self.path("db")}, db_timeout=5,
             sql_limits_by_id=query))
-        self.addCleanup(ledger.close)
+        self.addCleanup(ledger.database.close)
         return ledger
 
     def test_a_window_is_read_through_the_index(self) -> None:
@@ -1925,6 +1928,7 @@ class DatabaseTest(FolderTest):
             for statement in statements:
                 cursor.execute(statement)
             rows = cursor.fetchall() if cursor.description else []
+            connection.commit()
         return [tuple(row) for row in rows]
 
     def counted(self, identity: str = "joe") -> int:
@@ -1947,8 +1951,8 @@ class DriverTest(StoreContract, DatabaseTest):
     def open(self, query: str | None = None) -> prl.Ledger:
         ledger = prl.open_ledger(prl.Settings(
             **self.settings(sql_limits_by_id=query)))
-        self.assertEqual(ledger.backend.driver.__name__, self.driver)
-        self.addCleanup(ledger._roll_back, False)
+        self.assertEqual(ledger.database.backend.driver.__name__, self.driver)
+        self.addCleanup(ledger.database.close)
         return ledger
 
     def test_hosts_share_one_limit_exactly(self) -> None:
@@ -2203,7 +2207,8 @@ class Psycopg2Test(HostsTest):
         self.passes(ledger, 1000)
         self.assertEqual(self.used(ledger, 1000), 2)
         self.assertEqual(  # such as: there is no transaction in progress
-            [one for one in ledger._connection.notices if "WARNING" in one],
+            [notice for notice in ledger.database._connection.notices
+             if "WARNING" in notice],
             [])
 
 
@@ -2479,7 +2484,7 @@ class ServiceTest(FolderTest):
             sqlite_config={"database": self.path("db")},
             limits=(prl.Limit(3, 60),), **settings)
         ledger = prl.open_ledger(given)
-        self.addCleanup(ledger.close)
+        self.addCleanup(ledger.database.close)
         return prl.Service(given, ledger, clock=lambda: self.now)
 
     def answers(self, service: prl.Service, *requests: dict[str, Any],
@@ -2879,7 +2884,7 @@ class ReportsTest(FolderTest):
         """Open the ledger under some settings."""
         ledger = prl.open_ledger(prl.Settings(
             sqlite_config={"database": self.path("db.sqlite3")}, **settings))
-        self.addCleanup(ledger._roll_back, False)
+        self.addCleanup(ledger.database.close)
         return ledger
 
     def refuse(self, identity: str, times: int = 1, window: int = 60,
@@ -2898,7 +2903,7 @@ class ReportsTest(FolderTest):
 
     def noted(self) -> dict[tuple[str, int], int]:
         """Return what is noted for the next report."""
-        return self.ledger.hits("")[0]
+        return self.ledger.database.transact(prl.hits_for, "")[0]
 
     def sink(self, **options: Any) -> Sink:
         """Start a mail server."""
@@ -2935,13 +2940,14 @@ class ReportTest(ReportsTest):
     def test_a_batch_notes_each_of_its_refusals(self) -> None:
         charges = [prl.Charge([prl.Claim(who, 1, (prl.Limit(0, 60),))], 1000)
                    for who in ("joe", "ann", "joe")]
-        self.ledger.transact(
-            lambda cursor: self.ledger._decide(cursor, charges))
+        self.ledger.database.transact(
+            prl.settle, charges, None, self.ledger.noted)
         self.assertEqual(self.noted(), {("joe", 60): 2, ("ann", 60): 1})
 
     def test_a_note_that_fails_does_not_cost_the_verdict(self) -> None:
         self.assertTrue(self.spend("joe", 1))
-        self.ledger.transact(lambda c: c.execute("DROP TABLE limit_report"))
+        self.ledger.database.transact(
+            prl.Transaction.run, "DROP TABLE limit_report")
         with quiet() as said:
             self.refuse("joe")
             self.assertTrue(self.spend("joe", 1))
@@ -3084,7 +3090,8 @@ class AlertTest(ReportsTest):
 
     def usage(self, identity: str, window: int = 86400) -> prl.Usage:
         """Return the use of a limit that is full."""
-        return prl.Usage(identity, 5, 1, prl.Limit(5, window))
+        return prl.Usage(prl.Claim(identity, 1, ()),
+                         prl.Limit(5, window), 5)
 
     def test_the_daemon_alerts_once_a_window(self) -> None:
         sink = self.sink()
@@ -3258,7 +3265,8 @@ class StatusTest(ReportsTest):
             who, now = f"user{n}", 1000
             while self.spend(who, random_.randint(1, 3), now, 10):
                 now += random_.randint(0, 5)
-            [standing] = self.ledger.survey(given, now, who)
+            [standing] = self.ledger.database.look(
+                prl.survey, given, now, who)
             [window] = standing.limits
             if window.room_at is None:
                 self.assertLess(window.used, 10)
@@ -3339,7 +3347,7 @@ class StatusTest(ReportsTest):
     def test_a_hundred_thousand_identities_take_two_seconds(self) -> None:
         now = int(time.time())
         self.spend("joe", 1)
-        self.ledger.transact(lambda cursor: cursor.executemany(
+        self.ledger.database.transact(lambda work: work.cursor.executemany(
             "INSERT INTO mail_count VALUES (?, ?, 1, '', 'DATA', ?)",
             ((f"user{n}@example.org", now - 40 + i * 20, i + 1)
              for n in range(100000) for i in range(3))))
@@ -3794,8 +3802,8 @@ class ProcessTest(NetTest):
     def test_a_socket_between_bind_and_listen_is_not_stolen(self) -> None:
         path = self.path("policy")
         config = {"SOCKET": path, "sqlite_config": {"database": "x"}}
-        service = prl.Service(settings_of(config), prl.Ledger(
-            prl.SQLite(settings_of(config))))
+        service = prl.Service(settings_of(config), prl.open_ledger(
+            settings_of(config)))
 
         class Slow(prl.PolicyServer):
             def server_activate(self) -> None:
