@@ -61,6 +61,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import string
 import struct
 import subprocess
 import sys
@@ -160,10 +161,20 @@ def fold(identity: str) -> str:
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
         return str(address)
-    if len(folded) <= MAX_IDENTITY:
-        return folded
-    digest = hashlib.sha256(folded.encode()).hexdigest()
-    return folded[:MAX_IDENTITY - len(digest) - 1] + "#" + digest
+    return shorten(folded)
+
+
+def shorten(key: str) -> str:
+    """Return a key as it fits into a database, too long a one with its hash.
+
+    The domain of an address stays, if it is not too long itself.
+    """
+    if len(key) <= MAX_IDENTITY:
+        return key
+    digest = "#" + hashlib.sha256(key.encode()).hexdigest()
+    _, at, domain = key.rpartition("@")
+    end = digest + at + domain if len(domain) < 100 else digest
+    return key[:MAX_IDENTITY - len(end)] + end
 
 
 def parse_address(
@@ -185,6 +196,22 @@ def parse_address(
 # and returns it typed, or raises ValueError or TypeError; its docstring
 # tells the admin what was expected.
 # ---------------------------------------------------------------------------
+
+ATTRIBUTES = (  # SMTPD_POLICY_README
+    "protocol_state", "protocol_name", "helo_name", "queue_id", "sender",
+    "recipient", "recipient_count", "client_address", "client_name",
+    "reverse_client_name", "instance", "sasl_method", "sasl_username",
+    "sasl_sender", "size", "ccert_subject", "ccert_issuer",
+    "ccert_fingerprint", "ccert_pubkey_fingerprint", "encryption_protocol",
+    "encryption_cipher", "encryption_keysize", "etrn_domain", "stress",
+    "client_port", "policy_context", "server_address", "server_port",
+    "compatibility_level", "mail_version", "tls_sni")
+DERIVED = {  # what is made of such an attribute
+    "sasl_domain": "sasl_username", "sender_domain": "sender",
+    "recipient_domain": "recipient", "client_network": "client_address",
+    "server": ""}
+FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
+         "room_in")  # what fail_action may name
 
 Limits = tuple[Limit, ...]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -228,12 +255,143 @@ def as_pair(value: object, first: Callable[[Any], Any],
     return first(one), second(two)
 
 
-def as_limits_by_id(value: object) -> Mapping[str, Limits]:
-    """identities, each with a list of [mails, seconds]"""
-    entries = as_a(dict, value).items()
-    if any(isinstance(key, (bool, type(None))) for key, _ in entries):
-        raise TypeError  # YAML reads a user called yes as True
-    return {fold(str(key)): as_limits(limits) for key, limits in entries}
+class Patterns(NamedTuple):
+    """Texts and networks by which a value is looked up."""
+
+    texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
+    networks: tuple[tuple[Network, Any], ...] = ()  # the longest first
+
+    def find(self, value: str) -> Any:
+        """Return the entry of the pattern that fits best, or None.
+
+        That is the value itself, the longest network, @domain, or @. and the
+        nearest domain above; for a value that is a domain, the same without @.
+        """
+        if value in self.texts:
+            return self.texts[value]
+        address = parse_address(value) if self.networks else None
+        for network, entry in self.networks if address else ():
+            if address in network:
+                return entry
+        _, at, domain = value.rpartition("@")
+        if at and "@" + domain in self.texts:
+            return self.texts["@" + domain]
+        while domain:
+            domain = domain.partition(".")[2]
+            if domain and f"{at}.{domain}" in self.texts:
+                return self.texts[f"{at}.{domain}"]
+        return None
+
+
+class Choice(NamedTuple):
+    """The patterns of which one has to fit, and those that must not."""
+
+    wanted: Patterns | None  # None: all that is not unwanted
+    unwanted: Patterns
+
+    def fits(self, value: str) -> bool:
+        """Say whether a value is chosen."""
+        if self.unwanted.find(value):
+            return False
+        return self.wanted is None or bool(self.wanted.find(value))
+
+
+class Rule(NamedTuple):
+    """Limits for each key that mails are counted under."""
+
+    name: str  # the key's prefix; the first rule's keys have none
+    by: tuple[str, ...]  # attributes; none: as limit_by_... say
+    when: tuple[tuple[str, Choice], ...]
+    counts: str  # "" as count_mode says, recipients, mails, bytes, or what
+    limits: Limits
+    limits_by_id: Patterns
+    fail_action: str
+    dry_run: bool
+
+
+def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
+    """Sort entries by the kind of their patterns."""
+    texts, networks = {}, []
+    for key, entry in entries.items():
+        if isinstance(key, (bool, type(None))):
+            raise TypeError  # YAML reads a user called yes as True
+        if re.fullmatch(r"[0-9A-Fa-f.:]+/[0-9]+", str(key)):
+            networks.append((ipaddress.ip_network(key, strict=False), entry))
+        else:
+            texts[fold(str(key)) if key != "" else ""] = entry
+    networks.sort(key=lambda item: -item[0].prefixlen)
+    return Patterns(texts, tuple(networks))
+
+
+def as_choice(value: object) -> Choice:
+    """a pattern or a list of patterns"""
+    texts = [str(text) for text in (
+        value if isinstance(value, list) else [value])]
+    wanted = {text: True for text in texts if text[:1] != "!"}
+    unwanted = {text[1:]: True for text in texts if text[:1] == "!"}
+    if not texts:
+        raise ValueError
+    return Choice(as_patterns(wanted) if wanted else None,
+                  as_patterns(unwanted))
+
+
+def as_limits_by_id(value: object) -> Patterns:
+    """identities or patterns, each with a list of [mails, seconds]"""
+    return as_patterns({key: as_limits(limits)
+                        for key, limits in as_a(dict, value).items()})
+
+
+def as_attribute(value: object) -> str:
+    """an attribute that Postfix sends, such as sasl_username"""
+    if value not in ATTRIBUTES and value not in DERIVED:
+        raise ValueError
+    return str(value)
+
+
+def as_count(value: object) -> str:
+    """recipients, mails, bytes, or an attribute of Postfix's"""
+    if value in ("recipients", "mails", "bytes"):
+        return str(value)
+    return as_attribute(value)
+
+
+def as_rule(value: object) -> Rule:
+    """Check an entry of quotas."""
+    given = dict(as_a(dict, value))
+    by = given.pop("by", ())
+    by = tuple(map(as_attribute, by if isinstance(by, list) else [by]))
+    name = as_text(given.pop("name", "+".join(by)))
+    when = as_a(dict, given.pop("when", {}))
+    count = given.pop("count", "")
+    fail_action = given.pop("fail_action", "")
+    rule = Rule(
+        name, by, tuple((as_attribute(attribute), as_choice(patterns))
+                        for attribute, patterns in when.items()),
+        as_count(count) if count else "", as_limits(given.pop("limits", ())),
+        as_limits_by_id(given.pop("limits_by_id", {})),
+        as_fail_action(fail_action) if fail_action else "",
+        as_bool(given.pop("dry_run", False)))
+    if given or not by or name != fold(name) or re.search(r"[\s=]", name):
+        raise ValueError
+    return rule
+
+
+def as_quotas(value: object) -> tuple[Rule, ...]:
+    """a list of quotas, each with by, limits and a name of its own"""
+    rules = tuple(map(as_rule, as_list(value)))
+    if len({rule.name for rule in rules}) < len(rules):
+        raise ValueError
+    return rules
+
+
+def as_fail_action(value: object) -> str:
+    """an action, in which $identity, $used, ... stand for what was found"""
+    action = as_action(value)
+    try:
+        string.Template(action).substitute(dict.fromkeys(FACTS, ""))
+    except KeyError:
+        raise ValueError from None
+    return action
 
 
 def expect(expected: str, check: Callable[[Any], T]) -> Callable[[Any], T]:
@@ -252,8 +410,8 @@ as_permission = expect("a file mode such as 0666", lambda value: as_whole(
 as_backend = expect("0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
                     lambda value: as_whole(value, most=2))
 as_count_mode = expect(
-    "0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)",
-    lambda value: as_whole(value, most=2))
+    "auto, 0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)",
+    lambda value: value if value == "auto" else as_whole(value, most=2))
 as_text_or_none = expect("text, or null",
                          lambda value: as_text(value) if value else None)
 as_texts = expect("text or a list of texts", lambda value: tuple(
@@ -266,9 +424,11 @@ as_limits = expect(
     lambda value: tuple(Limit(as_whole(mails), as_seconds(seconds))
                         for mails, seconds in as_list(value)))
 as_networks = expect(
-    'a list of networks such as [10.0.0.0/8, "::/0"]',
-    lambda value: tuple(ipaddress.ip_network(as_text(item), strict=False)
-                        for item in as_list(value)))
+    'a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]',
+    lambda value: as_choice([
+        text[:text.startswith("!")] + str(ipaddress.ip_network(
+            text[text.startswith("!"):], strict=False))
+        for text in map(as_text, as_list(value))]) if value else None)
 as_mapping = expect("names with values", lambda value: as_a(dict, value))
 as_sqlite = expect(
     "names with values, among them database, a path", lambda value: {
@@ -330,7 +490,7 @@ class Settings:
     limits: Limits = setting(
         [(10, 60), (150, 86400)], as_limits,
         "at most so many mails in so many seconds, for each identity")
-    limits_by_id: Mapping[str, Limits] = setting(
+    limits_by_id: Patterns = setting(
         {}, as_limits_by_id, "other limits for some identities; [] for none")
     sql_limits_by_id: str | None = setting(
         "", as_text_or_none, "a query for the limits of an identity")
@@ -338,15 +498,19 @@ class Settings:
         True, as_bool, "the SASL user name is the identity")
     limit_by_sender: bool = setting(False, as_bool, "else the sender address")
     limit_by_ip: bool = setting(False, as_bool, "else the client address")
-    limited_networks: tuple[Network, ...] = setting(
+    limited_networks: Choice | None = setting(
         [], as_networks, "but only client addresses in these networks")
-    count_mode: int = setting(
-        1, as_count_mode,
-        "what counts: 0 each RCPT, 1 the recipients at DATA, 2 the mail")
+    quotas: tuple[Rule, ...] = setting(
+        [], as_quotas, "further limits that hold at the same time")
+    dry_run: bool = setting(
+        False, as_bool, "count and log, but refuse nothing")
+    count_mode: str | int = setting(
+        "auto", as_count_mode, "what counts: auto the recipients where Postfix"
+        " asks first, 0 each RCPT, 1 the recipients at DATA, 2 the mail")
     success_action: str = setting(
         "dunno", as_action, "the action for a mail within the limits")
     fail_action: str = setting(
-        "defer_if_permit Rate limit reach, retry later", as_action,
+        "defer_if_permit Rate limit reach, retry later", as_fail_action,
         "the action for a mail too many")
     db_error_action: str = setting(
         "dunno", as_action, "the action while the database is away")
@@ -375,11 +539,22 @@ class Settings:
     alert_command: tuple[str, ...] = setting(
         None, as_texts, "a program to run in place of mailing an alert")
 
+    @functools.cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """Return the rule of the settings themselves, then the quotas."""
+        first = Rule("", (), (), "", self.limits, self.limits_by_id,
+                     self.fail_action, self.dry_run)
+        return (first, *(quota._replace(
+            fail_action=quota.fail_action or self.fail_action,
+            dry_run=quota.dry_run or self.dry_run) for quota in self.quotas))
+
     @property
     def longest_window(self) -> int:
         """Return the longest window of the file's limits, in seconds."""
-        limits = itertools.chain(self.limits, *self.limits_by_id.values())
-        return max((limit.seconds for limit in limits), default=86400)
+        return max((limit.seconds for rule in self.rules for limits in (
+            rule.limits, *rule.limits_by_id.texts.values(),
+            *dict(rule.limits_by_id.networks).values())
+            for limit in limits), default=86400)
 
     @property
     def noted_windows(self) -> tuple[int, ...]:
@@ -435,7 +610,8 @@ def parse_request(head: bytes) -> Request:
     if get("request") != "smtpd_access_policy":
         raise BadRequest("no request=smtpd_access_policy")
     return Request(
-        get("protocol_state", ""), get("queue_id", ""), get("instance", ""),
+        get("protocol_state", "").upper(), get("queue_id", ""),
+        get("instance", ""),
         get("sasl_username", ""), get("sender", ""), get("client_address", ""),
         parse_count(get("recipient_count", "")), given)
 
@@ -456,8 +632,7 @@ def parse_count(text: str) -> int:
 # ---------------------------------------------------------------------------
 
 
-COUNTED_STATES = (  # by count_mode, the states at which a mail is counted
-    ("RCPT",), ("DATA", "END-OF-MESSAGE"), ("DATA", "END-OF-MESSAGE"))
+STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of a mail's
 
 Row = tuple[object, ...]  # of mail_count: see COLUMNS
 
@@ -465,9 +640,11 @@ Row = tuple[object, ...]  # of mail_count: see COLUMNS
 class Claim(NamedTuple):
     """An identity, what the mail costs it, and the limits it must keep."""
 
-    identity: str
+    identity: str  # or a quota's key: name=value
     cost: int
     limits: Limits
+    rule: Rule | None = None  # that it comes from
+    value: str | None = None  # where different values are counted
 
 
 class Usage(NamedTuple):
@@ -483,6 +660,8 @@ class Verdict(NamedTuple):
 
     usage: tuple[Usage, ...]
     broken: Usage | None
+    tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
+    room_at: int | None = None  # when a mail passes again, if it was asked
 
 
 class Charge:
@@ -514,24 +693,66 @@ class Account:
         return [Usage(claim, limit, self.total - before)
                 for limit, before in zip(self.limits, self.before)]
 
-    def charge(self, cost: int, origin: tuple[str, str]) -> Row:
+    def charge(self, claim: Claim, origin: tuple[str, str]) -> list[Row]:
         """Count a mail and return its row of mail_count."""
-        self.total += cost
-        return (self.identity, self.date, cost, *origin, self.total)
+        if not self.limits:
+            return []
+        self.total += claim.cost
+        return [(self.identity, self.date, claim.cost, *origin, self.total)]
 
 
-def claims_of(request: Request, settings: Settings) -> list[Claim]:
-    """Return what a request claims: nothing if it is not to be counted."""
-    if request.protocol_state not in COUNTED_STATES[settings.count_mode]:
+class Variety(Account):
+    """What an identity has used, where different values are counted."""
+
+    def __init__(self, identity: str, limits: Limits) -> None:
+        super().__init__(identity, limits)
+        self.seen: dict[str, int] = {}  # values, and when each was last seen
+        self.new: dict[str, int] = {}  # those that have to be written
+
+    def usage(self, claim: Claim) -> list[Usage]:
+        """Return how many other values each limit's window has."""
+        return [Usage(claim, limit, sum(
+            date > self.date - limit.seconds
+            for value, date in self.seen.items() if value != claim.value))
+            for limit in self.limits]
+
+    def charge(self, claim: Claim, origin: tuple[str, str]) -> list[Row]:
+        """Count a mail's value; that is no row of mail_count."""
+        if claim.value is not None and self.limits:
+            self.seen[claim.value] = self.new[claim.value] = self.date
         return []
-    identity = identify(request, settings)
-    if identity is None:
+
+
+def claims_of(request: Request, settings: Settings,
+              again: bool = False) -> list[Claim]:
+    """Return what a request claims: nothing if it is not to be counted.
+
+    again: a recipient of this very mail was counted before.
+    """
+    if not is_counted(request.protocol_state, settings.count_mode):
         return []
-    limits = settings.limits_by_id.get(identity, settings.limits)
-    if not limits and not settings.sql_limits_by_id:
-        return []
-    cost = request.recipient_count if settings.count_mode == 1 else 1
-    return [Claim(identity, cost or 1, limits)]
+    claims = []
+    for rule in settings.rules:
+        name = (value_of(request, rule.by) if rule.by else
+                identify(request, settings))
+        cost, value = cost_of(request, rule, settings.count_mode, again)
+        if not name or not cost or not all(
+                choice.fits(attribute_of(request, attribute))
+                for attribute, choice in rule.when):
+            continue
+        limits = rule.limits_by_id.find(name)
+        limits = rule.limits if limits is None else limits
+        key = f"{rule.name}={name}" if rule.by else escape(name, settings)
+        if limits or (settings.sql_limits_by_id and not rule.by):
+            claims.append(Claim(shorten(key), cost, limits, rule, value))
+    return claims
+
+
+def is_counted(protocol_state: str, count_mode: str | int) -> bool:
+    """Say whether mail counts at a state, once Postfix asks there."""
+    if count_mode == "auto":
+        return protocol_state in STATES
+    return protocol_state in (STATES[1:] if count_mode else STATES[:1])
 
 
 def identify(request: Request, settings: Settings) -> str | None:
@@ -540,17 +761,68 @@ def identify(request: Request, settings: Settings) -> str | None:
         return fold(request.sasl_username)
     if settings.limit_by_sender and request.sender:
         return fold(request.sender)
-    if not settings.limit_by_ip:
+    if not settings.limit_by_ip or settings.limited_networks is None:
         return None
     address = parse_address(request.client_address)
-    inside = address is not None and any(
-        address in network for network in settings.limited_networks)
-    return str(address) if inside else None
+    if address is None or not settings.limited_networks.fits(str(address)):
+        return None
+    return str(address)
+
+
+def escape(identity: str, settings: Settings) -> str:
+    """Return an identity so that it is no quota's key, name=value."""
+    name, equals, _ = identity.lstrip("=").partition("=")
+    if equals and any(quota.name == name for quota in settings.quotas):
+        return "=" + identity
+    return identity
+
+
+def value_of(request: Request, by: Sequence[str]) -> str | None:
+    """Return what a quota counts a mail by, None if that is not known."""
+    values = [attribute_of(request, name) for name in by]
+    if len(values) > 1:  # so that no client can move the bars
+        values = [value.replace("%", "%25").replace("|", "%7c")
+                  for value in values]
+    return "|".join(values) if all(values) else None
+
+
+def attribute_of(request: Request, name: str) -> str:
+    """Return an attribute as it is compared, "" if it is not known."""
+    if name == "server":
+        return "all"
+    value = request.attributes.get(DERIVED.get(name, name), "")
+    if name == "client_network":
+        address = parse_address(value)
+        return "" if address is None else str(ipaddress.ip_network(
+            (address, 24 if address.version == 4 else 64), strict=False))
+    if name in DERIVED:
+        value = value.rpartition("@")[2] if "@" in value else ""
+    return fold(value) if value else ""
+
+
+def cost_of(request: Request, rule: Rule, count_mode: str | int,
+            again: bool) -> tuple[int, str | None]:
+    """Return what a mail costs, and its value where these are counted."""
+    count = rule.counts or ("mails" if count_mode == 2 else "recipients")
+    if count == "recipients":
+        at_rcpt = request.protocol_state == "RCPT"
+        return 1 if at_rcpt else request.recipient_count or 1, None
+    if count == "mails":
+        return int(not again), None
+    if count == "bytes":
+        return 0 if again else parse_count(
+            request.attributes.get("size", "")), None
+    value = attribute_of(request, count)
+    return int(bool(value)), value
 
 
 def decide(charges: Sequence[Charge], accounts: Mapping[str, Account],
            ) -> tuple[list[Verdict], list[Row]]:
-    """Judge mails one after the other; return verdicts, and rows to add."""
+    """Judge mails one after the other; return verdicts, and rows to add.
+
+    A mail counts for all its claims, or for none; but a claim that is only
+    tried, and has no room, is left out.
+    """
     verdicts, rows = [], []
     for charge in charges:
         verdict = judge([
@@ -558,18 +830,24 @@ def decide(charges: Sequence[Charge], accounts: Mapping[str, Account],
             for usage in accounts[claim.identity].usage(claim)])
         verdicts.append(verdict)
         if verdict.broken is None:
-            rows += [accounts[claim.identity].charge(claim.cost, charge.origin)
-                     for claim in charge.claims
-                     if accounts[claim.identity].limits]
+            without = {usage.claim.identity for usage in verdict.tried}
+            for claim in charge.claims:
+                if claim.identity not in without:
+                    rows += accounts[claim.identity].charge(
+                        claim, charge.origin)
     return verdicts, rows
 
 
 def judge(usage: Sequence[Usage]) -> Verdict:
     """Say whether a mail keeps all its limits: a cost has to fit whole."""
+    tried: dict[str, Usage] = {}
     for each in usage:
-        if each.used + each.claim.cost > each.limit.mails:
-            return Verdict(tuple(usage), each)
-    return Verdict(tuple(usage), None)
+        if each.used + each.claim.cost <= each.limit.mails:
+            continue
+        if each.claim.rule is None or not each.claim.rule.dry_run:
+            return Verdict(tuple(usage), each, tuple(tried.values()))
+        tried.setdefault(each.claim.identity, each)
+    return Verdict(tuple(usage), None, tuple(tried.values()))
 
 
 # ---------------------------------------------------------------------------
@@ -598,6 +876,8 @@ TABLES = (
     " PRIMARY KEY (id, delta))",
     "CREATE TABLE IF NOT EXISTS report_owed (address {identity} NOT NULL,"
     " id {identity} NOT NULL, delta int NOT NULL, hit int NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS mail_value (id {identity} NOT NULL, value"
+    " {identity} NOT NULL, date bigint NOT NULL, PRIMARY KEY (id, value))",
     "CREATE TABLE IF NOT EXISTS mail_turn"
     " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
 )
@@ -864,6 +1144,8 @@ class Backend:
     turn = ""  # how an identity's turn is taken where many hosts may write
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {} ON CONFLICT"
             " (id, delta) DO UPDATE SET hit = limit_report.hit + excluded.hit")
+    see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
+           " (id, value) DO UPDATE SET date = excluded.date")
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -1000,6 +1282,8 @@ class MySQL(Backend):
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
             " ON DUPLICATE KEY UPDATE hit = hit + VALUES(hit)")
+    see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
+           " ON DUPLICATE KEY UPDATE date = VALUES(date)")
     conflicts = (1213,)  # deadlock, or on Galera another node was first
     text = "? COLLATE utf8mb4_bin"
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
@@ -1104,6 +1388,8 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 # ---------------------------------------------------------------------------
 
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
+          " AND date > {} ORDER BY date, total LIMIT 1")
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 
 
@@ -1193,26 +1479,85 @@ class Ledger:
 def settle(transaction: Transaction, charges: Sequence[Charge],
            query: str | None, noted: Sequence[int]) -> list[Verdict]:
     """Judge mails and charge those that pass, one after the other."""
-    accounts = {claim.identity: Account(claim.identity, claim.limits)
-                for charge in charges for claim in charge.claims}
+    accounts: dict[str, Account] = {}
+    for claim in (claim for charge in charges for claim in charge.claims):
+        kind = Account if claim.value is None else Variety
+        accounts[claim.identity] = kind(claim.identity, claim.limits)
     take_turns(transaction, accounts)
     if query:
-        for account in accounts.values():
-            own = transaction.attempt(QUERY_FAILED, ask_limits, query,
-                                      account.identity)
-            account.limits = account.limits if own is None else own
-    read_accounts(transaction, list(accounts.values()),
-                  max((charge.now for charge in charges), default=0))
+        ask_all_limits(transaction, query, charges, accounts)
+    now = max((charge.now for charge in charges), default=0)
+    varied = [account for account in accounts.values()
+              if isinstance(account, Variety)]
+    for variety in varied:
+        read_values(transaction, variety, now)
+    read_accounts(transaction, [account for account in accounts.values()
+                                if account not in varied], now)
     verdicts, rows = decide(charges, accounts)
-    hits = Counter((broken.claim.identity, broken.limit.seconds)
-                   for _, broken in verdicts if broken is not None
-                   and broken.limit.seconds in noted)
+    note_refusals(transaction, verdicts, noted)
+    transaction.write(INSERT, rows)
+    transaction.write(transaction.backend.see, [
+        (variety.identity, *seen) for variety in varied
+        for seen in variety.new.items()])
+    return [with_room(transaction, verdict, accounts) for verdict in verdicts]
+
+
+def ask_all_limits(transaction: Transaction, query: str,
+                   charges: Sequence[Charge],
+                   accounts: Mapping[str, Account]) -> None:
+    """Let the query's limits replace the file's, but not those of quotas."""
+    for identity in {claim.identity for charge in charges
+                     for claim in charge.claims
+                     if claim.rule is None or not claim.rule.by}:
+        own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
+        if own is not None:
+            accounts[identity].limits = own
+
+
+def note_refusals(transaction: Transaction, verdicts: Sequence[Verdict],
+                  noted: Sequence[int]) -> None:
+    """Note refusals for the report; that must not cost the verdicts."""
+    hits = Counter((verdict.broken.claim.identity,
+                    verdict.broken.limit.seconds) for verdict in verdicts
+                   if verdict.broken is not None
+                   and verdict.broken.limit.seconds in noted)
     if hits:
         transaction.attempt("a refusal is missing in the report: %s",
                             Transaction.write, transaction.backend.note,
                             [(*key, hit) for key, hit in sorted(hits.items())])
-    transaction.write(INSERT, rows)
-    return verdicts
+
+
+def with_room(transaction: Transaction, verdict: Verdict,
+              accounts: Mapping[str, Account]) -> Verdict:
+    """Add to a verdict when such a mail passes again, if that is asked."""
+    broken = verdict.broken
+    if (broken is None or broken.claim.rule is None
+            or "$room" not in broken.claim.rule.fail_action.replace("{", "")
+            or broken.claim.cost > broken.limit.mails):
+        return verdict
+    return verdict._replace(room_at=find_room(
+        transaction, accounts[broken.claim.identity], broken))
+
+
+def find_room(transaction: Transaction, account: Account,
+              broken: Usage) -> int:
+    """Return when a limit has room: some 17 look-ups for a day's window."""
+    mails, seconds = broken.limit.mails, broken.limit.seconds
+    if isinstance(account, Variety):
+        dates = sorted(date for value, date in account.seen.items()
+                       if value != broken.claim.value)
+        return int(dates[-mails]) + seconds
+    least = account.total + broken.claim.cost - mails
+    full, room = account.date - seconds, account.date
+    while room - full > 1:  # room: if all up to this second have left
+        date = (full + room) // 2
+        [before] = transaction.run(BEFORE.format("?", "?"), account.identity,
+                                   date).fetchone() or [account.total]
+        if before < least:
+            full = date
+        else:
+            room = date
+    return room + seconds
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
@@ -1274,6 +1619,17 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                     for each in before[:len(account.limits)])
 
 
+def read_values(transaction: Transaction, account: Variety, now: int) -> None:
+    """Read the values that an account has had, none dated far ahead."""
+    longest = max((limit.seconds for limit in account.limits), default=0)
+    account.seen = {value: date if date <= now + CLOCK_SKEW else now
+                    for value, date in transaction.run(
+                        "SELECT value, date FROM mail_value"
+                        " WHERE id = ? AND date > ?",
+                        account.identity, now - longest).fetchall()}
+    account.date = max([now, *account.seen.values()])
+
+
 @functools.cache
 def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
     """Return the query for so many accounts with so many windows each.
@@ -1289,10 +1645,8 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
         f"SELECT {n}, {text}{', ?' * windows}" for n in range(accounts))
     newest = ("(SELECT {} FROM mail_count WHERE id = who"
               " ORDER BY date DESC, total DESC LIMIT 1)")
-    before = ("(SELECT total - recipient_count FROM mail_count WHERE id = who"
-              " AND date > {} ORDER BY date, total LIMIT 1)")
-    columns = ", ".join([newest.format("date"), newest.format("total"),
-                         *map(before.format, since)])
+    columns = ", ".join([newest.format("date"), newest.format("total"), *(
+        f"({BEFORE.format('who', name)})" for name in since)])
     return (f"WITH asked ({', '.join(['n', 'who', *since])}) AS ({asked})"
             f" SELECT n, {columns} FROM asked")
 
@@ -1337,6 +1691,8 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
         deleted += transaction.run(
             "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
             now - max(keep, 2 * longest)).rowcount
+    transaction.run("DELETE FROM mail_value WHERE id > ? AND id <= ?"
+                    " AND date <= ?", after, last or "", now - keep)
     if transaction.backend.turn:
         transaction.run(
             "DELETE FROM mail_turn WHERE id > ? AND id <= ? AND NOT EXISTS"
@@ -1352,7 +1708,9 @@ def forget(transaction: Transaction, identity: str) -> int:
         "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
         identity).fetchone()
     transaction.run("DELETE FROM mail_count WHERE id = ?", identity)
-    return int(mails or 0)
+    values = transaction.run(
+        "DELETE FROM mail_value WHERE id = ?", identity).rowcount
+    return int(mails or 0) + int(values)
 
 
 def open_ledger(settings: Settings) -> Ledger:
@@ -1388,6 +1746,9 @@ class Seldom(logging.Filter):
 log.addFilter(Seldom())
 
 
+MAX_ACTION = 400  # characters; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
+
+
 class Service:
     """Answers requests under settings that may be replaced at any time."""
 
@@ -1405,11 +1766,10 @@ class Service:
         self._news = threading.Lock()  # for _away, when that changes
         self._cleaned = ""  # the identity where cleaning goes on
 
-    def answer(self, request: Request, told: dict[str, str]) -> str:
+    def answer(self, request: Request, last: Last) -> str:
         """Return the action for a request, having counted its mail.
 
-        told is the connection's memory: the action that the mail of an
-        instance was given at DATA, for when END-OF-MESSAGE asks again.
+        last is what this connection was told of its last mail.
         """
         settings = self.settings  # the same ones from here to the answer
         now, queue_id = self._clock(), printable(request.queue_id) or "NOQUEUE"
@@ -1419,11 +1779,9 @@ class Service:
                 f"{name}={value}" for name, value in request.attributes.items()
                 if value)))
         self._watch_state(request, settings, now)
-        if (request.protocol_state == "END-OF-MESSAGE"
-                and request.instance in told):
-            return told.pop(request.instance)
-        told.clear()
-        claims = claims_of(request, settings)
+        if last.covers(request):
+            return last.action
+        claims = claims_of(request, settings, last.is_counted(request))
         if not claims:
             log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
                      printable(request.protocol_state),
@@ -1433,14 +1791,15 @@ class Service:
             verdict = self._charge(request, claims, settings, int(now))
         except LedgerError:
             return settings.db_error_action
-        level, action = ((logging.INFO, settings.success_action)
-                         if verdict.broken is None else
-                         (NOTICE, settings.fail_action))
+        passed = verdict.broken is None
+        action = (settings.success_action if verdict.broken is None else
+                  explain(verdict.broken, verdict.room_at, int(now)))
+        level = logging.INFO if passed and not verdict.tried else NOTICE
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id, describe(verdict),
                     action)
-        if request.protocol_state == "DATA" and request.instance:
-            told[request.instance] = action
+        last.note(request, passed, settings.success_action
+                  if request.protocol_state == "RCPT" else action)
         return action
 
     def reload(self, settings: Settings) -> None:
@@ -1486,15 +1845,14 @@ class Service:
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
         """Warn if Postfix asks only where count_mode never counts."""
-        states = COUNTED_STATES[settings.count_mode]
-        if request.protocol_state in states:
+        if is_counted(request.protocol_state, settings.count_mode):
             self._counted = now
         elif not self._counted <= now < self._counted + 3600:
             log.warning(
-                "Postfix asks at protocol_state=%s, but count_mode %d counts"
-                " at %s: nothing is limited; put this into main.cf: %s",
+                "Postfix asks at protocol_state=%s, where count_mode %s counts"
+                " nothing: nothing is limited; put this into main.cf: %s",
                 printable(request.protocol_state), settings.count_mode,
-                states[0], main_cf(settings.count_mode, settings.SOCKET),
+                main_cf(settings.count_mode, settings.SOCKET),
                 extra=SELDOM)
 
     def _tell_database(self, error: LedgerError | None) -> None:
@@ -1509,6 +1867,39 @@ class Service:
                       self.settings.db_error_action, error)
         else:
             log.warning("the database is back: counting again")
+
+
+class Last:
+    """What a connection was told of its last mail.
+
+    Postfix may ask at RCPT, at DATA and at END-OF-MESSAGE of one mail; it
+    counts where it first asks, and then is not counted again.
+    """
+
+    instance = state = action = ""
+    counted = False  # did a recipient pass?
+
+    def covers(self, request: Request) -> bool:
+        """Say whether a mail was counted at an earlier state."""
+        if (not request.instance or request.instance != self.instance
+                or request.protocol_state not in STATES
+                or STATES.index(request.protocol_state)
+                <= STATES.index(self.state)):
+            return False
+        if request.protocol_state == STATES[-1]:
+            self.instance = ""
+        return True
+
+    def is_counted(self, request: Request) -> bool:
+        """Say whether another recipient of this mail was counted at RCPT."""
+        return bool(request.instance) and self.counted and (
+            self.instance, self.state) == (request.instance, "RCPT")
+
+    def note(self, request: Request, passed: bool, action: str) -> None:
+        """Note the action for the states to come."""
+        self.counted = passed or self.is_counted(request)
+        self.instance, self.state, self.action = (
+            request.instance, request.protocol_state, action)
 
 
 class Tally:
@@ -1568,9 +1959,9 @@ class Tally:
             os.unlink(self._path)
 
 
-def main_cf(count_mode: int, address: str | tuple[str, int]) -> str:
+def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
     """Return the line of main.cf that makes Postfix ask at an address."""
-    stage = "data" if count_mode else "recipient"
+    stage = "recipient" if count_mode == 0 else "data"
     kind = "unix" if isinstance(address, str) else "inet"
     where = format_address(address).replace("/var/spool/postfix/", "", 1)
     return (f"smtpd_{stage}_restrictions = check_policy_service"
@@ -1587,15 +1978,51 @@ def format_address(address: str | tuple[str, int]) -> str:
 
 def describe(verdict: Verdict) -> str:
     """Return a verdict in Postfix's key=value style."""
-    told: dict[Claim, list[str]] = {}
-    for claim, limit, used in verdict.usage:
-        used += claim.cost if verdict.broken is None else 0
-        told.setdefault(claim, []).append(
-            f"{used}/{limit.mails}/{limit.seconds}s")
-    return ", ".join(
-        f"identity=<{printable(claim.identity)}>, cost={claim.cost},"
-        f" used={' '.join(uses)}" for claim, uses in told.items()
-    ) or "no limits"
+    broken, parts = verdict.broken, []
+    for _, group in itertools.groupby(
+            verdict.usage, lambda usage: usage.claim.identity):
+        usage = list(group)
+        claim = usage[0].claim
+        cost = 0 if broken else claim.cost
+        used = " ".join(f"{each.used + cost}/{each.limit.mails}"
+                        f"/{each.limit.seconds}s" for each in usage)
+        parts.append(f"identity=<{printable(claim.identity)}>,"
+                     f" cost={claim.cost}, used={used}")
+    parts += [f"would refuse for <{printable(each.claim.identity)}>"
+              f" {each.limit.mails}/{each.limit.seconds}s"
+              for each in verdict.tried]
+    if broken and broken.claim.cost > broken.limit.mails:
+        parts.append("it can never pass")
+    return ", ".join(parts) or "no limits"
+
+
+def explain(broken: Usage, room: int | None, now: int) -> str:
+    """Return the rule's fail_action with what was found in it."""
+    claim, limit = broken.claim, broken.limit
+    action = "" if claim.rule is None else claim.rule.fail_action
+    if "$" not in action:
+        return action
+    at = within = "never" if claim.cost > limit.mails else "unknown"
+    if room is not None:
+        at, within = moment(room), spell(max(room - now, 1))
+    return string.Template(action).substitute(
+        identity=printable(claim.identity), used=broken.used,
+        mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
+        room_at=at, room_in=within)[:MAX_ACTION]
+
+
+def spell(seconds: int) -> str:
+    """Return a time in words, rounded up: 1 hour, 90 minutes."""
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+        if seconds % size == 0 or seconds >= 10 * size)
+    number = math.ceil(seconds / size)
+    return f"{number} {unit}{'s' if number > 1 else ''}"
+
+
+def moment(date: float) -> str:
+    """Return a time as people write it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
 
 
 def printable(text: str) -> str:
@@ -1632,10 +2059,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Answer until the client has no more to ask."""
-        answer, told = self.server.service.answer, dict[str, str]()
+        answer, last = self.server.service.answer, Last()
         try:
             for request in read_requests(self.receive):
-                action = answer(request, told)
+                action = answer(request, last)
                 self.request.sendall(f"action={action}\n\n".encode())
                 self.asked, self.active = True, time.monotonic()
         except BadRequest as error:
@@ -2078,7 +2505,7 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
         own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
     if own is not None:
         return own, "sql_limits_by_id"
-    own = settings.limits_by_id.get(fold(identity))
+    own = settings.limits_by_id.find(fold(identity))
     if own is not None:
         return own, "limits_by_id"
     return settings.limits, "limits"
@@ -2169,11 +2596,6 @@ def show_window(window: Window, colour: bool) -> str:
     room = f"room at {moment(window.room_at)}" if window.room_at else ""
     return (f"{seconds // size:>3}{unit} [{bar}] {f'{used}/{mails}':<11}"
             f" {room}").rstrip()
-
-
-def moment(date: float) -> str:
-    """Return a time as people write it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
 
 
 # ---------------------------------------------------------------------------
@@ -2858,10 +3280,6 @@ def load_settings(options: argparse.Namespace) -> Settings:
     config = configure(options)
     options.file = options.file or config.path  # a reload has another $HOME
     settings = check_settings(config)
-    if options.command in (run, check_start) and config.path is not None \
-            and "count_mode" not in config.values:
-        log.warning("%s: count_mode is not set: 1 holds, mails count at DATA;"
-                    " the original 1.2.0 counted at RCPT (0)", config.path)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
     return settings
 

@@ -1309,8 +1309,10 @@ class SettingsTest(FolderTest):
         ("sql_limits_by_id", "", None), ("sql_limits_by_id", '""', None),
         ("sql_limits_by_id", "SELECT ?", "SELECT ?"),
         ("limit_by_sasl", "False", False), ("limit_by_ip", "yes", True),
-        ("limit_by_sender", "TRUE", True), ("limited_networks", "", ()),
-        ("count_mode", "0", 0), ("count_mode", "2", 2),
+        ("limit_by_sender", "TRUE", True), ("limited_networks", "", None),
+        ("quotas", "[]", ()), ("dry_run", "True", True),
+        ("count_mode", "auto", "auto"), ("count_mode", "0", 0),
+        ("count_mode", "2", 2),
         ("success_action", "DUNNO ", "DUNNO"),
         ("fail_action", '"450 4.7.1 é"', "450 4.7.1 é"),
         ("db_error_action", "reject", "reject"),
@@ -1331,7 +1333,7 @@ class SettingsTest(FolderTest):
 
     EXPECTED = (  # names, what is expected, what is refused
         ("debug log_requests limit_by_sasl limit_by_sender limit_by_ip report"
-         " report_only_if_needed smtp_starttls smtp_tls_verify alert",
+         " report_only_if_needed smtp_starttls smtp_tls_verify alert dry_run",
          "True or False",
          ("2", "'yes'", "[]", "-1", "{}")),
         ("user group pidfile", "text (in quotes, if it looks like a number)",
@@ -1347,9 +1349,8 @@ class SettingsTest(FolderTest):
          ("0", "-1", "'5'", "True", "[]")),
         ("backend", "0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
          ("3", "-1", "'sqlite'", "True")),
-        ("count_mode",
-         "0 (each RCPT), 1 (recipients at DATA) or 2 (mails at DATA)",
-         ("3", "-1", "'1'")),
+        ("count_mode", "auto, 0 (each RCPT), 1 (recipients at DATA) or"
+         " 2 (mails at DATA)", ("3", "-1", "'1'", "'Auto'")),
         ("sqlite_config", "names with values, among them database, a path",
          ("'db'", "5", "['db']", "False", "{}")),
         ("mysql_config pgsql_config", "names with values",
@@ -1359,15 +1360,21 @@ class SettingsTest(FolderTest):
          ("[2, 500]", "5", "[[2]]", "[[2, 500, 3]]", "[[-1, 60]]",
           "[[1, 0]]", "[[1, -60]]", "[['2', '500']]", "[[True, 60]]",
           "{2: 500}", "'x'", "[None]", "['ab']")),
-        ("limits_by_id", "identities, each with a list of [mails, seconds]",
+        ("limits_by_id",
+         "identities or patterns, each with a list of [mails, seconds]",
          ("[]", "'x'", "5", "{'joe': None}", "{'joe': [1, 2]}",
           "{'joe': [[-1, 2]]}", "{True: []}")),
-        ("limited_networks", 'a list of networks such as [10.0.0.0/8, "::/0"]',
+        ("limited_networks",
+         'a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]',
          ("['foo']", "'10.0.0.0/8'", "['10.0.0.0/33']", "[5]", "[[]]",
           "['10.0.0.']", "['fe80::/129']")),
-        ("success_action fail_action db_error_action",
+        ("quotas", "a list of quotas, each with by, limits and a name of its"
+         " own", ("5", "[5]", "[{}]", "'x'")),
+        ("success_action db_error_action",
          'an action of access(5), such as "dunno"',
          ("True", "''", "[]", r"'a\nb'", r"'a\x07'")),
+        ("fail_action", "an action, in which $identity, $used, ... stand for"
+         " what was found", ("True", "''", r"'a\nb'", "'$x'", "'1 $ and'")),
         ("sql_limits_by_id report_from", "text, or null", ("5", "['x']")),
         ("report_to alert_command", "text or a list of texts",
          ("5", "[5]", "['']", "[None]", "{'a': 1}")),
@@ -1388,7 +1395,8 @@ class SettingsTest(FolderTest):
         for name, text, value in self.ACCEPTED:
             with self.subTest(name=name, text=text):
                 settings = self.settings(f"{name}: {text}\n")
-                self.assertEqual(getattr(settings, name), value)
+                found = getattr(settings, name)
+                self.assertEqual(getattr(found, "texts", found), value)
         self.assertEqual({name for name, *_ in self.ACCEPTED}
                          | {"limited_networks"},
                          {one.name for one in fields(prl.Settings)})
@@ -1396,8 +1404,10 @@ class SettingsTest(FolderTest):
     def test_networks_may_have_host_bits_and_both_families(self) -> None:
         settings = self.settings(
             'limited_networks: [10.1.2.3/8, "::/0", 192.0.2.7]\n')
-        self.assertEqual([str(one) for one in settings.limited_networks],
-                         ["10.0.0.0/8", "::/0", "192.0.2.7/32"])
+        assert settings.limited_networks and settings.limited_networks.wanted
+        self.assertEqual(
+            [str(one) for one, _ in settings.limited_networks.wanted.networks],
+            ["192.0.2.7/32", "10.0.0.0/8", "::/0"])
 
     def test_refusal_names_file_line_setting_found_and_expected(self) -> None:
         seen = {
@@ -1449,12 +1459,21 @@ class SettingsTest(FolderTest):
             with self.subTest(text=text):
                 self.settings(text + "\n")
 
-    def test_a_file_without_count_mode_is_told_of(self) -> None:
-        path = self.write("test.yaml", "debug: no\n")
-        for command_, told in (("--check", 1), ("--clean", 0)):
-            _, _, err = command("-f", path, command_, "--standalone",
-                                self.folder)
-            self.assertEqual(err.count("count_mode is not set"), told)
+    def test_a_quota_that_means_nothing_is_refused(self) -> None:
+        for quota in (
+                "{by: joe}", "{by: []}", "{by: server, limts: []}",
+                "{by: server, limits: 5}", "{by: server, count: minds}",
+                "{by: [[server]]}", "{by: server, name: A}",
+                "{by: server, name: 'a=b'}", "{by: server, when: 5}",
+                "{by: server, when: {x: y}}",
+                "{by: server, when: {sender: []}}",
+                "{by: server, fail_action: '$x'}",
+                "{by: server, dry_run: maybe}",
+                "{by: sender}, {by: server, name: sender}",
+                "{by: client_address, limits_by_id: {1.2.3.4/99: []}}"):
+            with self.subTest(quota), \
+                    self.assertRaisesRegex(prl.ConfigError, "yaml:2: quotas"):
+                self.settings(f"limits: []\nquotas: [{quota}]\n")
 
     def test_unknown_setting_is_a_warning_with_a_guess(self) -> None:
         for name, guess in (
@@ -1584,7 +1603,9 @@ class PolicyTest(unittest.TestCase):
                 (1, "DATA", 3, 3), (1, "DATA", 0, 1), (1, "DATA", "", 1),
                 (1, "END-OF-MESSAGE", 3, 3), (2, "RCPT", 0, None),
                 (2, "DATA", 3, 1), (2, "END-OF-MESSAGE", 3, 1),
-                (1, "VRFY", 0, None), (1, "", 0, None), (1, "data", 3, None)):
+                (1, "VRFY", 0, None), (1, "", 0, None), (1, "data", 3, 3),
+                ("auto", "RCPT", 3, 1), ("auto", "DATA", 3, 3),
+                ("auto", "END-OF-MESSAGE", 3, 3), ("auto", "MAIL", 0, None)):
             claims = prl.claims_of(
                 request(protocol_state=state, recipient_count=recipients),
                 prl.Settings(count_mode=mode))
@@ -1600,6 +1621,124 @@ class PolicyTest(unittest.TestCase):
             claims = prl.claims_of(request(sasl_username=user), settings)
             self.assertEqual([claim.limits for claim in claims],
                              [] if limits is None else [limits], user)
+
+    def test_the_most_specific_pattern_gives_the_limits(self) -> None:
+        patterns = ("joe@a.example.org", "@a.example.org", "@.example.org",
+                    "@.org", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.3",
+                    "2001:db8::/32", ".example.net", "@EXAMPLE.com", "example")
+        found = prl.as_patterns({name: name for name in patterns})
+        for value, pattern in (
+                ("joe@a.example.org", "joe@a.example.org"),
+                ("ann@a.example.org", "@a.example.org"),
+                ("ann@b.a.example.org", "@.example.org"),
+                ("ann@example.org", "@.org"), ("ann@org", None),
+                ("x@y@a.example.org", "@a.example.org"),
+                ("10.1.2.3", "10.1.2.3"), ("10.1.2.4", "10.1.0.0/16"),
+                ("10.2.0.1", "10.0.0.0/8"), ("11.0.0.1", None),
+                ("2001:db8::7", "2001:db8::/32"), ("a.example.net",
+                ".example.net"), ("example.net", None), ("a.org", None),
+                ("joe@a.example.net", None), ("joe@example.com",
+                "@EXAMPLE.com"), ("example", "example"), ("", None)):
+            self.assertEqual(found.find(value), pattern, value)
+
+    def test_a_choice_fits_by_one_pattern_and_never_by_an_unwanted(self
+                                                                   ) -> None:
+        for patterns, fitting, others in (
+                ("joe", ("joe",), ("ann", "")), ("", ("",), ("joe",)),
+                (["joe", "@x.org"], ("joe", "a@x.org"), ("x.org", "a@y.org")),
+                (["!10.0.0.0/8", "0.0.0.0/0"], ("1.1.1.1",), ("10.0.0.1",
+                 "::1", "")), (["!joe"], ("ann", ""), ("joe",)),
+                (["@.x.org", "!@a.x.org"], ("j@b.x.org",), ("j@a.x.org",)),
+                (587, ("587",), ("25",)), (["!", ], ("joe",), ("",))):
+            choice = prl.as_choice(patterns)
+            for values, fits in ((fitting, True), (others, False)):
+                for value in values:
+                    self.assertEqual(choice.fits(value), fits,
+                                     (patterns, value))
+
+    def claimed(self, *quotas: dict[str, Any], **attributes: object,
+                ) -> dict[str, int]:
+        """Return what a request costs by key, but for the first rule's."""
+        settings = prl.Settings(limit_by_sasl=False, quotas=prl.as_quotas([
+            {"limits": [[9, 60]], **quota} for quota in quotas]))
+        return {claim.identity: claim.cost for claim in prl.claims_of(
+            request(recipient_count=3, **attributes), settings)}
+
+    def test_a_quota_counts_by_attributes(self) -> None:
+        for by, attributes, key in (
+                ("sasl_username", {"sasl_username": "Joe"},
+                 "sasl_username=joe"),
+                ("sasl_domain", {"sasl_username": "Joe@X.org"},
+                 "sasl_domain=x.org"), ("sasl_domain", {}, None),
+                ("sender_domain", {}, "sender_domain=example.org"),
+                ("sender_domain", {"sender": ""}, None),
+                ("server", {"sasl_username": ""}, "server=all"),
+                ("client_address", {}, "client_address=192.0.2.7"),
+                ("client_network", {}, "client_network=192.0.2.0/24"),
+                ("client_network", {"client_address": "2001:db8::1:2:3:4"},
+                 "client_network=2001:db8::/64"),
+                ("client_network", {"client_address": "unknown"}, None),
+                ("server_port", {"server_port": 587}, "server_port=587"),
+                ("server_port", {}, None), (["sender", "helo_name"], {}, None),
+                (["sender", "helo_name"], {"helo_name": "a|b%"},
+                 "sender+helo_name=joe@example.org|a%7cb%25")):
+            self.assertEqual(list(self.claimed({"by": by}, **attributes)),
+                             [] if key is None else [key], by)
+
+    def test_a_quota_counts_what_it_says(self) -> None:
+        for count, attributes, cost in (
+                ("", {}, 3), ("recipients", {}, 3), ("mails", {}, 1),
+                ("bytes", {"size": 12345}, 12345), ("bytes", {}, None),
+                ("bytes", {"size": 10**12}, 2**31 - 1),
+                ("", {"protocol_state": "RCPT"}, 1), ("client_network", {}, 1),
+                ("helo_name", {}, None)):
+            self.assertEqual(
+                list(self.claimed({"by": "server", "count": count},
+                                  **attributes).values()),
+                [] if cost is None else [cost], (count, attributes))
+
+    def test_a_quota_concerns_whom_it_names(self) -> None:
+        stranger = {"sasl_username": "", "client_address":
+                    ["!10.0.0.0/8", "0.0.0.0/0", "::/0"]}
+        for attributes, concerned in (
+                ({"sasl_username": ""}, True), ({}, False),
+                ({"sasl_username": "", "client_address": "10.0.0.1"}, False),
+                ({"sasl_username": "", "client_address": "::1"}, True),
+                ({"sasl_username": "", "client_address": "unknown"}, False)):
+            self.assertEqual(bool(self.claimed(
+                {"by": "server", "when": stranger}, **attributes)),
+                concerned, attributes)
+
+    def test_an_identity_is_never_a_quota_s_key(self) -> None:
+        quotas = prl.as_quotas([{"by": "sasl_domain", "limits": [[1, 60]]}])
+        settings = prl.Settings(quotas=quotas)
+        keys = []
+        for user in ("x@example.org", "sasl_domain=example.org",
+                     "=sasl_domain=example.org", "a=b", "=a=b"):
+            keys += [claim.identity for claim in prl.claims_of(
+                request(sasl_username=user), settings)]
+        self.assertEqual(keys, [
+            "x@example.org", "sasl_domain=example.org",
+            "=sasl_domain=example.org", "==sasl_domain=example.org",
+            "a=b", "=a=b"])
+
+    def test_what_is_only_tried_never_refuses(self) -> None:
+        tried, strict = prl.Settings(dry_run=True).rules * 1 + \
+            prl.Settings().rules
+        limit = (prl.Limit(1, 60),)
+        claims = [prl.Claim("tried", 2, limit, tried),
+                  prl.Claim("strict", 1, limit, strict)]
+        accounts = {claim.identity: prl.Account(claim.identity, limit)
+                    for claim in claims}
+        for account in accounts.values():
+            account.before = (0,)
+        verdicts, rows = prl.decide(
+            [prl.Charge(claims, 1000), prl.Charge(claims, 1000)], accounts)
+        self.assertEqual([(one.broken and one.broken.claim.identity,
+                           [use.claim.identity for use in one.tried])
+                          for one in verdicts],
+                         [(None, ["tried"]), ("strict", ["tried"])])
+        self.assertEqual([row[0] for row in rows], ["strict"])
 
     def test_a_mail_passes_that_fits_whole(self) -> None:
         day, minute = prl.Limit(150, 86400), prl.Limit(10, 60)
@@ -1686,6 +1825,47 @@ class StoreContract:
             self.assertEqual(verdict.broken and verdict.broken.claim.identity,
                              expected)
         self.assertEqual(self.used(ledger, 1000), 1)
+
+    def test_different_values_are_counted_exactly(self) -> None:
+        ledger = self.open()
+        limit = (prl.Limit(2, 60), prl.Limit(3, 600))
+
+        def passes(now: int, value: str) -> bool:
+            return ledger.charge(prl.Charge([prl.Claim(
+                "places=joe", 1, limit, None, value)], now)).broken is None
+
+        for now, value, passed in (
+                (1000, "a", True), (1001, "a", True), (1010, "b", True),
+                (1011, "c", False), (1012, "a", True), (1069, "c", False),
+                (1070, "c", True), (1071, "d", False), (1080, "a", True),
+                (1130, "a", True), (1140, "d", False), (1609, "d", False),
+                (1610, "d", True), (1670, "e", True), (1671, "b", False)):
+            self.assertEqual(passes(now, value), passed, (now, value))
+        self.assertEqual(self.execute(
+            ledger, "SELECT count(*) FROM mail_count"), [(0,)])
+
+    def test_the_time_of_room_is_exact(self) -> None:
+        wanting = prl.Settings(fail_action="450 $room_in").rules[0]
+        chance = random.Random(5)
+        ledger, now = self.open(), 1000
+        for _ in range(60):
+            now += chance.choice((0, 1, 7, 30))
+            self.passes(ledger, now, cost=chance.choice((1, 2, 3)))
+            cost = chance.choice((4, 8, 11))
+            verdict = ledger.charge(prl.Charge(
+                [prl.Claim("joe", cost, self.LIMITS[:1], wanting)], now))
+            if verdict.broken is None:
+                continue
+            if cost > 10:
+                self.assertIsNone(verdict.room_at)
+                continue
+            assert verdict.room_at is not None
+            for at, fits in ((verdict.room_at - 1, False),
+                             (verdict.room_at, True)):
+                [[used]] = self.execute(
+                    ledger, "SELECT coalesce(sum(recipient_count), 0) FROM"
+                    " mail_count WHERE id = 'joe' AND date > ?", at - 60)
+                self.assertEqual(used + cost <= 10, fits, (now, at))
 
     def test_counts_outlive_the_connection(self) -> None:
         ledger = self.open()
@@ -2454,7 +2634,7 @@ class DatabaseFailureTest(NetTest):
             clock[0] = now
             head = request_text(sasl_username=user, recipient_count=cost,
                                 instance="")
-            return service.answer(prl.parse_request(head[:-2]), {})
+            return service.answer(prl.parse_request(head[:-2]), prl.Last())
 
         return ask
 
@@ -2482,15 +2662,15 @@ class ServiceTest(FolderTest):
         self.now = 1000.0
         given = prl.Settings(
             sqlite_config={"database": self.path("db")},
-            limits=(prl.Limit(3, 60),), **settings)
+            **{"limits": (prl.Limit(3, 60),), **settings})
         ledger = prl.open_ledger(given)
         self.addCleanup(ledger.database.close)
         return prl.Service(given, ledger, clock=lambda: self.now)
 
     def answers(self, service: prl.Service, *requests: dict[str, Any],
-                told: dict[str, str] | None = None) -> list[str]:
+                told: prl.Last | None = None) -> list[str]:
         """Return the actions for requests of one connection, shortened."""
-        told = {} if told is None else told
+        told = prl.Last() if told is None else told
         return [service.answer(request(**one), told).split()[0]
                 for one in requests]
 
@@ -2534,8 +2714,82 @@ class ServiceTest(FolderTest):
             self.assertEqual(said[-1], "defer_if_permit")
         self.assertEqual(said, ["defer_if_permit"] * 4)
 
+    def test_a_mail_counts_where_postfix_first_asks(self) -> None:
+        """README tells to put the check into either list."""
+        for states, passed in (
+                (("RCPT", "RCPT", "DATA", "END-OF-MESSAGE"), [1, 1, 1, 1]),
+                (("RCPT", "RCPT", "RCPT", "RCPT", "DATA"), [1, 1, 1, 0, 1]),
+                (("DATA", "END-OF-MESSAGE"), [1, 1]),
+                (("END-OF-MESSAGE",), [1])):
+            service, last = self.service(), prl.Last()
+            execute = sqlite3.connect(self.path("db")).execute
+            said = self.answers(service, *[
+                {"protocol_state": state, "recipient_count": 0
+                 if state == "RCPT" else 3} for state in states], told=last)
+            self.assertEqual([one == "dunno" for one in said],
+                             list(map(bool, passed)), states)
+            [[used]] = execute("SELECT sum(recipient_count) FROM mail_count")
+            self.assertEqual(used, states.count("RCPT") and min(
+                states.count("RCPT"), 3) or 3, states)
+            os.unlink(self.path("db"))
+
+    def test_mails_and_bytes_count_once_at_rcpt(self) -> None:
+        quotas = prl.as_quotas([
+            {"by": "server", "name": count, "count": count,
+             "limits": [[10**6, 60]]} for count in ("mails", "bytes")])
+        service = self.service(quotas=quotas, limit_by_sasl=False)
+        rcpt = {"protocol_state": "RCPT", "size": 1000}
+        for instance in "ab":
+            self.answers(service, *[{**rcpt, "instance": instance}] * 3,
+                         told=prl.Last())
+        self.assertEqual(counted(self.path("db")),
+                         {"mails=all": 2, "bytes=all": 2000})
+
+    def test_all_quotas_are_charged_or_none(self) -> None:
+        service = self.service(quotas=prl.as_quotas([
+            {"by": "sasl_domain", "limits": [[4, 60]],
+             "fail_action": "reject $identity: $used of $mails in $window,"
+             " room $room_in, at $room_at, 5$$"},
+            {"by": "server", "limits": [[5, 60]]}]))
+        said = self.answers(service, *[
+            {"sasl_username": f"{user}@x.org"} for user in "aaabbb"],
+            {"sasl_username": "c@y.org"}, {"sasl_username": "d@z.org"})
+        self.assertEqual(said, ["dunno"] * 4 + ["reject"] * 2 + [
+            "dunno", "defer_if_permit"])
+        self.assertEqual(counted(self.path("db")), {
+            "a@x.org": 3, "b@x.org": 1, "c@y.org": 1, "server=all": 5,
+            "sasl_domain=x.org": 4, "sasl_domain=y.org": 1})
+        self.now = 1010
+        self.assertEqual(service.answer(
+            request(sasl_username="b@x.org"), prl.Last()),
+            "reject sasl_domain=x.org: 4 of 4 in 1 minute,"
+            " room 50 seconds, at " + prl.moment(1060) + ", 5$")
+
+    def test_what_never_passes_is_told(self) -> None:
+        service = self.service(fail_action="450 $room_in $room_at")
+        with self.assertLogs(prl.log, prl.NOTICE) as logged:
+            self.assertEqual(service.answer(
+                request(recipient_count=4), prl.Last()), "450 never never")
+        self.assertIn("it can never pass", logged.output[0])
+
+    def test_a_dry_run_counts_and_logs_and_refuses_nothing(self) -> None:
+        service = self.service(dry_run=True)
+        with self.assertLogs(prl.log, prl.NOTICE) as logged:
+            self.assertEqual(self.answers(service, *[{}] * 5), ["dunno"] * 5)
+        self.assertEqual(sum("would refuse for <joe> 3/60s" in line
+                             for line in logged.output), 2)
+        self.assertEqual(counted(self.path("db")), {"joe": 3})
+
+    def test_times_are_spelled_as_people_do(self) -> None:
+        for seconds, text in ((1, "1 second"), (59, "59 seconds"),
+                              (60, "1 minute"), (61, "61 seconds"),
+                              (601, "11 minutes"), (3600, "1 hour"),
+                              (5400, "90 minutes"), (86400, "1 day"),
+                              (90000, "25 hours"), (7 * 86400, "7 days")):
+            self.assertEqual(prl.spell(seconds), text)
+
     def test_the_wrong_restriction_list_is_told_once_a_minute(self) -> None:
-        service = self.service()
+        service = self.service(count_mode=1)
         with quiet() as said:
             self.answers(service, *[{"protocol_state": "RCPT"}] * 9)
         [warning] = said
