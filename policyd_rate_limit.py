@@ -998,12 +998,12 @@ class SQLite(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of sqlite3.connect()."""
-        return {"timeout": self.timeout, **settings.sqlite_config}
+        return {"timeout": self.timeout, **settings.sqlite_config,
+                "isolation_level": None, "check_same_thread": False}
 
     def connect(self, timeout: int) -> Connection:
         """Open the file, so that a commit outlives a power cut."""
-        connection = self.driver.connect(
-            isolation_level=None, check_same_thread=False, **self.config)
+        connection = self.driver.connect(**self.config)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         self._file = self._identify()
@@ -1012,7 +1012,7 @@ class SQLite(Backend):
     def look(self) -> Connection:
         """Open the file to read; a missing one is not made."""
         path = urllib.parse.quote(os.path.abspath(self.config["database"]))
-        return self.driver.connect(isolation_level=None, **{
+        return self.driver.connect(**{
             **self.config, "database": f"file:{path}?mode=rw", "uri": True})
 
     def is_stale(self) -> bool:
@@ -1075,12 +1075,9 @@ class MySQL(Backend):
     begin = begin_reading = ""
 
     def choose(self, settings: Settings) -> dict[str, Any]:
-        """Return the arguments of connect(); utf8 cannot hold all names."""
-        charset = str(settings.mysql_config.get("charset", "utf8"))
-        if charset.startswith("utf8"):
-            charset = "utf8mb4"
+        """Return the arguments of connect(); no other charset holds all."""
         flags = settings.mysql_config.get("client_flag", 0)
-        return {**settings.mysql_config, "charset": charset,
+        return {**settings.mysql_config, "charset": "utf8mb4",
                 "client_flag": flags | MULTI_STATEMENTS}
 
     def connect(self, timeout: int) -> Connection:

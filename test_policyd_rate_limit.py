@@ -1868,6 +1868,14 @@ class SQLiteTest(StoreContract, FolderTest):
         self.addCleanup(ledger.database.close)
         return ledger
 
+    def test_its_own_arguments_of_connect_win(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]", "-o",
+                             "sqlite_config.check_same_thread=True", "-o",
+                             "sqlite_config.isolation_level=DEFERRED")
+        self.assertEqual([daemon.ask(), daemon.ask()], [PASS, REFUSED])
+        self.assertIn("[##########] 1/1", run("--status", *daemon.options
+                                              ).stdout)
+
     def test_a_window_is_read_through_the_index(self) -> None:
         ledger = self.open()
         plan = self.execute(ledger, "EXPLAIN QUERY PLAN "
@@ -2222,6 +2230,11 @@ class PyMySQLTest(DriverTest):
     kind = MariaDB
     driver = "pymysql"
     before = ("MySQLdb",)
+
+    def test_a_charset_that_cannot_hold_all_names_does_no_harm(self) -> None:
+        host = self.host(**self.connecting(charset="latin1"))
+        self.assertEqual(host.ask(sasl_username="дима😀"), PASS)
+        self.assertEqual(self.counted("дима😀"), 1)
 
 
 class Psycopg2Test(HostsTest):
