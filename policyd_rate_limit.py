@@ -186,6 +186,10 @@ def parse_address(
 # tells the admin what was expected.
 # ---------------------------------------------------------------------------
 
+ANY_WINDOW = range(1, MAX_NUMBER + 1)
+ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
+    r"(?i:ok|[45]..|dunno|defer|defer_if_(?:permit|reject)|bcc|discard|filter"
+    r"|hold|info|prepend|redirect|warn|(?:permit|reject)(?:_\w+)?|check_\w+)")
 Limits = tuple[Limit, ...]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -337,7 +341,8 @@ def expect(expected: str, check: Callable[[Any], T]) -> Callable[[Any], T]:
 as_seconds = expect("a number of seconds, 1 or more",  # 68 years: for ever
                     lambda value: min(as_whole(value, 1), MAX_NUMBER))
 as_windows = expect("a list of seconds, such as [86400]",
-                    lambda value: tuple(map(as_seconds, as_list(value))))
+                    lambda value: None if value is None else tuple(
+                        map(as_seconds, as_list(value))))
 as_backend = expect("0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
                     lambda value: as_whole(value, most=2))
 as_count_mode = expect(
@@ -426,8 +431,9 @@ class Settings:
         None, as_addresses, "who gets reports: one address or a list")
     report_subject: str = setting(
         "policyd-rate-limit report", as_subject, "the subject of reports")
-    report_limits: tuple[int, ...] = setting(
-        [86400], as_windows, "the windows, in seconds, to report")
+    report_limits: tuple[int, ...] | None = setting(
+        None, as_windows,
+        "the windows, in seconds, to report; null: 86400, or all without it")
     report_only_if_needed: bool = setting(
         True, as_bool, "no report if nobody hit a limit")
     smtp_server: tuple[str, int] = setting(
@@ -444,15 +450,46 @@ class Settings:
         None, as_texts, "a program to run in place of mailing an alert")
 
     @property
-    def longest_window(self) -> int:
-        """Return the longest window of the file's limits, in seconds."""
-        limits = itertools.chain(self.limits, *self.limits_by_id.values())
-        return max((limit.seconds for limit in limits), default=86400)
+    def windows(self) -> set[int]:
+        """Return the windows of the file's limits, in seconds."""
+        return {limit.seconds for limits in (
+            self.limits, *self.limits_by_id.values()) for limit in limits}
 
     @property
-    def noted_windows(self) -> tuple[int, ...]:
+    def longest_window(self) -> int:
+        """Return the longest of these."""
+        return max(self.windows, default=86400)
+
+    @property
+    def noted_windows(self) -> Sequence[int]:
         """Return the windows whose refusals are kept for the report."""
-        return self.report_limits if self.report else ()
+        usual = [86400] if 86400 in self.windows else ANY_WINDOW
+        named = usual if self.report_limits is None else self.report_limits
+        return named if self.report else ()
+
+
+def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
+    """Yield what has no effect, with True if that means: nothing counts."""
+    named = settings.limit_by_sasl or settings.limit_by_sender
+    windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
+    mails_alert = settings.alert and not settings.alert_command
+    if not named and not settings.limit_by_ip:
+        yield True, ("limit_by_sasl, limit_by_sender, limit_by_ip: all are"
+                     " False, so nothing is limited")
+    if settings.limit_by_ip and not settings.limited_networks:
+        yield not named, "limited_networks: empty, so no address is limited"
+    if not windows:
+        yield True, ("limits: none here, in limits_by_id or by"
+                     " sql_limits_by_id, so nothing is limited")
+    if (settings.report or mails_alert) and not settings.report_to:
+        yield False, "report_to: nobody is named to get reports and alerts"
+    for window in settings.report_limits or ():
+        if (settings.report or settings.alert) and window not in windows:
+            yield False, f"report_limits: no limit has the window {window}"
+    for name in ("success_action", "fail_action", "db_error_action"):
+        word = str(getattr(settings, name)).split()[0]
+        if not ACTIONS.fullmatch(word):
+            yield False, f"{name}: access(5) knows no action {word}"
 
 
 # ---------------------------------------------------------------------------
@@ -1197,7 +1234,7 @@ class Ledger:
     """
 
     def __init__(self, database: Database, query: str | None = None,
-                 noted: tuple[int, ...] = ()) -> None:
+                 noted: Sequence[int] = ()) -> None:
         """Take the setting sql_limits_by_id, and the windows to report."""
         self.database = database
         self.query = query
@@ -1859,7 +1896,6 @@ def send_reports(database: Database, settings: Settings) -> None:
     What an address does not take it is owed, in a table of its own: so its
     next report tells it, and nobody is told anything twice.
     """
-    warn_unaddressed(settings)
     addresses = {fold(address): address for address in settings.report_to}
     failed: dict[str, list[str]] = {}
     for key, address in addresses.items():
@@ -1925,13 +1961,6 @@ def owe(transaction: Transaction, some: Sequence[tuple[Any, int]],
     transaction.write(
         "INSERT INTO report_owed (address, id, delta, hit) VALUES {}",
         [(address, *key, hit) for key, hit in some for address in others])
-
-
-def warn_unaddressed(settings: Settings) -> None:
-    """Warn if nobody is named to get reports or alerts."""
-    alert = settings.alert and not settings.alert_command
-    if (settings.report or alert) and not settings.report_to:
-        log.warning("report_to: nobody is named to get reports and alerts")
 
 
 def report(hits: Hits) -> str:
@@ -2008,7 +2037,8 @@ class Alarm:
         """Take note of a refusal: by a look-up only, for mail waits."""
         identity, limit = broken.claim.identity, broken.limit
         window = limit.seconds
-        if not settings.alert or window not in settings.report_limits:
+        named = settings.report_limits
+        if not settings.alert or named is not None and window not in named:
             return
         key = identity, window
         with self._lock:
@@ -2821,7 +2851,6 @@ def serve(settings: Settings, owner: Owner | None,
     """
     signals = catch_signals()
     make_folders(settings, owner)
-    warn_unaddressed(settings)
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, alarm=alarm.refused)
@@ -2912,7 +2941,6 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
-    warn_unaddressed(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
 
@@ -3010,7 +3038,22 @@ def load_settings(options: argparse.Namespace) -> Settings:
         log.warning("%s: count_mode is not set: 1 holds, mails count at DATA;"
                     " the original 1.2.0 counted at RCPT (0)", config.path)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
+    if options.command in (run, check_start):
+        tell_doubts(settings, options.command is check_start)
     return settings
+
+
+def tell_doubts(settings: Settings, strict: bool) -> None:
+    """Log what has no effect; if strict, raise where nothing is limited."""
+    for nothing_counts, message in doubts(settings):
+        if nothing_counts and strict:
+            raise ConfigError(message)
+        log.log(logging.ERROR if nothing_counts else logging.WARNING,
+                "%s", message)
+    for program in settings.alert_command[:settings.alert]:
+        if not shutil.which(program):
+            log.warning("alert_command: %s: not there or not executable",
+                        program)
 
 
 def configure(options: argparse.Namespace) -> Config:
@@ -3066,6 +3109,7 @@ def clean(options: argparse.Namespace) -> None:
         ledger.database.close()
     print(f"{deleted} records deleted")
     if settings.report:
+        tell_doubts(settings, strict=False)
         send_reports(ledger.database, settings)
 
 

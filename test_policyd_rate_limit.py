@@ -1227,6 +1227,15 @@ class DocsTest(unittest.TestCase):
         self.assertEqual(list(config.values.keys() ^ prl.default_values()), [])
         self.assertEqual(prl.check_settings(config), prl.Settings())
 
+    def test_the_reader_refuses_what_readme_says(self) -> None:
+        told = re.search("It refuses (.*?)What it refuses", self.readme, re.S)
+        assert told is not None
+        for example in re.findall("`(.*?)`", told[1]):
+            for text in (example, f"a: {example}"):
+                with self.subTest(text=text), \
+                        self.assertRaises(prl.YamlError):
+                    prl.parse_yaml(text)
+
     def test_readme_has_each_option_and_exit_code(self) -> None:
         for option in set(re.findall(
                 r"(?<![\w-])--?[a-z][a-z-]*", run("-h").stdout)):
@@ -1322,6 +1331,7 @@ class SettingsTest(FolderTest):
         ("report_to", '"a@b.c, d@e.f"', ("a@b.c", "d@e.f")),
         ("report_subject", "''", ""), ("report_subject", "Hello", "Hello"),
         ("report_limits", "[60]", (60,)),
+        ("report_limits", "null", None), ("report_limits", "[]", ()),
         ("report_only_if_needed", "off", False), ("smtp_starttls", "0", False),
         ("smtp_tls_verify", "False", False), ("alert", "True", True),
         ("alert_command", "null", ()),
@@ -1462,7 +1472,7 @@ class SettingsTest(FolderTest):
     def test_unusual_files_start(self) -> None:
         for text in (
                 "", "# nothing\n", "report: True\n", "limits_by_id:\n",
-                "user: nosuch\n", "limits: []\n", "limits:\n- [1, 2]\n",
+                "user: nosuch\n", "limits:\n- [1, 2]\n",
                 "---\ndebug: no\n", "mysql_config:\n", "a: {b: [c]}\n",
                 "1: 2\n"):
             with self.subTest(text=text):
@@ -1485,6 +1495,67 @@ class SettingsTest(FolderTest):
             _, _, err = command("-f", path, command_, "--standalone",
                                 self.folder)
             self.assertEqual(err.count("count_mode is not set"), told)
+
+    def test_what_has_no_effect_is_told(self) -> None:
+        for text, message in (
+                ("limit_by_ip: True", "limited_networks: empty, so no address"
+                                      " is limited"),
+                ("report: True", "report_to: nobody is named to get reports"
+                                 " and alerts"),
+                ("alert: True", "report_to: nobody is named to get reports"
+                                " and alerts"),
+                ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]",
+                 "report_limits: no limit has the window 61"),
+                ("fail_action: dunnno", "fail_action: access(5) knows no"
+                                        " action dunnno"),
+                ("db_error_action: 4.7.1 x", "db_error_action: access(5) knows"
+                                             " no action 4.7.1"),
+                (f"alert: True\nalert_command: {self.folder}/no",
+                 f"alert_command: {self.folder}/no: not there or not"
+                 " executable")):
+            with self.subTest(text=text):
+                self.check_told(text, f"warning: {message}\n", 0, "\nOK\n")
+
+    def test_where_nothing_is_limited_a_check_ends_with_5(self) -> None:
+        for text, message in (
+                ("limit_by_sasl: False", "limit_by_sasl, limit_by_sender,"
+                 " limit_by_ip: all are False, so nothing is limited"),
+                ("limit_by_sasl: False\nlimit_by_ip: True",
+                 "limited_networks: empty, so no address is limited"),
+                ("limits: []\nlimits_by_id: {joe: []}",
+                 "limits: none here, in limits_by_id or by sql_limits_by_id,"
+                 " so nothing is limited")):
+            with self.subTest(text=text):
+                self.check_told(text, f"error: {message}\n", 5, "")
+
+    def check_told(self, text: str, line: str, status: int,
+                   out: str) -> None:
+        """Look for a line in what --check, a start and a reload say."""
+        daemon = self.daemon(f"count_mode: 1\n{text}\n")
+        told, *_ = daemon.log().partition("listening on")
+        self.assertEqual(told, line)
+        daemon.send(signal.SIGHUP)
+        daemon.wait_log("configuration reloaded")
+        self.assertEqual(daemon.log().count(line), 2)
+        got = command("--check", *daemon.options)
+        self.assertEqual((got[0], got[1][-4:], got[2]), (status, out, line))
+        daemon.stop()
+
+    def test_what_has_an_effect_is_not_told(self) -> None:
+        for text in (
+                "limits: []\nlimits_by_id: {joe: [[1, 2]]}\n",
+                "limits: []\nsql_limits_by_id: SELECT '[]' WHERE 'x' = ?\n",
+                "limit_by_sasl: no\nlimit_by_ip: yes\n"
+                "limited_networks: ['::/0']\n", "report_limits: [7]\n",
+                "alert: True\nalert_command: [logger, x]\n",
+                "report: yes\nreport_to: a@b.c\nlimits: [[1, 7]]\n",
+                "fail_action: 450\nsuccess_action: OK\ndb_error_action:"
+                " reject_unauth_destination\n"):
+            with self.subTest(text=text):
+                path = self.write("test.yaml", f"count_mode: 1\n{text}")
+                self.assertEqual(command(
+                    "-f", path, "--check", "--standalone", self.folder)[::2],
+                    (0, ""))
 
     def test_unknown_setting_is_a_warning_with_a_guess(self) -> None:
         for name, guess in (
@@ -2983,6 +3054,21 @@ class ReportTest(ReportsTest):
         self.refuse("ann", ledger=self.open(report_limits=(60,)))
         self.assertEqual(len(self.noted()), 2)
 
+    def test_left_out_the_reported_windows_are_a_day_s_or_all(self) -> None:
+        for limits, query, windows in (
+                ([[9, 60], [9, 86400]], None, {86400}),
+                ([[9, 60]], None, {60, 86400}),
+                ([], "SELECT ?", {60, 86400})):
+            with self.subTest(limits=limits):
+                ledger = self.open(report=True, sql_limits_by_id=query,
+                                   limits=prl.as_limits(limits))
+                ledger.query = None
+                for window in (60, 86400):
+                    self.refuse(str(limits), 1, window, ledger)
+                self.assertEqual(windows, {
+                    window for who, window in self.noted()
+                    if who == str(limits)})
+
     def test_a_batch_notes_each_of_its_refusals(self) -> None:
         charges = [prl.Charge([prl.Claim(who, 1, (prl.Limit(0, 60),))], 1000)
                    for who in ("joe", "ann", "joe")]
@@ -3142,7 +3228,7 @@ class AlertTest(ReportsTest):
     def test_the_daemon_alerts_once_a_window(self) -> None:
         sink = self.sink()
         daemon = self.daemon(json.dumps({
-            "limits": [[1, 60]], "report_limits": [60], "alert": True,
+            "limits": [[1, 60], [9, 86400]], "alert": True,
             "report_to": "a@x.org", "smtp_server": list(sink.address)}))
         with daemon.client() as client:
             for who in ("joe", "ann"):
@@ -3168,7 +3254,8 @@ class AlertTest(ReportsTest):
 
     def test_the_next_window_tells_how_many_were_refused(self) -> None:
         sink = self.sink()
-        alarm, given = self.alarm([0.0]), self.settings(sink)
+        alarm = self.alarm([0.0])
+        given = self.settings(sink, report_limits=(86400,))
         for now in (1000, 1001, 87399, 87400, 87401):
             alarm.refused(self.usage("joe"), "192.0.2.7", given, now)
             alarm.refused(self.usage("joe", 60), "192.0.2.7", given, now)
@@ -3906,7 +3993,7 @@ class ProcessTest(NetTest):
                              in daemon.log()[said:], "a complaint")
             os.unlink(daemon.config)
             daemon.send(signal.SIGHUP)
-            daemon.wait_log("no such configuration file")
+            daemon.wait_log("no configuration file found")
             self.assertEqual([client.ask(), client.ask()], [PASS, REFUSED])
 
     def test_another_instance_does_the_first_no_harm(self) -> None:
