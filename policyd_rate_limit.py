@@ -71,7 +71,7 @@ import unicodedata
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union
@@ -213,8 +213,24 @@ DERIVED = {  # what is made of such an attribute
 FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
          "room_in")  # what fail_action may name
 
+ANY_WINDOW = range(1, MAX_NUMBER + 1)
+ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
+    r"(?i:ok|[45]..|dunno|defer|defer_if_(?:permit|reject)|bcc|discard|filter"
+    r"|hold|info|prepend|redirect|warn|(?:permit|reject)(?:_\w+)?|check_\w+)")
 Limits = tuple[Limit, ...]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Wrong(ValueError):
+    """Says why, and at which entries of a setting: names that lead there."""
+
+
+def show(value: object) -> str:
+    """Return a value as a message shows it."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python refuses to write out so long a number
+        return "a huge number"
 
 
 def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
@@ -226,11 +242,44 @@ def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
     return value
 
 
+def as_list(value: object) -> Sequence[Any]:
+    """Check a list."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError
+    return value
+
+
+def as_mapping(value: object) -> dict[Any, Any]:
+    """names with values"""
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
+def as_bool(value: object) -> bool:
+    """True or False"""
+    if value not in (0, 1):  # which equal False and True
+        raise ValueError
+    return bool(value)
+
+
 def as_text(value: object) -> str:
     """text (in quotes, if it looks like a number)"""
     if not isinstance(value, str) or not value or "\0" in value:
         raise TypeError
     return value
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    """text or a list of texts"""
+    texts = [value] if isinstance(value, str) else as_list(value or ())
+    return tuple(map(as_text, texts)) if value else ()
+
+
+def as_addresses(value: object) -> tuple[str, ...]:
+    """text or a list of texts"""
+    listed = ",".join(as_texts(value)).split(",")
+    return tuple(one.strip() for one in listed if one.strip())
 
 
 def as_action(value: object) -> str:
@@ -241,18 +290,27 @@ def as_action(value: object) -> str:
     return as_text(text.strip())
 
 
-def as_a(kind: type | tuple[type, ...], value: object) -> Any:
-    """Check a value's type."""
-    if not isinstance(value, kind):
-        raise TypeError
-    return value
+def as_permission(value: object) -> int:
+    """a file mode such as 0666"""
+    mode = as_whole(int(value, 8) if isinstance(value, str) else value)
+    if mode > 0o777:  # 666 is 01232
+        meant = f"0{value}" if re.fullmatch("[1-7]..", str(value)) else "0666"
+        raise Wrong(f"found {show(value)}, expected a file mode such as"
+                    f" {meant}")
+    return mode
 
 
-def as_pair(value: object, first: Callable[[Any], Any],
-            second: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Check a list of two."""
-    one, two = as_list(value)
-    return first(one), second(two)
+def as_sqlite(value: object) -> dict[Any, Any]:
+    """names with values, among them database, a path"""
+    config = as_mapping(value)
+    as_text(config.get("database"))
+    return config
+
+
+def as_limits(value: object) -> Limits:
+    """a list of [mails, seconds], such as [[10, 60], [150, 86400]]"""
+    return tuple(Limit(as_whole(mails), as_seconds(seconds))
+                 for mails, seconds in map(as_list, as_list(value)))
 
 
 class Patterns(NamedTuple):
@@ -260,6 +318,11 @@ class Patterns(NamedTuple):
 
     texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
     networks: tuple[tuple[Network, Any], ...] = ()  # the longest first
+
+    def entries(self) -> Iterator[Any]:
+        """Yield all entries."""
+        yield from self.texts.values()
+        yield from dict(self.networks).values()
 
     def find(self, value: str) -> Any:
         """Return the entry of the pattern that fits best, or None.
@@ -296,49 +359,63 @@ class Choice(NamedTuple):
         return self.wanted is None or bool(self.wanted.find(value))
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True)
+class Rule:
     """Limits for each key that mails are counted under."""
 
-    name: str  # the key's prefix; the first rule's keys have none
-    by: tuple[str, ...]  # attributes; none: as limit_by_... say
-    when: tuple[tuple[str, Choice], ...]
-    counts: str  # "" as count_mode says, recipients, mails, bytes, or what
-    limits: Limits
-    limits_by_id: Patterns
-    fail_action: str
-    dry_run: bool
+    by: tuple[str, ...] = ()  # attributes; none: as limit_by_... say
+    name: str = ""  # the key's prefix; the first rule's keys have none
+    when: tuple[tuple[str, Choice], ...] = ()
+    count: str = ""  # as count_mode says; recipients, mails, bytes, or what
+    limits: Limits = ()
+    limits_by_id: Patterns = Patterns({})
+    fail_action: str = ""
+    dry_run: bool = False
 
 
 def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
     """Sort entries by the kind of their patterns."""
-    texts, networks = {}, []
+    texts: dict[str, Any] = {}
+    networks: dict[Network, Any] = {}
+    names: dict[str | Network, str] = {}
     for key, entry in entries.items():
-        if isinstance(key, (bool, type(None))):
-            raise TypeError  # YAML reads a user called yes as True
-        if re.fullmatch(r"[0-9A-Fa-f.:]+/[0-9]+", str(key)):
-            networks.append((ipaddress.ip_network(key, strict=False), entry))
+        if isinstance(key, (bool, type(None))):  # a user called yes
+            raise Wrong(f"put quotes around {key}", (str(key),))
+        name = str(key)
+        if re.fullmatch(r"[0-9A-Fa-f.:]+/[0-9]+", name):
+            network = ipaddress.ip_network(name, strict=False)
+            networks[network] = entry
+            other = names.setdefault(network, name)
         else:
-            texts[fold(str(key)) if key != "" else ""] = entry
-    networks.sort(key=lambda item: -item[0].prefixlen)
-    return Patterns(texts, tuple(networks))
+            text = fold(name) if name else ""
+            texts[text] = entry
+            other = names.setdefault(text, name)
+        if other != name:
+            raise Wrong(f"{name} and {other} are the same", (name,), (other,))
+    return Patterns(texts, tuple(sorted(
+        networks.items(), key=lambda item: -item[0].prefixlen)))
 
 
 def as_choice(value: object) -> Choice:
     """a pattern or a list of patterns"""
-    texts = [str(text) for text in (
-        value if isinstance(value, list) else [value])]
-    wanted = {text: True for text in texts if text[:1] != "!"}
-    unwanted = {text[1:]: True for text in texts if text[:1] == "!"}
+    texts = list(map(str, value if isinstance(value, list) else [value]))
     if not texts:
         raise ValueError
-    return Choice(as_patterns(wanted) if wanted else None,
-                  as_patterns(unwanted))
+    wanted = as_patterns({text: True for text in texts if text[:1] != "!"})
+    return Choice(wanted if wanted != Patterns({}) else None, as_patterns(
+        {text[1:]: True for text in texts if text[:1] == "!"}))
 
 
 def as_limits_by_id(value: object) -> Patterns:
     """identities or patterns, each with a list of [mails, seconds]"""
-    return as_patterns({key: as_limits(limits)
-                        for key, limits in as_a(dict, value).items()})
+    limits = {}
+    for key, item in as_mapping(value).items():
+        try:
+            limits[key] = as_limits(item)
+        except (TypeError, ValueError):
+            raise Wrong(f"{key}: found {show(item)}, expected"
+                        f" {as_limits.__doc__}", (str(key),)) from None
+    return as_patterns(limits)
 
 
 def as_attribute(value: object) -> str:
@@ -348,40 +425,33 @@ def as_attribute(value: object) -> str:
     return str(value)
 
 
-def as_count(value: object) -> str:
-    """recipients, mails, bytes, or an attribute of Postfix's"""
+def as_by(value: object) -> tuple[str, ...]:
+    """an attribute that Postfix sends, or a list of them"""
+    names = value if isinstance(value, list) else [value]
+    if not names:
+        raise ValueError
+    return tuple(map(as_attribute, names))
+
+
+def as_when(value: object) -> tuple[tuple[str, Choice], ...]:
+    """attributes that Postfix sends, each with patterns"""
+    return tuple((as_attribute(attribute), as_choice(patterns))
+                 for attribute, patterns in as_mapping(value).items())
+
+
+def as_counted(value: object) -> str:
+    """recipients, mails, bytes, or an attribute that Postfix sends"""
     if value in ("recipients", "mails", "bytes"):
         return str(value)
     return as_attribute(value)
 
 
-def as_rule(value: object) -> Rule:
-    """Check an entry of quotas."""
-    given = dict(as_a(dict, value))
-    by = given.pop("by", ())
-    by = tuple(map(as_attribute, by if isinstance(by, list) else [by]))
-    name = as_text(given.pop("name", "+".join(by)))
-    when = as_a(dict, given.pop("when", {}))
-    count = given.pop("count", "")
-    fail_action = given.pop("fail_action", "")
-    rule = Rule(
-        name, by, tuple((as_attribute(attribute), as_choice(patterns))
-                        for attribute, patterns in when.items()),
-        as_count(count) if count else "", as_limits(given.pop("limits", ())),
-        as_limits_by_id(given.pop("limits_by_id", {})),
-        as_fail_action(fail_action) if fail_action else "",
-        as_bool(given.pop("dry_run", False)))
-    if given or not by or name != fold(name) or re.search(r"[\s=]", name):
+def as_name(value: object) -> str:
+    """a name in lower case, without spaces and ="""
+    name = as_text(value)
+    if name != fold(name) or re.search(r"[\s=]", name):
         raise ValueError
-    return rule
-
-
-def as_quotas(value: object) -> tuple[Rule, ...]:
-    """a list of quotas, each with by, limits and a name of its own"""
-    rules = tuple(map(as_rule, as_list(value)))
-    if len({rule.name for rule in rules}) < len(rules):
-        raise ValueError
-    return rules
+    return name
 
 
 def as_fail_action(value: object) -> str:
@@ -394,19 +464,72 @@ def as_fail_action(value: object) -> str:
     return action
 
 
+QUOTA: Mapping[str, Callable[[Any], Any]] = {
+    "by": as_by, "name": as_name, "when": as_when, "count": as_counted,
+    "limits": as_limits, "limits_by_id": as_limits_by_id,
+    "fail_action": as_fail_action, "dry_run": as_bool}
+
+
+def as_quotas(value: object) -> tuple[Rule, ...]:
+    """a list of quotas, each with by and limits"""
+    rules: dict[str, Rule] = {}
+    for number, quota in enumerate(as_list(value)):
+        parts = {}
+        for name, item in as_mapping(quota).items():
+            if name not in QUOTA:
+                raise Wrong(f"{name}: no such entry", (str(number), str(name)))
+            try:
+                parts[name] = QUOTA[name](item)
+            except (TypeError, ValueError) as error:
+                why = (f"found {show(item)}, expected {QUOTA[name].__doc__}"
+                       if not isinstance(error, Wrong) else error.args[0])
+                raise Wrong(f"{name}: {why}", (str(number), name)) from None
+        if "by" not in parts or not {"limits", "limits_by_id"} & {*parts}:
+            raise Wrong("a quota needs by and limits", (str(number),))
+        rule = Rule(**{"name": "+".join(parts["by"]), **parts})
+        if rules.setdefault(rule.name, rule) is not rule:
+            raise Wrong(f"two are called {rule.name}", (str(number), "name"))
+    return tuple(rules.values())
+
+
+def as_socket(value: object) -> str | tuple[str, int]:
+    """a path, or [address, port] such as ["127.0.0.1", 8552]"""
+    if isinstance(value, str):
+        if ":" in value.split("/")[0] or value.startswith("@"):
+            raise ValueError  # inet:127.0.0.1:8552, unix:/path, @name
+        return as_text(value)
+    host, port = as_list(value)
+    if ":" not in as_text(host):  # else bind() tells, with exit status 6
+        ipaddress.ip_address(host)
+    return host, as_whole(port, most=65535)
+
+
+def as_smtp_server(value: object) -> tuple[str, int]:
+    """["host", port] or a host"""
+    given = [value] if isinstance(value, str) else as_list(value)
+    host, port = given if len(given) != 1 else (*given, 25)
+    return as_text(host), as_whole(int(port), most=65535)
+
+
+def as_credentials(value: object) -> tuple[str, str] | None:
+    """["user", "password"] or null"""
+    if not value:
+        return None
+    user, password = as_list(value)
+    return as_text(user), as_text(str(password))
+
+
 def expect(expected: str, check: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Give a check its docstring."""
+    """Give a short check its docstring."""
     check.__doc__ = expected
     return check
 
 
-as_list = functools.partial(as_a, (list, tuple))
-as_bool = expect("True or False",  # which equal 1 and 0
-                 lambda value: bool((0, 1).index(value)))
 as_seconds = expect("a number of seconds, 1 or more",  # 68 years: for ever
                     lambda value: min(as_whole(value, 1), MAX_NUMBER))
-as_permission = expect("a file mode such as 0666", lambda value: as_whole(
-    int(value, 8) if isinstance(value, str) else value, most=0o7777))
+as_windows = expect("a list of seconds, such as [86400]",
+                    lambda value: None if value is None else tuple(
+                        map(as_seconds, as_list(value))))
 as_backend = expect("0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
                     lambda value: as_whole(value, most=2))
 as_count_mode = expect(
@@ -414,35 +537,14 @@ as_count_mode = expect(
     lambda value: value if value == "auto" else as_whole(value, most=2))
 as_text_or_none = expect("text, or null",
                          lambda value: as_text(value) if value else None)
-as_texts = expect("text or a list of texts", lambda value: tuple(
-    map(as_text, [value] if value and isinstance(value, str)
-        else as_list(value or ()))))
-as_windows = expect("a list of seconds, such as [86400]",
-                    lambda value: tuple(map(as_seconds, as_list(value))))
-as_limits = expect(
-    "a list of [mails, seconds], such as [[10, 60], [150, 86400]]",
-    lambda value: tuple(Limit(as_whole(mails), as_seconds(seconds))
-                        for mails, seconds in as_list(value)))
+as_subject = expect("text",
+                    lambda value: as_text(value) if value != "" else "")
 as_networks = expect(
     'a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]',
     lambda value: as_choice([
         text[:text.startswith("!")] + str(ipaddress.ip_network(
             text[text.startswith("!"):], strict=False))
         for text in map(as_text, as_list(value))]) if value else None)
-as_mapping = expect("names with values", lambda value: as_a(dict, value))
-as_sqlite = expect(
-    "names with values, among them database, a path", lambda value: {
-        **as_a(dict, value), "database": as_text(value.get("database"))})
-as_socket = expect(
-    'a path, or [address, port] such as ["127.0.0.1", 8552]',
-    lambda value: as_text(value) if isinstance(value, str) else as_pair(
-        value, lambda host: str(ipaddress.ip_address(as_text(host))),
-        lambda port: as_whole(port, most=65535)))
-as_smtp_server = expect('["host", port] or a host', lambda value: as_pair(
-    [value, 25] if isinstance(value, str) else value,
-    as_text, lambda port: as_whole(int(port), most=65535)))
-as_credentials = expect('["user", "password"] or null', lambda value: as_pair(
-    value, as_text, lambda word: as_text(str(word))) if value else None)
 
 
 def setting(default: object, check: Callable[[Any], Any], meaning: str,
@@ -519,11 +621,12 @@ class Settings:
     report_from: str | None = setting(
         None, as_text_or_none, "the sender of reports")
     report_to: tuple[str, ...] = setting(
-        None, as_texts, "who gets reports: one address or a list")
+        None, as_addresses, "who gets reports: one address or a list")
     report_subject: str = setting(
-        "policyd-rate-limit report", as_text, "the subject of reports")
-    report_limits: tuple[int, ...] = setting(
-        [86400], as_windows, "the windows, in seconds, to report")
+        "policyd-rate-limit report", as_subject, "the subject of reports")
+    report_limits: tuple[int, ...] | None = setting(
+        None, as_windows,
+        "the windows, in seconds, to report; null: 86400, or all without it")
     report_only_if_needed: bool = setting(
         True, as_bool, "no report if nobody hit a limit")
     smtp_server: tuple[str, int] = setting(
@@ -542,24 +645,54 @@ class Settings:
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
         """Return the rule of the settings themselves, then the quotas."""
-        first = Rule("", (), (), "", self.limits, self.limits_by_id,
-                     self.fail_action, self.dry_run)
-        return (first, *(quota._replace(
-            fail_action=quota.fail_action or self.fail_action,
+        first = Rule(limits=self.limits, limits_by_id=self.limits_by_id,
+                     fail_action=self.fail_action, dry_run=self.dry_run)
+        return (first, *(replace(
+            quota, fail_action=quota.fail_action or self.fail_action,
             dry_run=quota.dry_run or self.dry_run) for quota in self.quotas))
 
     @property
-    def longest_window(self) -> int:
-        """Return the longest window of the file's limits, in seconds."""
-        return max((limit.seconds for rule in self.rules for limits in (
-            rule.limits, *rule.limits_by_id.texts.values(),
-            *dict(rule.limits_by_id.networks).values())
-            for limit in limits), default=86400)
+    def windows(self) -> set[int]:
+        """Return the windows of the file's limits, in seconds."""
+        return {limit.seconds for rule in self.rules for limits in (
+            rule.limits, *rule.limits_by_id.entries()) for limit in limits}
 
     @property
-    def noted_windows(self) -> tuple[int, ...]:
+    def longest_window(self) -> int:
+        """Return the longest of these."""
+        return max(self.windows, default=86400)
+
+    @property
+    def noted_windows(self) -> Sequence[int]:
         """Return the windows whose refusals are kept for the report."""
-        return self.report_limits if self.report else ()
+        usual = [86400] if 86400 in self.windows else ANY_WINDOW
+        named = usual if self.report_limits is None else self.report_limits
+        return named if self.report else ()
+
+
+def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
+    """Yield what has no effect, with True if that means: nothing counts."""
+    named = settings.limit_by_sasl or settings.limit_by_sender
+    windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
+    mails_alert = settings.alert and not settings.alert_command
+    named = bool(named or settings.quotas)
+    if not named and not settings.limit_by_ip:
+        yield True, ("limit_by_sasl, limit_by_sender, limit_by_ip: all are"
+                     " False, so nothing is limited")
+    if settings.limit_by_ip and not settings.limited_networks:
+        yield not named, "limited_networks: empty, so no address is limited"
+    if not windows:
+        yield True, ("limits: none here, in limits_by_id or by"
+                     " sql_limits_by_id, so nothing is limited")
+    if (settings.report or mails_alert) and not settings.report_to:
+        yield False, "report_to: nobody is named to get reports and alerts"
+    for window in settings.report_limits or ():
+        if (settings.report or settings.alert) and window not in windows:
+            yield False, f"report_limits: no limit has the window {window}"
+    for name in ("success_action", "fail_action", "db_error_action"):
+        word = str(getattr(settings, name)).split()[0]
+        if not ACTIONS.fullmatch(word):
+            yield False, f"{name}: access(5) knows no action {word}"
 
 
 # ---------------------------------------------------------------------------
@@ -803,7 +936,7 @@ def attribute_of(request: Request, name: str) -> str:
 def cost_of(request: Request, rule: Rule, count_mode: str | int,
             again: bool) -> tuple[int, str | None]:
     """Return what a mail costs, and its value where these are counted."""
-    count = rule.counts or ("mails" if count_mode == 2 else "recipients")
+    count = rule.count or ("mails" if count_mode == 2 else "recipients")
     if count == "recipients":
         at_rcpt = request.protocol_state == "RCPT"
         return 1 if at_rcpt else request.recipient_count or 1, None
@@ -1212,12 +1345,12 @@ class SQLite(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of sqlite3.connect()."""
-        return {"timeout": self.timeout, **settings.sqlite_config}
+        return {"timeout": self.timeout, **settings.sqlite_config,
+                "isolation_level": None, "check_same_thread": False}
 
     def connect(self, timeout: int) -> Connection:
         """Open the file, so that a commit outlives a power cut."""
-        connection = self.driver.connect(
-            isolation_level=None, check_same_thread=False, **self.config)
+        connection = self.driver.connect(**self.config)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         self._file = self._identify()
@@ -1226,7 +1359,7 @@ class SQLite(Backend):
     def look(self) -> Connection:
         """Open the file to read; a missing one is not made."""
         path = urllib.parse.quote(os.path.abspath(self.config["database"]))
-        return self.driver.connect(isolation_level=None, **{
+        return self.driver.connect(**{
             **self.config, "database": f"file:{path}?mode=rw", "uri": True})
 
     def is_stale(self) -> bool:
@@ -1291,12 +1424,9 @@ class MySQL(Backend):
     begin = begin_reading = ""
 
     def choose(self, settings: Settings) -> dict[str, Any]:
-        """Return the arguments of connect(); utf8 cannot hold all names."""
-        charset = str(settings.mysql_config.get("charset", "utf8"))
-        if charset.startswith("utf8"):
-            charset = "utf8mb4"
+        """Return the arguments of connect(); no other charset holds all."""
         flags = settings.mysql_config.get("client_flag", 0)
-        return {**settings.mysql_config, "charset": charset,
+        return {**settings.mysql_config, "charset": "utf8mb4",
                 "client_flag": flags | MULTI_STATEMENTS}
 
     def connect(self, timeout: int) -> Connection:
@@ -1418,7 +1548,7 @@ class Ledger:
     """
 
     def __init__(self, database: Database, query: str | None = None,
-                 noted: tuple[int, ...] = ()) -> None:
+                 noted: Sequence[int] = ()) -> None:
         """Take the setting sql_limits_by_id, and the windows to report."""
         self.database = database
         self.query = query
@@ -1582,12 +1712,12 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
     return None if row is None or row[0] is None else parse_limits(row[0])
 
 
+@functools.lru_cache(1000)  # it takes as long as a third of a decision
 def parse_limits(text: str) -> Limits:
-    """Parse limits as a database holds them: [[10, 60], [150, 86400]]."""
+    """Parse limits as Python writes lists: [[10, 60], [150, 86400]]."""
     try:
-        return as_limits(json.loads(
-            text.replace("(", "[").replace(")", "]")))
-    except (AttributeError, TypeError, ValueError, RecursionError):
+        return as_limits(ast.literal_eval(str(text).strip()))
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"found {str(text)[:200]!r}, expected"
                          f" {as_limits.__doc__}") from None
 
@@ -2221,7 +2351,6 @@ def send_reports(database: Database, settings: Settings) -> None:
     What an address does not take it is owed, in a table of its own: so its
     next report tells it, and nobody is told anything twice.
     """
-    warn_unaddressed(settings)
     addresses = {fold(address): address for address in settings.report_to}
     failed: dict[str, list[str]] = {}
     for key, address in addresses.items():
@@ -2287,13 +2416,6 @@ def owe(transaction: Transaction, some: Sequence[tuple[Any, int]],
     transaction.write(
         "INSERT INTO report_owed (address, id, delta, hit) VALUES {}",
         [(address, *key, hit) for key, hit in some for address in others])
-
-
-def warn_unaddressed(settings: Settings) -> None:
-    """Warn if nobody is named to get reports or alerts."""
-    alert = settings.alert and not settings.alert_command
-    if (settings.report or alert) and not settings.report_to:
-        log.warning("report_to: nobody is named to get reports and alerts")
 
 
 def report(hits: Hits) -> str:
@@ -2370,7 +2492,8 @@ class Alarm:
         """Take note of a refusal: by a look-up only, for mail waits."""
         identity, limit = broken.claim.identity, broken.limit
         window = limit.seconds
-        if not settings.alert or window not in settings.report_limits:
+        named = settings.report_limits
+        if not settings.alert or named is not None and window not in named:
             return
         key = identity, window
         with self._lock:
@@ -2612,6 +2735,7 @@ CONFIG_FILES = (
     "/etc/policyd-rate-limit.conf",
     "/etc/policyd-rate-limit.yaml",
 )
+Lines = dict[tuple[str, ...], int]  # of a setting, or of an entry in one
 
 
 class Config(NamedTuple):
@@ -2619,7 +2743,13 @@ class Config(NamedTuple):
 
     path: str | None
     values: dict[str, Any]
-    places: dict[str, str]  # of a setting: its file and line
+    places: dict[tuple[str, ...], str]  # the file and line, or the option
+
+    def place(self, *names: str) -> str:
+        """Return where a setting is, or an entry in it."""
+        while names and names not in self.places:
+            names = names[:-1]
+        return self.places.get(names) or str(self.path)
 
 
 class MissingFile(ConfigError):
@@ -2628,34 +2758,41 @@ class MissingFile(ConfigError):
 
 def read_config(path: str | None) -> Config:
     """Read a configuration file, the first that there is if path is None."""
-    names = map(os.path.expanduser, CONFIG_FILES)
-    path = path or next(filter(os.path.exists, names), None)
-    if path is None:
-        raise MissingFile("no configuration file found; looked for "
-                          + ", ".join(CONFIG_FILES))
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except FileNotFoundError:
-        raise MissingFile(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    path, text = read_first([path] if path else [
+        os.path.expanduser(name) for name in CONFIG_FILES])
     parse = read_conf if path.endswith(".conf") else read_yaml
     values, lines = parse(text, path)
     if "limited_netword" in values:  # as the original once spelt it
         values.setdefault("limited_networks", values.pop("limited_netword"))
-        lines.setdefault("limited_networks", lines.get("limited_netword", 0))
-    places = {name: f"{path}:{line}" for name, line in lines.items() if line}
+        lines.setdefault(("limited_networks",), lines["limited_netword",])
+    config = Config(path, values, {
+        names: f"{path}:{line}" for names, line in lines.items()})
     known = default_values()
     for name in map(str, values):  # old files carry old names: only warn
         if name not in known and name != "config_file":
             close = difflib.get_close_matches(name, known, 1)
-            log.warning("%s: %s: no such setting%s", places.get(name, path),
-                        name, f"; is {close[0]} meant?" if close else "")
-    return Config(path, values, places)
+            log.warning("%s: %s: no such setting%s", config.place(name), name,
+                        f"; is {close[0]} meant?" if close else "")
+    return config
 
 
-def read_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
+def read_first(paths: Sequence[str]) -> tuple[str, str]:
+    """Return the first path with a file that can be read, and its text."""
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                return path, file.read()
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            if len(paths) == 1:
+                raise ConfigError(f"{path}: cannot be read: {error}") from None
+            log.warning("%s: skipped, it cannot be read: %s", path, error)
+    raise MissingFile(
+        f"no configuration file found; looked for {', '.join(paths)}")
+
+
+def read_yaml(text: str, path: str) -> tuple[dict[str, Any], Lines]:
     """Read settings from YAML, and the line of each.
 
     What our reader refuses is read with PyYAML, if that is installed.
@@ -2664,21 +2801,45 @@ def read_yaml(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
         values, lines = parse_yaml(text)
     except YamlError as refused:
         try:
-            import yaml
-            values = yaml.safe_load(text)
-        except Exception:  # our reader's message names the line just as well
-            raise ConfigError(f"{path}:{refused.line}: {refused}") from None
-        lines = {key: number for number, line in enumerate(
-            text.splitlines(), 1) for key in re.findall(r"^(\w+) *:", line)}
+            values, lines = parse_with_pyyaml(text)
+        except Exception as error:  # else ours names the line just as well
+            why = error if isinstance(error, YamlError) else refused
+            raise ConfigError(f"{path}:{why.line}: {why}") from None
     if not isinstance(values, (dict, type(None))):
         raise ConfigError(f"{path}: found {show(values)},"
                           " expected lines NAME: VALUE")
     return values or {}, lines
 
 
-def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
+def parse_with_pyyaml(text: str) -> tuple[object, Lines]:
+    """Do the same as parse_yaml; raise any error."""
+    import yaml
+    loader: Any = yaml.SafeLoader(text)
+    known = loader.yaml_implicit_resolvers
+    loader.yaml_implicit_resolvers = {
+        **known, "0": [("tag:yaml.org,2002:str", YAML_ZERO), *known["0"]]}
+    root, lines = loader.get_single_node(), Lines()
+    nodes: list[tuple[tuple[str, ...], Any]] = [((), root)]
+    for names, node in nodes:  # which grows
+        if isinstance(node, yaml.MappingNode) and len(names) < 2:
+            for key, value in node.value:
+                nodes.append(((*names, str(key.value)), value))
+                note_line(lines, nodes[-1][0], key.start_mark.line + 1)
+    return root and loader.construct_document(root), lines
+
+
+def note_line(lines: Lines, names: tuple[str, ...], line: int) -> None:
+    """Note where a key is; refuse the second of two that are the same."""
+    if names in lines:
+        raise YamlError(f"{names[-1]} is given twice, in line {lines[names]}"
+                        " before", line)
+    lines[names] = line
+
+
+def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
     """Read the assignments of an old .conf, which is Python; run nothing."""
     log.warning("%s: this format is obsolete; write YAML", path)
+    text = re.sub("\r\n?", "\n", text)  # as Python counts lines
     try:
         body: list[Any] = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -2686,12 +2847,12 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{path}:{line}: not Python: {error}") from None
     known: dict[str, Any] = {"SQLITE_DB": 0, "MYSQL_DB": 1, "PGSQL_DB": 2}
     values: dict[str, Any] = {}
-    lines: dict[str, int] = {}
+    lines: Lines = {}
     for node in body:
         try:
             [target] = node.targets
             values[target.id] = evaluate(node.value, known | values)
-            lines[target.id] = node.lineno
+            lines[target.id,] = node.lineno
         except Exception:  # it may be any statement of Python
             log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
                         path, node.lineno,
@@ -2743,7 +2904,10 @@ def override(config: Config, text: str) -> None:
     if mapping is config.values and key != top:
         raise ConfigError(f"-o {text}: {top} holds no names")
     mapping[key] = parsed
-    config.places[top] = f"-o {text}"
+    changed = (top,) if key == top else (top, key)
+    for names in [(top,), changed, *config.places]:
+        if names == (top,) or names[:len(changed)] == changed:
+            config.places[names] = f"-o {text}"
 
 
 def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
@@ -2769,30 +2933,29 @@ def check_settings(config: Config) -> Settings:
             continue  # left out or left empty: the default holds
         try:
             values[one.name] = check(value)
-        except (OverflowError, TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError) as error:
+            why, *entries = error.args if isinstance(error, Wrong) else (
+                f"found {show(value)}, expected {check.__doc__}",)
+            place, *others = [config.place(one.name, *names)
+                              for names in entries or [()]]
+            also = "".join(f" ({other})" for other in others)
             raise one.metadata["error"](
-                f"{config.places.get(one.name, config.path)}: {one.name}:"
-                f" found {show(value)}, expected {check.__doc__}") from None
+                f"{place}: {one.name}: {why}{also}") from None
     return Settings(**values)
-
-
-def show(value: object) -> str:
-    """Return a value as a message shows it."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python refuses to write out so long a number
-        return "a huge number"
 
 
 YAML_DEPTH = 50  # levels of nesting
 YAML_KEY = 1024  # characters in a key, PyYAML's own bound
 YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
               "false": False, "off": False, "null": None, "~": None}
-YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{0,15}")
-YAML_INT = re.compile(r"[-+]?(?:(0[0-7]{0,20})|[1-9][0-9]{0,17})")
-YAML_ODD = re.compile(r"""  # not simply text, at least to some readers
+
+# Beside each pattern: an example that it takes, and one that it does not.
+YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{0,15}")  # "1.5", not "1e5"
+YAML_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")  # "-12", not "1_0"
+YAML_ZERO = re.compile(r"0[0-9]+\Z")  # "0666", not "0": text
+YAML_ODD = re.compile(r"""  # "1:30", not "1.2.3": text, but not to all readers
     (?! (?:[0-9]{1,4}:){7}[0-9]+$ )  # an IPv6 address is text to us
-    [-+]? \.?[0-9][0-9_]* (?: :[0-9]{1,2} )*  # 1_0 08, and 1:30 is 90
+    [-+]? \.?[0-9][0-9_]* (?: :[0-9]{1,2} )*  # 1_0 and 1:30, which is 90
           (?: \.[0-9_]* )? (?: [eE][-+]?[0-9]+ )?  # 1.5 1e5
   | [-+]? (?: 0[bx][0-9a-fA-F_]+ | \.(?i:inf|nan) )  # 0x1F .inf
   | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?  # 2024-12-31
@@ -2800,27 +2963,43 @@ YAML_ODD = re.compile(r"""  # not simply text, at least to some readers
 """, re.VERBOSE)
 
 # Control characters, half characters, line ends few would expect, and marks
-# of where a document starts or ends; but one --- may come first.
-YAML_BAD = re.compile(
+# of where a document starts or ends; but one --- may come first, ... last.
+YAML_BAD = re.compile(  # "\a", not "a"
     r"[^\t\n -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
     r"|[\u2028\u2029\ufeff]|^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
-YAML_START = re.compile(r"\A((?: *(?:#.*)?\n)*)---(?=(?: +#.*| *)\n)")
-YAML_GAP = re.compile(r"(?: *(?:#.*)?\n)* *")  # to the next thing to read
-YAML_EOL = re.compile(r"(?: *(?:#.*)?\n)+ *")  # the same, on a later line
+YAML_START = re.compile(  # "# a\n---\n", not "a\n---\n"
+    r"\A(?P<before>(?: *(?:#.*)?\n)*)---(?: +#.*| *)\n")
+YAML_END = re.compile(  # "...\n# a\n", not "...\na\n"
+    r"^\.\.\.(?: +#.*| *)\n(?: *(?:#.*)?\n)*\Z", re.MULTILINE)
+# To the next thing to read, and the same to one on a later line.
+YAML_GAP = re.compile(r"(?: *(?:#.*)?\n)* *")  # " # a\n ", not "a"
+YAML_EOL = re.compile(r"(?: *(?:#.*)?\n)+ *")  # " # a\n ", not " "
+YAML_ESCAPE = re.compile(  # "\\x41", not "A": also space, and a line's end
+    r"\\(?:(?P<code>x..|u....)|\n[ \t]*|(?P<sign>.))"
+    r"|[ \t]*\n(?P<blank>(?:[ \t]*\n)*)[ \t]*|[ \t]+")
 
-# A text, quoted or words with spaces between them, and a key's colon.  A
-# colon before a space ends a text; inside brackets, more characters do.
-YAML_QUOTED = (r'"(?:[^"\\\n]|\\(?:["\\/nt]|x[0-9A-Fa-f]{2}'
-               r'|u(?![Dd][89A-Fa-f])[0-9A-Fa-f]{4}))*"'
-               r"|'(?:[^'\n]|'')*'(?!')")
-YAML_ESCAPE = re.compile(r"\\(?:x(..)|u(....)|(.))")
-YAML_FIRST = r"(?![][{},#&*!|>'\"%@`]|[-?][ \t\n])"
-YAML_WORD = r"(?:[^ \t\n:]|:(?![ \t\n]))+"
-FLOW_WORD = r"(?:[^][{},? \t\n:]|:(?![][{},? \t\n]))+"
-YAML_TEXT = re.compile(rf"({YAML_QUOTED}|{YAML_FIRST}{YAML_WORD}"
-                       rf"(?: +(?!\#){YAML_WORD})*)( *:(?=[ \t\n]))?")
-FLOW_TEXT = re.compile(rf"({YAML_QUOTED}|(?!:){YAML_FIRST}{FLOW_WORD}"
-                       rf"(?: +(?!\#){FLOW_WORD})*)( *:)?")
+
+@functools.cache
+def text_pattern(flow: bool, indent: int) -> re.Pattern[str]:
+    """Return what matches a text, quoted or words, and a key's colon.
+
+    Its further lines are indented by more than a number of spaces.  A colon
+    before a space ends a text; inside brackets, more characters do.
+    """
+    deeper = f" {{{indent + 1},}}"
+    line = rf"\n(?=[ \t]*\n|{deeper})"
+    double = (rf'"(?:[^"\\\n]|{line}|\\\n(?={deeper}[^ \t\n])|\\(?:["\\/nt ]'
+              r'|x[0-9A-Fa-f]{2}|u(?![Dd][89A-Fa-f])[0-9A-Fa-f]{4}))*"')
+    single = rf"'(?:[^'\n]|''|{line})*'(?!')"
+    first = r"(?![][{},#&*!|>'\"%@`]|[-?][ \t\n])"
+    char, colon = r"(?:[^ \t\n:]|:(?![ \t\n]))", r" *:(?=[ \t\n])"
+    if flow:
+        first = "(?!:)" + first
+        char, colon = r"(?:[^][{},? \t\n:]|:(?![][{},? \t\n]))", " *:"
+    words = rf"{char}+(?: +(?!\#){char}+)*"
+    more = rf" *\n(?: *\n)*{deeper}(?!\#){words}(?!{char}|{colon})"
+    return re.compile(rf"(?P<text>{double}|{single}|{first}{words}(?:{more})*)"
+                      rf"(?P<colon>{colon})?")
 
 
 class YamlError(Exception):
@@ -2831,24 +3010,38 @@ class YamlError(Exception):
         self.line = line
 
 
-def parse_yaml(text: str) -> tuple[object, dict[str, int]]:
-    """Return the document's value and the line of each top-level key."""
+def parse_yaml(text: str) -> tuple[object, Lines]:
+    """Return the document's value and the line of each key by its path."""
     reader = YamlReader(text)
-    value = reader.read(YAML_TEXT, nest=True) if reader.column() >= 0 else None
+    value = reader.read(nest=True) if reader.column() >= 0 else None
     if reader.column() >= 0:
         reader.refuse("wrong indentation, or several lines of text:")
     return value, reader.lines
+
+
+def unescape(found: re.Match[str]) -> str:
+    """Return what an escape means, or the end of a line; space stays."""
+    sign, code = found["sign"], found["code"]
+    if sign or code:
+        return (chr(int(code[1:], 16)) if code else
+                {"n": "\n", "t": "\t"}.get(sign, sign))
+    if found["blank"] is None:
+        return "" if "\n" in found[0] else found[0]
+    return "\n" * found["blank"].count("\n") or " "
 
 
 class YamlReader:
     """Read a document; each method goes on from the position reached."""
 
     def __init__(self, text: str) -> None:
-        """Check the characters, blank out --- and find the start."""
+        """Check the characters, blank out --- and ..., find the start."""
         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-        self.text = YAML_START.sub(r"\1   ", text.rstrip("\n") + "\n")
+        text = YAML_START.sub(r"\g<before>\n", text.rstrip("\n") + "\n")
+        self.text = YAML_END.sub("\n", text)
         self.pos, self.line, self.depth = 0, 1, 0
-        self.lines: dict[str, int] = {}  # of the top-level keys
+        self.indent = -1  # the column of the keys or dashes around
+        self.names: list[str] = []  # the keys of what is being read
+        self.lines: Lines = {}
         bad = YAML_BAD.search(self.text)
         if bad:
             line = self.text.count("\n", 0, bad.start()) + 1
@@ -2860,6 +3053,10 @@ class YamlReader:
         found = gap.match(self.text, self.pos)
         if not found:
             self.refuse("cannot read this (no quotes?):")
+        self.go_over(found)
+
+    def go_over(self, found: re.Match[str]) -> None:
+        """Go to the end of what was found."""
         self.line += found[0].count("\n")
         self.pos = found.end()
 
@@ -2876,23 +3073,27 @@ class YamlReader:
         """Tell whether a dash comes next that starts an item."""
         return self.at("- ", "-\t", "-\n")
 
-    def read(self, like: re.Pattern[str], nest: bool = False) -> Any:
+    def at_text(self, flow: bool) -> re.Match[str] | None:
+        """Return the text that comes next, with the colon behind it."""
+        return text_pattern(flow, self.indent).match(self.text, self.pos)
+
+    def read(self, flow: bool = False, nest: bool = False) -> Any:
         """Read a value and, if it may nest, all lines that belong to it."""
         self.depth += 1
         if self.depth > YAML_DEPTH:
             self.refuse(f"more than {YAML_DEPTH} levels of nesting:")
-        text = like.match(self.text, self.pos)
-        block = nest and bool(self.at_dash() or text and text[2])
+        text = self.at_text(flow)
+        block = nest and bool(self.at_dash() or text and text["colon"])
         if block:
             value = self.read_block()
         elif self.at("[", "{"):
             value = self.read_flow()
-        elif text and not text[2]:
-            value = self.read_text(text[1])
-            self.pos = text.end()
+        elif text and not text["colon"]:
+            value = self.read_text(text["text"])
+            self.go_over(text)
         else:
             self.refuse("put quotes around")
-        if like is YAML_TEXT and not block:
+        if not flow and not block:
             self.skip(YAML_EOL)
         self.depth -= 1
         return value
@@ -2901,17 +3102,21 @@ class YamlReader:
         """Read the lines that start with a dash, or a key, in this column."""
         pairs: list[tuple[Any, Any]] = []  # a dash is a key of None
         column, dash = self.column(), self.at_dash()
+        around, self.indent = self.indent, column
         while self.column() == column and self.at_dash() == dash:
-            key = None if dash else self.read_key(YAML_TEXT)
+            key = None if dash else self.read_key(flow=False)
+            self.names.append(str(len(pairs) if dash else key))
             self.pos += 1  # over the dash or colon
             line, value = self.line, None
             self.skip(YAML_GAP)
             least = column if self.at_dash() and not dash else column + 1
             if self.line == line:
-                value = self.read(YAML_TEXT, nest=dash)
+                value = self.read(nest=dash)
             elif self.column() >= least:
-                value = self.read(YAML_TEXT, nest=True)
+                value = self.read(nest=True)
             pairs.append((key, value))
+            self.names.pop()
+        self.indent = around
         return [value for _, value in pairs] if dash else dict(pairs)
 
     def read_flow(self) -> Any:
@@ -2924,11 +3129,13 @@ class YamlReader:
             if self.at(close):
                 break
             if close == "}":
-                key = self.read_key(FLOW_TEXT)
+                key = self.read_key(flow=True)
                 self.pos += 1
                 self.skip(YAML_GAP)
+            self.names.append(str(len(pairs) if close == "]" else key))
             empty = close == "}" and self.at(",", "}")
-            pairs.append((key, None if empty else self.read(FLOW_TEXT)))
+            pairs.append((key, None if empty else self.read(flow=True)))
+            self.names.pop()
             self.skip(YAML_GAP)
             more = self.at(",")
         if not self.at(close):
@@ -2936,36 +3143,34 @@ class YamlReader:
         self.pos += 1
         return [value for _, value in pairs] if close == "]" else dict(pairs)
 
-    def read_key(self, like: re.Pattern[str]) -> Any:
+    def read_key(self, flow: bool) -> Any:
         """Read a key, up to its colon."""
-        text = like.match(self.text, self.pos)
-        if not text or not text[2] or len(text[0]) > YAML_KEY + 1:
+        found = self.at_text(flow)
+        if (not found or not found["colon"] or "\n" in found[0]
+                or len(found[0]) > YAML_KEY + 1):
             self.refuse("not `key: value` (no quotes?):")
-        if text[1].endswith(":") and not text[1].endswith("::"):
+        if found["text"].endswith(":") and not found["text"].endswith("::"):
             self.refuse("put quotes around")  # as in `- fe80::`
-        key = self.read_text(text[1])
-        if self.depth == 1:
-            self.lines[str(key)] = self.line
-        self.pos = text.end() - 1
+        key = self.read_text(found["text"])
+        note_line(self.lines, (*self.names, str(key)), self.line)
+        self.pos = found.end() - 1
         return key
 
     def read_text(self, text: str) -> Any:
         """Turn a text, quoted or not, into its value."""
+        if text[0] == '"':
+            return YAML_ESCAPE.sub(unescape, text[1:-1])
+        text = YAML_ESCAPE.sub(unescape, text.replace("\\", "\\\\"))
         if text[0] == "'":
             return text[1:-1].replace("''", "'")
-        if text[0] == '"':
-            return YAML_ESCAPE.sub(lambda found: (
-                chr(int(found[1] or found[2], 16)) if not found[3] else
-                {"n": "\n", "t": "\t"}.get(found[3], found[3])), text[1:-1])
         word = text.lower()
         if word in YAML_WORDS and text in (word, word.title(), word.upper()):
             return YAML_WORDS[word]
-        number = YAML_INT.fullmatch(text)
-        if number:
-            return int(text, 8 if number[1] else 10)
+        if YAML_INT.fullmatch(text):
+            return int(text)
         if YAML_FLOAT.fullmatch(text):
             return float(text)
-        if YAML_ODD.fullmatch(text):
+        if YAML_ODD.fullmatch(text) and not YAML_ZERO.fullmatch(text):
             self.refuse("put quotes around")
         return text
 
@@ -2974,7 +3179,7 @@ class YamlReader:
         rest = self.text[self.pos:self.pos + 60].split("\n")[0]
         if self.at("\t"):
             why = "write spaces instead of a tab:"
-        elif self.at("'", '"') and not YAML_TEXT.match(self.text, self.pos):
+        elif self.at("'", '"') and not self.at_text(flow=False):
             why = "close the quotes on the same line, write \\ as \\\\:"
         raise YamlError(f"{why} {rest or 'the end'}",
                         min(self.line, self.text.count("\n")))
@@ -3096,7 +3301,6 @@ def serve(settings: Settings, owner: Owner | None,
     """
     signals = catch_signals()
     make_folders(settings, owner)
-    warn_unaddressed(settings)
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, alarm=alarm.refused)
@@ -3187,7 +3391,6 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
-    warn_unaddressed(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
 
@@ -3281,7 +3484,22 @@ def load_settings(options: argparse.Namespace) -> Settings:
     options.file = options.file or config.path  # a reload has another $HOME
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
+    if options.command in (run, check_start):
+        tell_doubts(settings, options.command is check_start)
     return settings
+
+
+def tell_doubts(settings: Settings, strict: bool) -> None:
+    """Log what has no effect; if strict, raise where nothing is limited."""
+    for nothing_counts, message in doubts(settings):
+        if nothing_counts and strict:
+            raise ConfigError(message)
+        log.log(logging.ERROR if nothing_counts else logging.WARNING,
+                "%s", message)
+    for program in settings.alert_command[:settings.alert]:
+        if not shutil.which(program):
+            log.warning("alert_command: %s: not there or not executable",
+                        program)
 
 
 def configure(options: argparse.Namespace) -> Config:
@@ -3337,6 +3555,7 @@ def clean(options: argparse.Namespace) -> None:
         ledger.database.close()
     print(f"{deleted} records deleted")
     if settings.report:
+        tell_doubts(settings, strict=False)
         send_reports(ledger.database, settings)
 
 
@@ -3437,6 +3656,9 @@ def get_config(options: argparse.Namespace) -> None:
     value = mapping[key]
     if name == "SOCKET" and isinstance(value, list):
         value = tuple(value)  # as the original prints it
+    with contextlib.suppress(TypeError, ValueError):
+        if name == "socket_permission":
+            value = as_permission(value)
     print(value, end="")
 
 

@@ -1227,6 +1227,15 @@ class DocsTest(unittest.TestCase):
         self.assertEqual(list(config.values.keys() ^ prl.default_values()), [])
         self.assertEqual(prl.check_settings(config), prl.Settings())
 
+    def test_the_reader_refuses_what_readme_says(self) -> None:
+        told = re.search("It refuses (.*?)What it refuses", self.readme, re.S)
+        assert told is not None
+        for example in re.findall("`(.*?)`", told[1]):
+            for text in (example, f"a: {example}"):
+                with self.subTest(text=text), \
+                        self.assertRaises(prl.YamlError):
+                    prl.parse_yaml(text)
+
     def test_readme_has_each_option_and_exit_code(self) -> None:
         for option in set(re.findall(
                 r"(?<![\w-])--?[a-z][a-z-]*", run("-h").stdout)):
@@ -1286,24 +1295,26 @@ class SettingsTest(FolderTest):
         ("SOCKET", "ratelimit/policy", "ratelimit/policy"),
         ("SOCKET", "[127.0.0.1, 8552]", ("127.0.0.1", 8552)),
         ("SOCKET", '["::1", 8552]', ("::1", 8552)),
-        ("SOCKET", "[0:0::1, 0]", ("::1", 0)),
+        ("SOCKET", "[0:0::1, 0]", ("0:0::1", 0)),
+        ("SOCKET", "/run/a:b@c", "/run/a:b@c"),
         ("socket_permission", "0666", 0o666),
         ("socket_permission", '"0666"', 0o666),
         ("socket_permission", "0o660", 0o660),
         ("socket_permission", "438", 0o666),
+        ("socket_permission", '"777"', 0o777),
         ("delay_to_close", "10.0", 10), ("db_timeout", "1", 1),
         ("delay_to_close", "99999999999", 2**31 - 1),
         ("backend", "0", 0),
         ("sqlite_config", "{database: db, timeout: 3}",
          {"database": "db", "timeout": 3}),
-        ("mysql_config", "{}", {}), ("pgsql_config", "{a: {b: 1}}",
-                                   {"a": {"b": 1}}),
+        ("mysql_config", "{passwd: 0123}", {"passwd": "0123"}),
+        ("pgsql_config", "{a: {b: 1}}", {"a": {"b": 1}}),
         ("limits", "[]", ()), ("limits", "[[0, 60]]", ((0, 60),)),
         ("limits", "\n  - [10, 60]\n  - [150, 86400.0]",
          ((10, 60), (150, 86400))),
         ("limits_by_id", "", {}), ("limits_by_id", "{}", {}),
-        ("limits_by_id", "{Joe@X.org: [], 12: [[1, 2]]}",
-         {"joe@x.org": (), "12": ((1, 2),)}),
+        ("limits_by_id", "{Joe@X.org: [], 12: [[1, 2]], 012: [], 0817: []}",
+         {"joe@x.org": (), "12": ((1, 2),), "012": (), "0817": ()}),
         ("limits_by_id", "\n  192.168.0.254: []\n  0:0::1: [[1, 2]]",
          {"192.168.0.254": (), "::1": ((1, 2),)}),
         ("sql_limits_by_id", "", None), ("sql_limits_by_id", '""', None),
@@ -1319,7 +1330,10 @@ class SettingsTest(FolderTest):
         ("report", "True", True), ("report_from", "null", None),
         ("report_to", "a@b.c", ("a@b.c",)), ("report_to", "", ()),
         ("report_to", "[a@b.c, d@e.f]", ("a@b.c", "d@e.f")),
-        ("report_subject", "Hello", "Hello"), ("report_limits", "[60]", (60,)),
+        ("report_to", '"a@b.c, d@e.f"', ("a@b.c", "d@e.f")),
+        ("report_subject", "''", ""), ("report_subject", "Hello", "Hello"),
+        ("report_limits", "[60]", (60,)),
+        ("report_limits", "null", None), ("report_limits", "[]", ()),
         ("report_only_if_needed", "off", False), ("smtp_starttls", "0", False),
         ("smtp_tls_verify", "False", False), ("alert", "True", True),
         ("alert_command", "null", ()),
@@ -1327,7 +1341,9 @@ class SettingsTest(FolderTest):
         ("alert_command", "[/bin/x, -v]", ("/bin/x", "-v")),
         ("smtp_server", "mail", ("mail", 25)),
         ("smtp_server", "[mail, 587]", ("mail", 587)),
+        ("smtp_server", "[mail]", ("mail", 25)),
         ("smtp_credentials", "[joe, x]", ("joe", "x")),
+        ("smtp_credentials", "[joe, 0123]", ("joe", "0123")),
         ("smtp_credentials", "null", None),
     )
 
@@ -1342,9 +1358,12 @@ class SettingsTest(FolderTest):
          ("['toto', 1234]", "['localhost', 25]", "['127.0.0.1']", "5",
           "['127.0.0.1', 65536]", "['127.0.0.1', -1]", "['127.0.0.1', '1']",
           "['127.0.0.1', 1, 2]", "['', 1]", "''", "[]", "[5, 5]", "{}",
-          "['127.0.0.1', True]")),
+          "['127.0.0.1', True]", "'inet:127.0.0.1:8552'", "'unix:/run/s'",
+          "'127.0.0.1:8552'", "'inet:[::1]:8552'", "'@name'")),
         ("socket_permission", "a file mode such as 0666",
-         ("'999'", "-1", "4096", "'rw'", "True")),
+         ("'999'", "-1", "4096", "'01000'", "'rw'", "True")),
+        ("socket_permission", "a file mode such as 0777", ("777",)),
+        ("socket_permission", "a file mode such as 0666", ("666",)),
         ("delay_to_close db_timeout", "a number of seconds, 1 or more",
          ("0", "-1", "'5'", "True", "[]")),
         ("backend", "0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
@@ -1362,14 +1381,13 @@ class SettingsTest(FolderTest):
           "{2: 500}", "'x'", "[None]", "['ab']")),
         ("limits_by_id",
          "identities or patterns, each with a list of [mails, seconds]",
-         ("[]", "'x'", "5", "{'joe': None}", "{'joe': [1, 2]}",
-          "{'joe': [[-1, 2]]}", "{True: []}")),
+         ("[]", "'x'", "5")),
         ("limited_networks",
          'a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]',
          ("['foo']", "'10.0.0.0/8'", "['10.0.0.0/33']", "[5]", "[[]]",
           "['10.0.0.']", "['fe80::/129']")),
-        ("quotas", "a list of quotas, each with by, limits and a name of its"
-         " own", ("5", "[5]", "[{}]", "'x'")),
+        ("quotas", "a list of quotas, each with by and limits",
+         ("5", "[5]", "'x'")),
         ("success_action db_error_action",
          'an action of access(5), such as "dunno"',
          ("True", "''", "[]", r"'a\nb'", r"'a\x07'")),
@@ -1378,6 +1396,7 @@ class SettingsTest(FolderTest):
         ("sql_limits_by_id report_from", "text, or null", ("5", "['x']")),
         ("report_to alert_command", "text or a list of texts",
          ("5", "[5]", "['']", "[None]", "{'a': 1}")),
+        ("report_subject", "text", ("5", "['x']")),
         ("report_limits", "a list of seconds, such as [86400]",
          ("['60']", "[0]", "[-1]", "[[60]]", "'x'")),
         ("smtp_server", '["host", port] or a host',
@@ -1412,8 +1431,7 @@ class SettingsTest(FolderTest):
     def test_refusal_names_file_line_setting_found_and_expected(self) -> None:
         seen = {
             name for names, *_ in self.EXPECTED for name in names.split()}
-        self.assertEqual(seen | {"report_subject"}, {
-            one.name for one in fields(prl.Settings)})
+        self.assertEqual(seen, {one.name for one in fields(prl.Settings)})
         for names, expected, values in self.EXPECTED:
             for name in names.split():
                 for found in values:
@@ -1433,6 +1451,28 @@ class SettingsTest(FolderTest):
         self.assertEqual(caught.exception.exit_code,
                          4 if name == "SOCKET" else 5)
 
+    def test_a_wrong_entry_is_named_with_its_line(self) -> None:
+        expected = f"expected {prl.as_limits.__doc__}"
+        for value, line, message in (
+                ("\n  joe: []\n  ann: 5\n", 3, f"ann: found 5, {expected}"),
+                ("\n  joe:\n", 2, f"joe: found None, {expected}"),
+                ('{joe: [],\n "::1": [[-1, 2]]}\n', 2,
+                 f"::1: found [[-1, 2]], {expected}"),
+                ("\n  ann: []\n  yes: []\n", 3, "put quotes around True"),
+                ("\n  Joe: []\n  '::1': []\n  joe: []\n", 4,
+                 "joe and Joe are the same ({}:2)"),
+                ("\n  ::1: []\n  0::01: []\n  a: [[1, 1_0]]", 3,
+                 "0::01 and ::1 are the same ({}:2)")):
+            with self.subTest(value=value):
+                if "_" in value and yaml is None:
+                    skip("PyYAML is not installed")
+                with self.assertRaises(prl.ConfigError) as caught:
+                    self.settings(f"limits_by_id: {value}")
+                path = self.path("test.yaml")
+                self.assertEqual(
+                    str(caught.exception), f"{path}:{line}: limits_by_id: "
+                    + message.format(path))
+
     def test_an_empty_value_is_the_default(self) -> None:
         for name in prl.default_values():
             path = self.write("test.yaml", f"{name}:\n")
@@ -1442,9 +1482,9 @@ class SettingsTest(FolderTest):
     def test_unusual_files_start(self) -> None:
         for text in (
                 "", "# nothing\n", "report: True\n", "limits_by_id:\n",
-                "user: nosuch\n", "limits: []\n", "limits:\n- [1, 2]\n",
+                "user: nosuch\n", "limits:\n- [1, 2]\n",
                 "---\ndebug: no\n", "mysql_config:\n", "a: {b: [c]}\n",
-                "limits: [[1, 1]]\nlimits: [[2, 2]]\n", "1: 2\n"):
+                "1: 2\n"):
             with self.subTest(text=text):
                 status, out, err = command(
                     "-f", self.write("test.yaml", text), "--check",
@@ -1474,6 +1514,67 @@ class SettingsTest(FolderTest):
             with self.subTest(quota), \
                     self.assertRaisesRegex(prl.ConfigError, "yaml:2: quotas"):
                 self.settings(f"limits: []\nquotas: [{quota}]\n")
+
+    def test_what_has_no_effect_is_told(self) -> None:
+        for text, message in (
+                ("limit_by_ip: True", "limited_networks: empty, so no address"
+                                      " is limited"),
+                ("report: True", "report_to: nobody is named to get reports"
+                                 " and alerts"),
+                ("alert: True", "report_to: nobody is named to get reports"
+                                " and alerts"),
+                ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]",
+                 "report_limits: no limit has the window 61"),
+                ("fail_action: dunnno", "fail_action: access(5) knows no"
+                                        " action dunnno"),
+                ("db_error_action: 4.7.1 x", "db_error_action: access(5) knows"
+                                             " no action 4.7.1"),
+                (f"alert: True\nalert_command: {self.folder}/no",
+                 f"alert_command: {self.folder}/no: not there or not"
+                 " executable")):
+            with self.subTest(text=text):
+                self.check_told(text, f"warning: {message}\n", 0, "\nOK\n")
+
+    def test_where_nothing_is_limited_a_check_ends_with_5(self) -> None:
+        for text, message in (
+                ("limit_by_sasl: False", "limit_by_sasl, limit_by_sender,"
+                 " limit_by_ip: all are False, so nothing is limited"),
+                ("limit_by_sasl: False\nlimit_by_ip: True",
+                 "limited_networks: empty, so no address is limited"),
+                ("limits: []\nlimits_by_id: {joe: []}",
+                 "limits: none here, in limits_by_id or by sql_limits_by_id,"
+                 " so nothing is limited")):
+            with self.subTest(text=text):
+                self.check_told(text, f"error: {message}\n", 5, "")
+
+    def check_told(self, text: str, line: str, status: int,
+                   out: str) -> None:
+        """Look for a line in what --check, a start and a reload say."""
+        daemon = self.daemon(f"count_mode: 1\n{text}\n")
+        told, *_ = daemon.log().partition("listening on")
+        self.assertEqual(told, line)
+        daemon.send(signal.SIGHUP)
+        daemon.wait_log("configuration reloaded")
+        self.assertEqual(daemon.log().count(line), 2)
+        got = command("--check", *daemon.options)
+        self.assertEqual((got[0], got[1][-4:], got[2]), (status, out, line))
+        daemon.stop()
+
+    def test_what_has_an_effect_is_not_told(self) -> None:
+        for text in (
+                "limits: []\nlimits_by_id: {joe: [[1, 2]]}\n",
+                "limits: []\nsql_limits_by_id: SELECT '[]' WHERE 'x' = ?\n",
+                "limit_by_sasl: no\nlimit_by_ip: yes\n"
+                "limited_networks: ['::/0']\n", "report_limits: [7]\n",
+                "alert: True\nalert_command: [logger, x]\n",
+                "report: yes\nreport_to: a@b.c\nlimits: [[1, 7]]\n",
+                "fail_action: 450\nsuccess_action: OK\ndb_error_action:"
+                " reject_unauth_destination\n"):
+            with self.subTest(text=text):
+                path = self.write("test.yaml", f"count_mode: 1\n{text}")
+                self.assertEqual(command(
+                    "-f", path, "--check", "--standalone", self.folder)[::2],
+                    (0, ""))
 
     def test_unknown_setting_is_a_warning_with_a_guess(self) -> None:
         for name, guess in (
@@ -1687,10 +1788,11 @@ class PolicyTest(unittest.TestCase):
 
     def test_a_quota_counts_what_it_says(self) -> None:
         for count, attributes, cost in (
-                ("", {}, 3), ("recipients", {}, 3), ("mails", {}, 1),
+                ("recipients", {}, 3), ("mails", {}, 1),
                 ("bytes", {"size": 12345}, 12345), ("bytes", {}, None),
                 ("bytes", {"size": 10**12}, 2**31 - 1),
-                ("", {"protocol_state": "RCPT"}, 1), ("client_network", {}, 1),
+                ("recipients", {"protocol_state": "RCPT"}, 1),
+                ("client_network", {}, 1),
                 ("helo_name", {}, None)):
             self.assertEqual(
                 list(self.claimed({"by": "server", "count": count},
@@ -1755,11 +1857,14 @@ class PolicyTest(unittest.TestCase):
 
     def test_limits_are_read_as_a_database_holds_them(self) -> None:
         for text in ("[[10, 60], [150, 86400]]", "[(10, 60), (150, 86400)]",
-                     "((10,60),(150,86400))", " [[10,60],[150,86400]]\n"):
+                     "((10,60),(150,86400))", " [[10,60],[150,86400]]\n",
+                     "[[10, 60], (150, 86400),]  # per day"):
             self.assertEqual(prl.parse_limits(text), prl.Settings().limits)
+        self.assertEqual(prl.parse_limits("((2, 3600),)"), ((2, 3600),))
         self.assertEqual(prl.parse_limits("[]"), ())
         for text in ("", "rubbish", "[10, 60]", "[[10]]", "[[-1, 60]]",
-                     "[[1, 0]]", "__import__('os')", "{}", "null", "[" * 9999):
+                     "[[1, 0]]", "__import__('os')", "{}", "None", "[" * 9999,
+                     "[[10, 060]]", "-" * 99999 + "1", "[[1]*2]", "\0"):
             with self.subTest(text[:20]), self.assertRaises(ValueError):
                 prl.parse_limits(text)
 
@@ -2014,6 +2119,14 @@ class SQLiteTest(StoreContract, FolderTest):
             sql_limits_by_id=query))
         self.addCleanup(ledger.database.close)
         return ledger
+
+    def test_its_own_arguments_of_connect_win(self) -> None:
+        daemon = self.daemon("limits: [[1, 60]]", "-o",
+                             "sqlite_config.check_same_thread=True", "-o",
+                             "sqlite_config.isolation_level=DEFERRED")
+        self.assertEqual([daemon.ask(), daemon.ask()], [PASS, REFUSED])
+        self.assertIn("[##########] 1/1", run("--status", *daemon.options
+                                              ).stdout)
 
     def test_a_window_is_read_through_the_index(self) -> None:
         ledger = self.open()
@@ -2369,6 +2482,11 @@ class PyMySQLTest(DriverTest):
     kind = MariaDB
     driver = "pymysql"
     before = ("MySQLdb",)
+
+    def test_a_charset_that_cannot_hold_all_names_does_no_harm(self) -> None:
+        host = self.host(**self.connecting(charset="latin1"))
+        self.assertEqual(host.ask(sasl_username="дима😀"), PASS)
+        self.assertEqual(self.counted("дима😀"), 1)
 
 
 class Psycopg2Test(HostsTest):
@@ -3191,6 +3309,21 @@ class ReportTest(ReportsTest):
         self.refuse("ann", ledger=self.open(report_limits=(60,)))
         self.assertEqual(len(self.noted()), 2)
 
+    def test_left_out_the_reported_windows_are_a_day_s_or_all(self) -> None:
+        for limits, query, windows in (
+                ([[9, 60], [9, 86400]], None, {86400}),
+                ([[9, 60]], None, {60, 86400}),
+                ([], "SELECT ?", {60, 86400})):
+            with self.subTest(limits=limits):
+                ledger = self.open(report=True, sql_limits_by_id=query,
+                                   limits=prl.as_limits(limits))
+                ledger.query = None
+                for window in (60, 86400):
+                    self.refuse(str(limits), 1, window, ledger)
+                self.assertEqual(windows, {
+                    window for who, window in self.noted()
+                    if who == str(limits)})
+
     def test_a_batch_notes_each_of_its_refusals(self) -> None:
         charges = [prl.Charge([prl.Claim(who, 1, (prl.Limit(0, 60),))], 1000)
                    for who in ("joe", "ann", "joe")]
@@ -3350,7 +3483,7 @@ class AlertTest(ReportsTest):
     def test_the_daemon_alerts_once_a_window(self) -> None:
         sink = self.sink()
         daemon = self.daemon(json.dumps({
-            "limits": [[1, 60]], "report_limits": [60], "alert": True,
+            "limits": [[1, 60], [9, 86400]], "alert": True,
             "report_to": "a@x.org", "smtp_server": list(sink.address)}))
         with daemon.client() as client:
             for who in ("joe", "ann"):
@@ -3376,7 +3509,8 @@ class AlertTest(ReportsTest):
 
     def test_the_next_window_tells_how_many_were_refused(self) -> None:
         sink = self.sink()
-        alarm, given = self.alarm([0.0]), self.settings(sink)
+        alarm = self.alarm([0.0])
+        given = self.settings(sink, report_limits=(86400,))
         for now in (1000, 1001, 87399, 87400, 87401):
             alarm.refused(self.usage("joe"), "192.0.2.7", given, now)
             alarm.refused(self.usage("joe", 60), "192.0.2.7", given, now)
@@ -3613,7 +3747,16 @@ class StatusTest(ReportsTest):
 YAML_READ: list[tuple[str, Any]] = [
     ("", None), ("# c\n---  # c\n", None), ("[1]", [1]), ("---#", "---#"),
     ("\ufeffa: 1\r\nb: 2\r\n", {"a": 1, "b": 2}),
-    ("---\n  a: 1\n  b: 2", {"a": 1, "b": 2}), ("a: 1\na: 2", {"a": 2}),
+    ("---\n  a: 1\n  b: 2", {"a": 1, "b": 2}),
+    ("a: 1\n...", {"a": 1}), ("a\n...  # c\n\n# d\n", "a"), ("...", None),
+    ("a: b\n  #c", {"a": "b"}), ("a\nb", "a b"), ("'\nb'", " b"),
+    ("a:\n  b\n\n  c  # d\ne: f\n \n\n g\n h", {
+        "a": "b\nc", "e": "f\n\ng h"}),
+    ("- a b \n  - c :d\n -e\n- - 1\n   2", ["a b - c :d -e", ["1 2"]]),
+    ("a: 'b  \n\n   c''\n \\\n d'\ne: 'f\n '", {"a": "b\nc' \\ d", "e": "f "}),
+    ('- "a\\\n  \\ b\\t\n  \\  c  d\\n\n\n  e\\"\n "', [
+        "a b\t   c  d\n\ne\" "]),
+    ("[a\n b, 'c\n  d', {e: f\n\n g}]", ["a b", "c d", {"e": "f\ng"}]),
     ("a:\n- [1, 2]\n-\nb:", {"a": [[1, 2], None], "b": None}),
     ("a:\n  - 1\n\n  # c\n  -   2", {"a": [1, 2]}),
     ("- - 1\n  - 2\n- - - 3", [[1, 2], [[3]]]),
@@ -3633,11 +3776,11 @@ YAML_READ: list[tuple[str, Any]] = [
     ("[yes, Yes, YES, yEs, y, off, True]", [
         True, True, True, "yEs", "y", False, True]),
     ("[~, null, Null, NULL, nUll]", [None, None, None, None, "nUll"]),
-    ("[0, -0, +7, 0666, -017, 12, 0o666]", [0, 0, 7, 438, -15, 12, "0o666"]),
-    ("1: a\ntrue: b\n~: c\n'<<': '='", {1: "b", None: "c", "<<": "="}),
+    ("[0, -0, +7, 0666, 08, 12, 0o666]", [0, 0, 7, "0666", "08", 12, "0o666"]),
+    ("1: a\n~: c\n'<<': '='", {1: "a", None: "c", "<<": "="}),
 ]
 ODD = """
-1:30 0x1F 0b1 1_000 .5 1e5 1.5e+3 .inf -.INF .nan 08 2024-12-31 << =
+1:30 0x1F 0b1 1_000 .5 1e5 1.5e+3 .inf -.INF .nan -08 2024-12-31 << =
 190:20:30.15 1111111111111111111 @b `b &b *b !!str %b | > |- ? - :
 """
 YAML_REFUSED = [
@@ -3648,12 +3791,19 @@ YAML_REFUSED = [
     ("'a''", 1, "same line"), ("[a: 1]", 1, "put quotes around a: 1"),
     ("a: 'b' c", 1, "cannot read"),
     ("a:\n  c: 1\n\tb: 1", 3, "tab"), ("a:\tb", 1, ""), ("a: b\t", 1, "tab"),
-    ("a: b\n  c", 2, "several lines"), ("a\nb", 2, "several lines"),
+    ("a: b\nc", 2, "not `key: value`"), ("a: b # c\n  d", 2, "several lines"),
+    ("a: b\n  c: d", 2, "indentation"), ("a: b\n c d: e", 2, "cannot read"),
     ("a: 'b\nc'", 1, "same line"), ("\n\"b", 2, "same line"),
+    ("a:\n  b: 'c\n  d'", 2, "same line"), ("- 'b\n  c", 1, "same line"),
+    ("'a\n b': c", 1, "not `key: value`"), ("[a\n b: c]", 2, "no , or ]"),
+    ("a: 1\nb: 2\n'a': 3", 3, "a is given twice, in line 1 before"),
+    ("- a:\n    b:\n    b:\n", 3, "b is given twice, in line 2 before"),
+    ("a: {b: 1, 1: 2,\n\"1\": 3}", 2, "1 is given twice, in line 1"),
     *((f'a: "\\{wrong}"', 1, "write \\ as \\\\") for wrong in (
         "q", "x4", "u123", "ud800", "U00000041", "e")),
     ("%YAML 1.1\n---\na: 1", 2, "'---' is not"), ("--- a", 1, "'---' is not"),
-    ("a: 1\n---\nb: 2", 2, "'---' is not"), ("a: 1\n...", 2, "'...' is not"),
+    ("a: 1\n---\nb: 2", 2, "'---' is not"), ("a\n...\n...", 2, "'...' is"),
+    ("...\na", 1, "'...' is not"),
     *((f"a:\n {bad}", 2, "not allowed") for bad in "\a\r\u2028\ud800\ufeff"),
     ("a: [1, 2\n\n", 1, "no , or ] before the end"), ("{", 1, "the end"),
     ("\na: [1, 2\nb: 1\n", 3, "no , or ] before b: 1"),
@@ -3668,7 +3818,8 @@ YAML_REFUSED = [
 RUBBISH = [
     "[", "{", "- ", "- a: ", "{a: ", "'", '"', "\\", "a ", "a:", " ", "\n",
     "# \n", "a: 1\n", "- 1\n", "[],", "[a, ", "1:", "1_", "'' ", "\t", ": ",
-    '"\\x', "---\n", "a b\n", " a\n", "0", "- - -\n", "''", "? ", "a  "]
+    '"\\x', "---\n", "a b\n", " a\n", "0", "- - -\n", "''", "? ", "a  ",
+    "a\n ", "a\n\n ", "a \n", "\\\n ", "\\ ", "a  \n  ", "...\n", "...\n#\n"]
 GOOD = """
 a b 1 0 -0 +5 0666 no ON y null Null 'q' "d" ::1 x@y 10.0.0.1 a:b a~b [] {}
 """
@@ -3686,6 +3837,9 @@ def block(rng: random.Random, indent: int, depth: int) -> str:
     if depth == 0 or rng.random() < .2:
         gap = rng.choice([", ", ",", ",\n", " ,", ", # c\n "])
         few += [f"[{gap.join(few)}]", f"{{{few[0]} : {few[1]}{gap}}}"]
+        line = rng.choice(["\n", " \n", "\n\n", "\\\n"]) + " " * (indent + 1)
+        few += [line.join(few[:2]), f'"{line.join(few[:2])}"',
+                f"'{line.join(few[:2])}'"]
         return rng.choice(few) + rng.choice(["\n", "\n", " \n", " # c\n"])
     text, dash = "", rng.random() < .5
     for key in few[:rng.randrange(1, 4)]:
@@ -3711,6 +3865,41 @@ def document(rng: random.Random) -> str:
     return text
 
 
+ACTION = ("defer_if_permit Rate limit reached for your account, please retry"
+          " later or contact the postmaster")
+LONG = {
+    "fail_action": ACTION, "subject": f"{ACTION}: see http://x/y # 'no'",
+    "sql": "SELECT limits FROM my_limits WHERE id = lower(?) AND enabled = 'y'"
+           " AND \"x\" = 1 OR something = '%s' OR y",
+    "tabs": "a\tb " * 30, "lines": f"a\nb\n\nc {ACTION}", "umlauts": "é " * 60,
+    "list": [ACTION, ACTION.replace(",", ""), [10, 60]], "in": {"x": ACTION}}
+RUAMEL = r"""
+fail_action: defer_if_permit Rate limit reached for your account,~
+  please retry later or contact the postmaster
+subject: "defer_if_permit Rate limit reached for your account, please retry
+  later or contact the postmaster: see http://x/y # 'no'"
+sql: SELECT limits FROM my_limits WHERE id = lower(?) AND enabled =~
+  'y' AND "x" = 1 OR something = '%s' OR y
+tabs: "a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb
+  a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb a\tb
+  a\tb a\tb a\tb "
+lines: "a\nb\n\nc defer_if_permit Rate limit reached for your account, please
+  retry later or contact the postmaster"
+umlauts: 'é é é é é é é é é é é é é é é é é é é é é é é é é é é é é é é
+  é é é é é é é é é é é é é é é é é é é é é é é é é é é é é '
+list:
+- defer_if_permit Rate limit reached for your account, please retry~
+  later or contact the postmaster
+- defer_if_permit Rate limit reached for your account please retry~
+  later or contact the postmaster
+- - 10
+  - 60
+in:
+  x: defer_if_permit Rate limit reached for your account, please retry
+    later or contact the postmaster
+""".replace("~\n", " \n")
+
+
 class TestReader(unittest.TestCase):
     """What is read and what is refused."""
 
@@ -3727,12 +3916,16 @@ class TestReader(unittest.TestCase):
                 self.assertEqual(caught.exception.line, line)
                 self.assertIn(message, str(caught.exception))
 
-    def test_the_lines_of_top_level_keys_are_told(self) -> None:
-        text = "\n# c\na:\n  b: 1\na: 2\n1: 3"
-        self.assertEqual(prl.parse_yaml(text)[1], {"a": 5, "1": 6})
-        text = "{a: 1,\n b: {c: 1}}"
-        self.assertEqual(prl.parse_yaml(text)[1], {"a": 1, "b": 2})
-        self.assertEqual(prl.parse_yaml("- a: 1")[1], {})
+    def test_the_lines_of_keys_are_told(self) -> None:
+        for text, lines in (
+                ("\n# c\na:\n  b: 1\nc: 'd\n e'\n1: 3", {
+                    ("a",): 3, ("a", "b"): 4, ("c",): 5, ("1",): 7}),
+                ("{a: 1,\n b: {c: 1}}", {("a",): 1, ("b",): 2, ("b", "c"): 2}),
+                ("- a:\n- a: 1", {("0", "a"): 1, ("1", "a"): 2})):
+            with self.subTest(text=text):
+                self.assertEqual(prl.parse_yaml(text)[1], lines)
+                if yaml is not None and text[0] != "-":
+                    self.assertEqual(prl.parse_with_pyyaml(text)[1], lines)
 
     def test_rubbish_is_refused_or_read_quickly(self) -> None:
         for piece in RUBBISH:
@@ -3743,6 +3936,32 @@ class TestReader(unittest.TestCase):
                         prl.parse_yaml(head + piece * (200_000 // len(piece)))
                     self.assertLess(time.process_time() - start, 5)
 
+    def test_what_ruamel_folds_is_read(self) -> None:
+        self.assertEqual(prl.parse_yaml(RUAMEL)[0], LONG)
+
+    @unittest.skipIf(yaml is None, "PyYAML is missing")
+    def test_what_pyyaml_dumps_is_read(self) -> None:
+        for options in (
+                {}, {"default_flow_style": None}, {"default_flow_style": True},
+                {"indent": 4, "allow_unicode": True}, {"explicit_end": True},
+                {"explicit_start": True, "width": 20}):
+            with self.subTest(options=options):
+                text = str(yaml.safe_dump(LONG, **options))
+                self.assertEqual(prl.parse_yaml(text)[0], LONG, text)
+
+    def test_each_pattern_takes_what_stands_beside_it(self) -> None:
+        with open(PROGRAM, encoding="utf-8") as file:
+            source = file.read()
+        beside = dict(re.findall(
+            r'^(YAML_\w+) = re.*# (".*", not "[^"]*")', source, re.M))
+        for name, pattern in vars(prl).items():
+            if name.startswith("YAML_") and isinstance(pattern, re.Pattern):
+                with self.subTest(name=name):
+                    taken, refused = map(
+                        ast.literal_eval, beside[name].split(", not "))
+                    self.assertTrue(pattern.fullmatch(taken))
+                    self.assertFalse(pattern.fullmatch(refused))
+
     @unittest.skipIf(yaml is None, "PyYAML is missing")
     def test_what_is_read_is_read_as_pyyaml_reads_it(self) -> None:
         rng, read = random.Random(1), 0
@@ -3750,7 +3969,10 @@ class TestReader(unittest.TestCase):
             text = document(rng)
             with contextlib.suppress(prl.YamlError):
                 value = prl.parse_yaml(text)[0]
-                self.assertEqual(repr(value), repr(yaml.safe_load(text)), text)
+                odd = [yaml.YAMLError] if value is None else []  # "..." alone
+                with contextlib.suppress(*odd):
+                    self.assertEqual(repr(value), repr(
+                        prl.parse_with_pyyaml(text)[0]), text)
                 read += 1
         self.assertGreater(read, 6000 * .3)
 
@@ -3785,20 +4007,32 @@ class ConfFileTest(FolderTest):
             for options in ((), ("--check",), ("--clean",)):
                 status, out, err = command(*options)
                 self.assertEqual((status, out), (5, ""))
-                self.assertRegex(err, r"^error: no configuration file found; "
-                                 r"looked for ~/.config/.*\.yaml\n$")
+                self.assertEqual(err, "error: no configuration file found; "
+                                 f"looked for {', '.join(paths)}\n")
+
+    def test_what_cannot_be_read_on_the_search_path_is_skipped(self) -> None:
+        good = self.write("good.yaml", "debug: no\n")
+        with patch.object(prl, "CONFIG_FILES", (self.folder, good)):
+            self.assertEqual(command("--get-config", "config_file"), (
+                0, good, f"warning: {self.folder}: skipped, it cannot be read:"
+                f" [Errno 21] Is a directory: '{self.folder}'\n"))
+        with patch.object(prl, "CONFIG_FILES", (self.folder,)):
+            self.assertEqual(command("--check")[0], 5)
 
     def test_file_that_cannot_be_used_ends_with_5(self) -> None:
         os.mkdir(self.path("folder.yaml"))
         with open(self.path("bytes.yaml"), "wb") as file:
             file.write(b"user: \xff\xfe\n")
         for name, text, message in (
-                ("none.yaml", None, "{}: no such configuration file"),
+                ("none.yaml", None, "no configuration file found; looked "
+                                    "for {}"),
                 ("folder.yaml", None, "{}: cannot be read: .*directory"),
                 ("bytes.yaml", None, "{}: cannot be read: 'utf-8' codec"),
                 ("list.yaml", "- 1\n", r"{}: found \[1\], expected lines "),
                 ("word.yaml", "limits\n", "{}: found 'limits', expected "),
                 ("tab.yaml", "a:\n\tb: 1\n", "{}:2: write spaces instead"),
+                ("twice.yaml", "a: 1\nb: 2\na: 3\n",
+                 "{}:3: a is given twice, in line 1 before"),
                 ("odd.yaml", "a: 1\nb: [\n", "{}:[23]: "),
                 ("odd.conf", "a = 1\nb = = 2\n", "{}:2: not Python: ")):
             with self.subTest(name=name):
@@ -3848,6 +4082,18 @@ class ConfFileTest(FolderTest):
                     f"{path}:2: skipped: it is not NAME = VALUE: "
                     + text.split("\n")[0][:60]])
         self.assertFalse(os.path.exists(made))
+
+    def test_any_line_end_of_a_conf_counts(self) -> None:
+        for end in ("\r", "\r\n", "\n"):
+            with self.subTest(end=end), self.assertLogs(prl.log) as logs, \
+                    open(self.path("a.conf"), "w", newline="") as file:
+                file.write(f"debug = 0{end}{end}import os{end}user = 'joe'")
+                file.flush()
+                config = prl.read_config(self.path("a.conf"))
+            self.assertEqual(config.values, {"debug": 0, "user": "joe"})
+            self.assertEqual(config.place("user"), self.path("a.conf:4"))
+            self.assertIn("a.conf:3: skipped: it is not NAME = VALUE: import"
+                          " os", logs.output[-1])
 
     def test_bombs_are_refused_in_time_and_memory(self) -> None:
         def bound() -> None:
@@ -3918,11 +4164,15 @@ class ConfFileTest(FolderTest):
             skip("PyYAML is not installed")
         for text, value in (("1_000", 1000), ("1:30", 90), ("0x1F", 31),
                             ("!!str 5", "5"), ("|\n  a\n", "a\n"),
-                            ('"a\n  b"', "a b"), ("&a [*a]", None)):
+                            ('"a\n  b"', "a b"), ("&a [*a]", None),
+                            ("[!!str a, 0666]", ["a", "0666"])):
             with self.subTest(text=text):
                 values = self.read(f"x: {text}\n", "test.yaml")
                 if value is not None:
                     self.assertEqual(values["x"], value)
+        with self.assertRaisesRegex(
+                prl.ConfigError, "yaml:4: c is given twice, in line 3 before"):
+            self.read("a: !!str 1\nb:\n  c: 1\n  c: 2\n", "test.yaml")
         with self.assertRaisesRegex(prl.ConfigError, r"yaml:2: .*!!python/"):
             self.read("a: 1\nx: !!python/tuple [1]\n", "test.yaml")
 
@@ -3998,7 +4248,7 @@ class ProcessTest(NetTest):
                              in daemon.log()[said:], "a complaint")
             os.unlink(daemon.config)
             daemon.send(signal.SIGHUP)
-            daemon.wait_log("no such configuration file")
+            daemon.wait_log("no configuration file found")
             self.assertEqual([client.ask(), client.ask()], [PASS, REFUSED])
 
     def test_another_instance_does_the_first_no_harm(self) -> None:
@@ -4216,6 +4466,8 @@ class CommandLineTest(FolderTest):
                 ((none,), "count_mode", 0, "1"),
                 ((none,), "config_file", 0, "None"), ((none,), "x", 1, ""),
                 ((bad,), "limits", 0, "5"), ((bad,), "debug", 0, "True"),
+                ((bad, "-o", "socket_permission=x"), "socket_permission", 0,
+                 "x"),
                 ((bad, "-o", "user=nosuch"), "user", 0, "nosuch")):
             with self.subTest(name=name):
                 self.assertEqual(self.get(name, "-f", *options), (status, out))
@@ -4244,7 +4496,8 @@ class CommandLineTest(FolderTest):
         self.assertEqual(prl.default_values()["limits_by_id"], {})
 
     def test_bad_override_ends_with_5_and_says_which(self) -> None:
-        file = self.write("test.yaml", "limits: [[1, 2]]\n")
+        file = self.write(
+            "test.yaml", "limits: [[1, 2]]\nlimits_by_id:\n  ann: []\n")
         for text, status, message in (
                 ("debug", 5, "expected NAME=VALUE with the name of a setting"),
                 ("nope=1", 5, "expected NAME=VALUE with the name of a setti"),
@@ -4255,7 +4508,10 @@ class CommandLineTest(FolderTest):
                 ("user=1_0", 5, "put quotes around 1_0"),
                 ("limits=[", 5, ""), ("user='x", 5, "close the quotes on"),
                 ("limits=5", 5, "limits: found 5, expected a list of [mails"),
-                ("limits_by_id.joe=5", 5, "limits_by_id: found {'joe': 5}, "),
+                ("limits_by_id.joe=5", 5, "limits_by_id: joe: found 5, expec"),
+                ("limits_by_id={Ann: [], joe: 5}", 5, "limits_by_id: joe: "),
+                ("limits_by_id.Ann=[]", 5, "limits_by_id: Ann is the same"
+                 f" identity as ann ({self.path('test.yaml')}:3)"),
                 ("SOCKET=[toto, 1]", 4, "SOCKET: found ['toto', 1], expec")):
             with self.subTest(text=text):
                 got = command("-f", file, "--check", "-o", text)
@@ -4317,7 +4573,7 @@ class CommandLineTest(FolderTest):
                 f"SOCKET={long}", f"pidfile={self.folder}",
                 f"SOCKET={file}/sub/policy", f"pidfile={file}/sub/pid",
                 f"SOCKET={other}",
-                'SOCKET=["192.0.2.1", 8552]'):
+                'SOCKET=["192.0.2.1", 8552]', 'SOCKET=["192.168::1", 1234]'):
             with self.subTest(override=override):
                 options = [*here_as_ourselves(self), "-o", override]
                 done = run("-f", file, "--check", *options)
