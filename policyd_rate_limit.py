@@ -881,8 +881,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS mail_turn"
     " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
 )
-RATE_LIMITS = ("CREATE TABLE rate_limits"
-               " (id integer NOT NULL PRIMARY KEY, limits varchar(255))")
+RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
+               " limits varchar(255) NOT NULL)")
 INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
 
@@ -1065,7 +1065,8 @@ class Database:
             if (self.backend.wants_rate_limits
                     and not columns_of(looking, "rate_limits")):
                 with contextlib.suppress(Exception):  # if the query needs it
-                    looking.run(RATE_LIMITS)
+                    looking.run(
+                        RATE_LIMITS.format(self.backend.numbered))
             looking.run("COMMIT")
             if "total" in present:
                 break
@@ -1138,6 +1139,7 @@ class Backend:
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
+    numbered = ""  # makes ids of rate_limits count up, as the original's do
     alter_original: tuple[str, ...] = ()  # its tables, to ours
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
@@ -1268,6 +1270,7 @@ class MySQL(Backend):
     drivers = (("MySQLdb", "python3-mysqldb"), ("pymysql", "python3-pymysql"))
     identity = (f"varchar({MAX_IDENTITY}) CHARACTER SET utf8mb4"
                 " COLLATE utf8mb4_bin")
+    numbered = "AUTO_INCREMENT"
     alter_original = (
         f"ALTER TABLE mail_count MODIFY id {identity} NOT NULL,"
         f" MODIFY protocol_state {COLUMNS['protocol_state']},"

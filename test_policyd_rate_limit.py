@@ -2362,6 +2362,14 @@ class MySQLdbTest(HostsTest):
         " CHARACTER SET utf8 COLLATE utf8_general_ci",
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
 
+    @slow
+    def test_rate_limits_counts_its_ids_up_as_the_originals_does(self) -> None:
+        ledger = self.open("SELECT limits FROM rate_limits WHERE id = %s")
+        self.assertEqual(self.passes(ledger, 1000), True)
+        self.assertEqual(self.execute_all(
+            *["INSERT INTO rate_limits (limits) VALUES ('[]')"] * 2,
+            "SELECT id, limits FROM rate_limits"), [(1, "[]"), (2, "[]")])
+
 
 class PyMySQLTest(DriverTest):
     """MariaDB through pymysql."""
