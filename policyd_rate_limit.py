@@ -3049,11 +3049,19 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
     for folder, mode in folders(settings).items():
-        if os.path.isdir(folder):
+        if not os.path.isdir(folder):
+            os.makedirs(folder, mode)
+        elif owner is None or not is_volume(folder):
             continue
-        os.makedirs(folder, mode)
         if owner is not None:
             os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+
+
+def is_volume(folder: str) -> bool:
+    """Say whether a folder is root's and empty, as a container's volume."""
+    status = os.stat(folder)
+    return (status.st_uid == 0 and not status.st_mode & 0o022  # as /tmp has
+            and not os.listdir(folder))
 
 
 @contextlib.contextmanager

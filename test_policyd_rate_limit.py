@@ -4152,6 +4152,26 @@ class ProcessTest(NetTest):
         self.assertFalse(os.path.exists(daemon.socket))
         self.assertFalse(os.path.exists(daemon.pidfile))
 
+    def test_an_empty_folder_of_root_is_handed_to_the_user(self) -> None:
+        if not is_root():
+            skip("root")
+        daemon = SystemDaemon(self.path("daemon"), "user: nobody\n"
+                              "group: root\ndb_error_action: 'away'\n")
+        self.addCleanup(daemon.stop)
+        nobody = pwd.getpwnam("nobody").pw_uid
+        volume = os.path.dirname(daemon.database)
+        for mode, entry, owner, answer in (
+                (0o755, "", nobody, PASS), (0o755, "mine", 0, "away"),
+                (0o1777, "", 0, PASS)):
+            self.assertEqual(daemon.stop(), 0)
+            shutil.rmtree(volume)
+            os.makedirs(os.path.join(volume, entry))
+            os.chmod(volume, mode)
+            daemon.start()
+            with self.subTest(mode=mode, entry=entry):
+                self.assertEqual(daemon.ask(), answer)
+                self.assertEqual(os.stat(volume).st_uid, owner)
+
     def test_an_unknown_user_is_exit_2_for_root(self) -> None:
         if not is_root():
             skip("root")
