@@ -4579,6 +4579,53 @@ RAW = (  # what a mail client may say at EHLO and MAIL FROM
     (b"EHLO x", b'<"a\\=\\ \\\x00"@a.test>'))
 
 
+DEBIAN = """\
+debug: True
+user: "policyd-rate-limit"
+group: "policyd-rate-limit"
+pidfile: "/var/run/policyd-rate-limit/policyd-rate-limit.pid"
+backend: 0
+sqlite_config:
+    database: "/var/lib/policyd-rate-limit/db.sqlite3"
+mysql_config:
+    {user: "username", passwd: "*****", db: "database", host: "localhost",
+     charset: 'utf8'}
+pgsql_config:
+    {database: "database", user: "username", password: "*****",
+     host: "localhost"}
+SOCKET: "/var/spool/postfix/ratelimit/policy"
+socket_permission: 0666
+limits:
+    - [10, 60] # in a minute
+    - [150, 86400] # in a day
+limits_by_id: {}
+limit_by_sasl: True
+limit_by_sender: False
+limit_by_ip: False
+limited_networks: []
+success_action: "dunno"
+fail_action: "defer_if_permit Rate limit reach, retry later"
+db_error_action: "dunno"
+report: False
+report_from: null
+report_to: null
+report_subject: "policyd-rate-limit report"
+report_limits: [86400]
+report_only_if_needed: True
+smtp_server: ["localhost", 25]
+smtp_starttls: False
+smtp_credentials: null
+delay_to_close: 300
+"""  # what 1.0.1.1 of Debian 11 and 12 comes with, which has no count_mode
+DEBIAN_TABLES = """
+CREATE TABLE mail_count (id varchar(40) NOT NULL, date bigint NOT NULL);
+CREATE INDEX mail_count_index ON mail_count (id, date);
+CREATE TABLE limit_report (id varchar(40) NOT NULL, delta int NOT NULL,
+                           hit int NOT NULL DEFAULT 0);
+CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta);
+"""
+
+
 class PostfixTest(FolderTest):
     """The daemon under a real Postfix, which is told who its clients are."""
 
@@ -4635,6 +4682,20 @@ class PostfixTest(FolderTest):
                              "recipient")
         self.assertEqual([250] * 10 + [450, 250], postfix.send("joe", 11))
         self.assertEqual([450] * 11, postfix.send("joe", 11))
+        self.assertEqual([250, 250], postfix.send("ann"))
+
+    def test_an_upgrade_from_debian_s_package_stops_at_the_limit(self) -> None:
+        os.mkdir(self.path("mx-daemon"))
+        earlier = int(time.time()) - 3600
+        with contextlib.closing(sqlite3.connect(
+                self.path("mx-daemon/db.sqlite3"))) as old, old:
+            old.executescript(DEBIAN_TABLES)
+            old.executemany("INSERT INTO mail_count VALUES (?, ?)", [
+                (name, earlier) for name in ["joe"] * 100 + ["Joe"] * 45])
+        postfix = self.start(DEBIAN, "recipient")
+        self.assertEqual([250] * 5 + [450] * 15 + [250],
+                         postfix.send("joe", 20))
+        self.assertEqual([450], postfix.send("Joe"))
         self.assertEqual([250, 250], postfix.send("ann"))
 
     def test_mail_flows_while_the_daemon_is_stopped(self) -> None:
