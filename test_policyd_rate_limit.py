@@ -2390,6 +2390,16 @@ class MySQLdbTest(HostsTest):
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
 
     @slow
+    def test_the_first_start_needs_no_rights_but_those_in_readme(self) -> None:
+        self.execute_all(*self.original)
+        self.server.sql(
+            "CREATE USER first IDENTIFIED BY 'secret'; GRANT SELECT, INSERT,"
+            " UPDATE, DELETE, CREATE, ALTER, INDEX ON test.* TO first")
+        host = self.host(**self.connecting(user="first"))
+        self.assertEqual(host.ask(), PASS)
+        self.assertEqual(self.counted(), 1)
+
+    @slow
     def test_rate_limits_counts_its_ids_up_as_the_originals_does(self) -> None:
         ledger = self.open("SELECT limits FROM rate_limits WHERE id = %s")
         self.assertEqual(self.passes(ledger, 1000), True)
