@@ -1210,7 +1210,8 @@ class SQLite(Backend):
     joins = False
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
-    add_total = ("DROP INDEX IF EXISTS mail_count_index", *Backend.add_total)
+    add_total = ("DROP INDEX IF EXISTS mail_count_index",
+                 "DROP INDEX IF EXISTS mail_count_total", *Backend.add_total)
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of sqlite3.connect()."""
@@ -1278,9 +1279,14 @@ class MySQL(Backend):
         f"ALTER TABLE limit_report MODIFY id {identity} NOT NULL,"
         " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
     )
-    add_total = (  # in one statement, since none can be rolled back
-        f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']},"
-        " ADD INDEX mail_count_total (id, date, total, recipient_count)",)
+    add_total = (  # in one ALTER, which fails whole if another host was first
+        "SET @alter = (SELECT CONCAT('ALTER TABLE mail_count ',"
+        " IF(COUNT(*), 'DROP INDEX mail_count_total, ', ''),"
+        f" 'ADD COLUMN total {COLUMNS['total']}, ADD INDEX mail_count_total"
+        " (id, date, total, recipient_count)')"
+        " FROM information_schema.statistics WHERE table_schema = DATABASE()"
+        " AND table_name = 'mail_count' AND index_name = 'mail_count_total')",
+        "PREPARE add_total FROM @alter", "EXECUTE add_total")
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"

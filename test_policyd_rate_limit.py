@@ -1945,7 +1945,9 @@ class StoreContract:
             row = ("joe", 1000, 1, "a", "RCPT")[:columns]
             with self.subTest(turn=turn, columns=columns):
                 self.go_back(  # and let the original write there
-                    ledger, columns, f"INSERT INTO mail_count VALUES {row}")
+                    ledger, columns, f"INSERT INTO mail_count VALUES {row}",
+                    *["CREATE INDEX mail_count_total ON mail_count (id)"]
+                    * (turn > 1))  # as if dropping the column left it
                 self.assertEqual(self.used(ledger, 1001), turn + 2)
 
     def test_cleaning_forgets_nothing_that_a_limit_sees(self) -> None:
