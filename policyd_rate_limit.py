@@ -665,9 +665,11 @@ class Settings:
     @property
     def noted_windows(self) -> Sequence[int]:
         """Return the windows whose refusals are kept for the report."""
-        usual = [86400] if 86400 in self.windows else ANY_WINDOW
-        named = usual if self.report_limits is None else self.report_limits
-        return named if self.report else ()
+        if not self.report:
+            return ()
+        if self.report_limits is not None:
+            return self.report_limits
+        return [86400] if 86400 in self.windows else ANY_WINDOW
 
 
 def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
@@ -1014,8 +1016,8 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS mail_turn"
     " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
 )
-RATE_LIMITS = ("CREATE TABLE rate_limits"
-               " (id integer NOT NULL PRIMARY KEY, limits varchar(255))")
+RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
+               " limits varchar(255) NOT NULL)")
 INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
 
@@ -1198,7 +1200,8 @@ class Database:
             if (self.backend.wants_rate_limits
                     and not columns_of(looking, "rate_limits")):
                 with contextlib.suppress(Exception):  # if the query needs it
-                    looking.run(RATE_LIMITS)
+                    looking.run(
+                        RATE_LIMITS.format(self.backend.numbered))
             looking.run("COMMIT")
             if "total" in present:
                 break
@@ -1271,6 +1274,7 @@ class Backend:
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
+    numbered = ""  # makes ids of rate_limits count up, as the original's do
     alter_original: tuple[str, ...] = ()  # its tables, to ours
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
@@ -1341,7 +1345,8 @@ class SQLite(Backend):
     joins = False
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
-    add_total = ("DROP INDEX IF EXISTS mail_count_index", *Backend.add_total)
+    add_total = ("DROP INDEX IF EXISTS mail_count_index",
+                 "DROP INDEX IF EXISTS mail_count_total", *Backend.add_total)
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of sqlite3.connect()."""
@@ -1401,6 +1406,7 @@ class MySQL(Backend):
     drivers = (("MySQLdb", "python3-mysqldb"), ("pymysql", "python3-pymysql"))
     identity = (f"varchar({MAX_IDENTITY}) CHARACTER SET utf8mb4"
                 " COLLATE utf8mb4_bin")
+    numbered = "AUTO_INCREMENT"
     alter_original = (
         f"ALTER TABLE mail_count MODIFY id {identity} NOT NULL,"
         f" MODIFY protocol_state {COLUMNS['protocol_state']},"
@@ -1408,9 +1414,14 @@ class MySQL(Backend):
         f"ALTER TABLE limit_report MODIFY id {identity} NOT NULL,"
         " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
     )
-    add_total = (  # in one statement, since none can be rolled back
-        f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']},"
-        " ADD INDEX mail_count_total (id, date, total, recipient_count)",)
+    add_total = (  # in one ALTER, which fails whole if another host was first
+        "SET @alter = (SELECT CONCAT('ALTER TABLE mail_count ',"
+        " IF(COUNT(*), 'DROP INDEX mail_count_total, ', ''),"
+        f" 'ADD COLUMN total {COLUMNS['total']}, ADD INDEX mail_count_total"
+        " (id, date, total, recipient_count)')"
+        " FROM information_schema.statistics WHERE table_schema = DATABASE()"
+        " AND table_name = 'mail_count' AND index_name = 'mail_count_total')",
+        "PREPARE add_total FROM @alter", "EXECUTE add_total")
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
@@ -3251,11 +3262,19 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
     for folder, mode in folders(settings).items():
-        if os.path.isdir(folder):
+        if not os.path.isdir(folder):
+            os.makedirs(folder, mode)
+        elif owner is None or not is_volume(folder):
             continue
-        os.makedirs(folder, mode)
         if owner is not None:
             os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+
+
+def is_volume(folder: str) -> bool:
+    """Say whether a folder is root's and empty, as a container's volume."""
+    status = os.stat(folder)
+    return (status.st_uid == 0 and not status.st_mode & 0o022  # as /tmp has
+            and not os.listdir(folder))
 
 
 @contextlib.contextmanager

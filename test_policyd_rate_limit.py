@@ -2026,6 +2026,35 @@ class StoreContract:
                 "joe", date)
         self.assertEqual(self.used(ledger, 1003), 5)
 
+    def go_back(self, ledger: prl.Ledger, columns: int, *more: str) -> None:
+        """Run README's statements for an original of so many columns."""
+        backend = ledger.database.backend
+        ledger.database.close()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            text = "".join(
+                body for title, body in re.findall(
+                    r"(?m)^    -- (.*)\n((?:    .+\n)+)", file.read())
+                if backend.name in title
+                and (columns == 2 or "as well" not in title))
+        if columns == 2:
+            text = re.sub(r"(?s)SELECT .*?FROM", "SELECT id, date FROM", text)
+        with contextlib.closing(backend.connect(PATIENCE)) as connection:
+            for statement in (*filter(str.strip, text.split(";")), *more):
+                connection.cursor().execute(statement)
+            connection.commit()
+
+    def test_the_way_back_and_there_again_keeps_the_counts(self) -> None:
+        ledger = self.open()
+        self.passes(ledger, 1000)
+        for turn, columns in enumerate((5, 2, 5, 2)):
+            row = ("joe", 1000, 1, "a", "RCPT")[:columns]
+            with self.subTest(turn=turn, columns=columns):
+                self.go_back(  # and let the original write there
+                    ledger, columns, f"INSERT INTO mail_count VALUES {row}",
+                    *["CREATE INDEX mail_count_total ON mail_count (id)"]
+                    * (turn > 1))  # as if dropping the column left it
+                self.assertEqual(self.used(ledger, 1001), turn + 2)
+
     def test_cleaning_forgets_nothing_that_a_limit_sees(self) -> None:
         ledger = self.open()
         for now in range(1000, 1100):
@@ -2474,6 +2503,24 @@ class MySQLdbTest(HostsTest):
         " delta int NOT NULL, hit int NOT NULL DEFAULT 0)"
         " CHARACTER SET utf8 COLLATE utf8_general_ci",
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
+
+    @slow
+    def test_the_first_start_needs_no_rights_but_those_in_readme(self) -> None:
+        self.execute_all(*self.original)
+        self.server.sql(
+            "CREATE USER first IDENTIFIED BY 'secret'; GRANT SELECT, INSERT,"
+            " UPDATE, DELETE, CREATE, ALTER, INDEX ON test.* TO first")
+        host = self.host(**self.connecting(user="first"))
+        self.assertEqual(host.ask(), PASS)
+        self.assertEqual(self.counted(), 1)
+
+    @slow
+    def test_rate_limits_counts_its_ids_up_as_the_originals_does(self) -> None:
+        ledger = self.open("SELECT limits FROM rate_limits WHERE id = %s")
+        self.assertEqual(self.passes(ledger, 1000), True)
+        self.assertEqual(self.execute_all(
+            *["INSERT INTO rate_limits (limits) VALUES ('[]')"] * 2,
+            "SELECT id, limits FROM rate_limits"), [(1, "[]"), (2, "[]")])
 
 
 class PyMySQLTest(DriverTest):
@@ -4394,6 +4441,26 @@ class ProcessTest(NetTest):
         self.assertFalse(os.path.exists(daemon.socket))
         self.assertFalse(os.path.exists(daemon.pidfile))
 
+    def test_an_empty_folder_of_root_is_handed_to_the_user(self) -> None:
+        if not is_root():
+            skip("root")
+        daemon = SystemDaemon(self.path("daemon"), "user: nobody\n"
+                              "group: root\ndb_error_action: 'away'\n")
+        self.addCleanup(daemon.stop)
+        nobody = pwd.getpwnam("nobody").pw_uid
+        volume = os.path.dirname(daemon.database)
+        for mode, entry, owner, answer in (
+                (0o755, "", nobody, PASS), (0o755, "mine", 0, "away"),
+                (0o1777, "", 0, PASS)):
+            self.assertEqual(daemon.stop(), 0)
+            shutil.rmtree(volume)
+            os.makedirs(os.path.join(volume, entry))
+            os.chmod(volume, mode)
+            daemon.start()
+            with self.subTest(mode=mode, entry=entry):
+                self.assertEqual(daemon.ask(), answer)
+                self.assertEqual(os.stat(volume).st_uid, owner)
+
     def test_an_unknown_user_is_exit_2_for_root(self) -> None:
         if not is_root():
             skip("root")
@@ -4780,6 +4847,53 @@ RAW = (  # what a mail client may say at EHLO and MAIL FROM
     (b"EHLO x", b'<"a\\=\\ \\\x00"@a.test>'))
 
 
+DEBIAN = """\
+debug: True
+user: "policyd-rate-limit"
+group: "policyd-rate-limit"
+pidfile: "/var/run/policyd-rate-limit/policyd-rate-limit.pid"
+backend: 0
+sqlite_config:
+    database: "/var/lib/policyd-rate-limit/db.sqlite3"
+mysql_config:
+    {user: "username", passwd: "*****", db: "database", host: "localhost",
+     charset: 'utf8'}
+pgsql_config:
+    {database: "database", user: "username", password: "*****",
+     host: "localhost"}
+SOCKET: "/var/spool/postfix/ratelimit/policy"
+socket_permission: 0666
+limits:
+    - [10, 60] # in a minute
+    - [150, 86400] # in a day
+limits_by_id: {}
+limit_by_sasl: True
+limit_by_sender: False
+limit_by_ip: False
+limited_networks: []
+success_action: "dunno"
+fail_action: "defer_if_permit Rate limit reach, retry later"
+db_error_action: "dunno"
+report: False
+report_from: null
+report_to: null
+report_subject: "policyd-rate-limit report"
+report_limits: [86400]
+report_only_if_needed: True
+smtp_server: ["localhost", 25]
+smtp_starttls: False
+smtp_credentials: null
+delay_to_close: 300
+"""  # what 1.0.1.1 of Debian 11 and 12 comes with, which has no count_mode
+DEBIAN_TABLES = """
+CREATE TABLE mail_count (id varchar(40) NOT NULL, date bigint NOT NULL);
+CREATE INDEX mail_count_index ON mail_count (id, date);
+CREATE TABLE limit_report (id varchar(40) NOT NULL, delta int NOT NULL,
+                           hit int NOT NULL DEFAULT 0);
+CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta);
+"""
+
+
 class PostfixTest(FolderTest):
     """The daemon under a real Postfix, which is told who its clients are."""
 
@@ -4836,6 +4950,20 @@ class PostfixTest(FolderTest):
                              "recipient")
         self.assertEqual([250] * 10 + [450, 250], postfix.send("joe", 11))
         self.assertEqual([450] * 11, postfix.send("joe", 11))
+        self.assertEqual([250, 250], postfix.send("ann"))
+
+    def test_an_upgrade_from_debian_s_package_stops_at_the_limit(self) -> None:
+        os.mkdir(self.path("mx-daemon"))
+        earlier = int(time.time()) - 3600
+        with contextlib.closing(sqlite3.connect(
+                self.path("mx-daemon/db.sqlite3"))) as old, old:
+            old.executescript(DEBIAN_TABLES)
+            old.executemany("INSERT INTO mail_count VALUES (?, ?)", [
+                (name, earlier) for name in ["joe"] * 100 + ["Joe"] * 45])
+        postfix = self.start(DEBIAN, "recipient")
+        self.assertEqual([250] * 5 + [450] * 15 + [250],
+                         postfix.send("joe", 20))
+        self.assertEqual([450], postfix.send("Joe"))
         self.assertEqual([250, 250], postfix.send("ann"))
 
     def test_mail_flows_while_the_daemon_is_stopped(self) -> None:
