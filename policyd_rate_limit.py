@@ -802,7 +802,7 @@ class Verdict(NamedTuple):
 class Charge:
     """One mail on its way through the ledger: claims in, verdict out."""
 
-    def __init__(self, claims: Sequence[Claim], now: int,
+    def __init__(self, claims: Sequence[Claim], now: float,
                  instance: str = "", protocol_state: str = "") -> None:
         """Take the claims of a mail at the time now, in epoch seconds."""
         self.claims = claims
@@ -820,7 +820,9 @@ class Account:
     def __init__(self, identity: str, limits: Limits) -> None:
         self.identity = identity
         self.limits = limits
-        self.date = self.total = 0
+        self.now = 0  # the second in which windows end
+        self.date = 0  # of the mails to come: rounded up
+        self.total = 0
         self.before: tuple[int, ...] = ()  # the total ahead of each window
 
     def usage(self, claim: Claim) -> list[Usage]:
@@ -847,7 +849,7 @@ class Variety(Account):
     def usage(self, claim: Claim) -> list[Usage]:
         """Return how many other values each limit's window has."""
         return [Usage(claim, limit, sum(
-            date > self.date - limit.seconds
+            date > self.now - limit.seconds
             for value, date in self.seen.items() if value != claim.value))
             for limit in self.limits]
 
@@ -1524,8 +1526,9 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 # The table mail_count is the original's with a running total: the sum of
 # recipient_count over the identity's rows up to this one.  What a window
 # holds is the newest total less the total before the window's first row: two
-# look-ups in an index, however full the window.  Dates are whole seconds; an
-# identity's rows never go back in time, whatever the clocks do.
+# look-ups in an index, however full the window.  Dates are whole seconds,
+# rounded up, so that no window is shorter than it says; an identity's rows
+# never go back in time, whatever the clocks do.
 # ---------------------------------------------------------------------------
 
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
@@ -1689,7 +1692,7 @@ def find_room(transaction: Transaction, account: Account,
                        if value != broken.claim.value)
         return int(dates[-mails]) + seconds
     least = account.total + broken.claim.cost - mails
-    full, room = account.date - seconds, account.date
+    full, room = account.now - seconds, account.date
     while room - full > 1:  # room: if all up to this second have left
         date = (full + room) // 2
         [before] = transaction.run(BEFORE.format("?", "?"), account.identity,
@@ -1734,41 +1737,46 @@ def parse_limits(text: str) -> Limits:
 
 
 def read_accounts(transaction: Transaction, accounts: Sequence[Account],
-                  now: int) -> None:
+                  now: float) -> None:
     """Read what accounts have used, many with each statement."""
+    second, date_now = math.floor(now), math.ceil(now)
     width = max((len(account.limits) for account in accounts), default=0)
     for some in chunks(accounts, transaction.backend.chunk):
         values: list[object] = []
         for account in some:
-            since = [now - limit.seconds for limit in account.limits]
-            values += [account.identity, *since, *[now] * (width - len(since))]
+            since = [second - limit.seconds for limit in account.limits]
+            values += [account.identity, *since,
+                       *[second] * (width - len(since))]
         statement = usage_statement(
             len(some), width, transaction.backend.text)
         for n, date, total, *before in transaction.run(
                 statement, *values).fetchall():
             account = some[n]
-            if date is not None and (total is None or date > now + CLOCK_SKEW):
-                retotal(transaction, account.identity, now)
+            if date is not None and (
+                    total is None or date > now + CLOCK_SKEW):
+                retotal(transaction, account.identity, date_now)
                 read_accounts(transaction, [account], now)
-            elif date is not None and date > now:
+            elif date is not None and date > date_now:
                 # Another host's clock is ahead: that is the time here, too.
-                read_accounts(transaction, [account], date)
+                read_accounts(transaction, [account], date - 0.5)
             else:
-                account.date, account.total = now, total or 0
+                account.now, account.date = second, date_now
+                account.total = total or 0
                 account.before = tuple(
                     account.total if each is None else each
                     for each in before[:len(account.limits)])
 
 
-def read_values(transaction: Transaction, account: Variety, now: int) -> None:
+def read_values(transaction: Transaction, account: Variety,
+                now: float) -> None:
     """Read the values that an account has had, none dated far ahead."""
     longest = max((limit.seconds for limit in account.limits), default=0)
-    account.seen = {value: date if date <= now + CLOCK_SKEW else now
-                    for value, date in transaction.run(
-                        "SELECT value, date FROM mail_value"
-                        " WHERE id = ? AND date > ?",
-                        account.identity, now - longest).fetchall()}
-    account.date = max([now, *account.seen.values()])
+    account.now, account.date = math.floor(now), math.ceil(now)
+    for value, date in transaction.run(
+            "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
+            account.identity, account.now - longest).fetchall():
+        account.seen[value] = min(date, account.date + CLOCK_SKEW)
+        account.date = max(account.date, account.seen[value])
 
 
 @functools.cache
@@ -1929,12 +1937,12 @@ class Service:
                      settings.success_action)
             return settings.success_action
         try:
-            verdict = self._charge(request, claims, settings, int(now))
+            verdict = self._charge(request, claims, settings, now)
         except LedgerError:
             return settings.db_error_action
         passed = verdict.broken is None
         action = (settings.success_action if verdict.broken is None else
-                  explain(verdict.broken, verdict.room_at, int(now)))
+                  explain(verdict.broken, verdict.room_at, now))
         level = logging.INFO if passed and not verdict.tried else NOTICE
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id, describe(verdict),
@@ -1963,7 +1971,7 @@ class Service:
             log.info("%d old records deleted", deleted)
 
     def _charge(self, request: Request, claims: list[Claim],
-                settings: Settings, now: int) -> Verdict:
+                settings: Settings, now: float) -> Verdict:
         """Return the ledger's verdict, having told whom it concerns."""
         began, result = time.perf_counter(), "database_errors"
         try:
@@ -2137,7 +2145,7 @@ def describe(verdict: Verdict) -> str:
     return ", ".join(parts) or "no limits"
 
 
-def explain(broken: Usage, room: int | None, now: int) -> str:
+def explain(broken: Usage, room: int | None, now: float) -> str:
     """Return the rule's fail_action with what was found in it."""
     claim, limit = broken.claim, broken.limit
     action = "" if claim.rule is None else claim.rule.fail_action
@@ -2152,7 +2160,7 @@ def explain(broken: Usage, room: int | None, now: int) -> str:
         room_at=at, room_in=within)[:MAX_ACTION]
 
 
-def spell(seconds: int) -> str:
+def spell(seconds: float) -> str:
     """Return a time in words, rounded up: 1 hour, 90 minutes."""
     size, unit = next((size, unit) for size, unit in (
         (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
