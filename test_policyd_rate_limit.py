@@ -4986,6 +4986,25 @@ class PostfixTest(FolderTest):
         self.assertEqual([250] * 3, postfix.send("joe", 2))
         self.assertEqual([250, 450], postfix.send("joe"))
 
+    def test_a_domain_s_quota_tells_when_there_is_room(self) -> None:
+        postfix = self.start("""
+            limits: [[100, 3600]]
+            quotas:
+                - by: sasl_domain
+                  limits: [[3, 3600]]
+                  fail_action: "450 4.7.1 $identity: room again in $room_in"
+            """)
+        for user in ("joe", "ann", "eve"):
+            self.assertEqual([250, 250], postfix.send(f"{user}@X.example"))
+        self.assertEqual([250, 450], postfix.send("bob@x.example"))
+        self.assertEqual([250, 250], postfix.send("bob@y.example"))
+        postfix.wait_log("450 4.7.1 <DATA>: Data command rejected:"
+                         " sasl_domain=x.example: room again in 60 minutes")
+        self.assertEqual(counted(self.policy.database), {
+            "joe@x.example": 1, "ann@x.example": 1, "eve@x.example": 1,
+            "bob@y.example": 1, "sasl_domain=x.example": 3,
+            "sasl_domain=y.example": 1})
+
     def test_one_recipient_too_many_gives_none_back(self) -> None:
         postfix = self.start("{count_mode: 0, limits: [[10, 3600]]}",
                              "recipient")
