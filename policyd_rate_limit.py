@@ -91,9 +91,10 @@ CONFIG_FILES = (
     "/etc/policyd-rate-limit.conf",
     "/etc/policyd-rate-limit.yaml",
 )
-MAX_REQUEST = 65536  # bytes; the largest that Postfix sent in tests is 6 kB
+MAX_REQUEST = 32768  # bytes; the largest that Postfix sent in tests is 6 kB
 MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
 MAX_NUMBER = 2**31 - 1  # what a column of type int holds
+MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
@@ -181,9 +182,10 @@ def fold(identity: str) -> str:
     Names are compared without regard to case (RFC 8265, 3.3), addresses by
     value.  A name too long for a database's key ends in its hash instead.
     """
-    if len(identity) > 4096:  # normalizing takes the square of the length
-        identity = hashlib.sha256(identity.encode()).hexdigest()
-    folded = unicodedata.normalize("NFC", identity.lower()).rstrip() or "<>"
+    folded = identity.lower()
+    if len(folded) <= 512:  # normalizing takes the square of the length
+        folded = unicodedata.normalize("NFC", folded)
+    folded = folded.rstrip() or "<>"
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
         return str(address)
@@ -196,8 +198,8 @@ def fold(identity: str) -> str:
 def parse_address(
         text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return the IP address that text spells, IPv4 inside IPv6 as IPv4."""
-    if not (text[:1].isdigit() or ":" in text):
-        return None
+    if "%" in text or not (text[:1].isdigit() or ":" in text):
+        return None  # a zone after % would be any text of any length
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -436,13 +438,16 @@ class Request(NamedTuple):
 
 
 def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
-    """Yield requests until receive() brings nothing, or raise BadRequest."""
+    """Yield requests until receive() brings nothing, or raise BadRequest.
+
+    While it waits it holds nothing of what it yielded.
+    """
     buffer = b""
     while data := receive():
-        buffer += data
-        while (end := buffer.find(b"\n\n")) >= 0:
-            head, buffer = buffer[:end], buffer[end + 2:]
-            yield parse_request(head)
+        *heads, buffer = (buffer + data).split(b"\n\n")
+        del data
+        while heads:
+            yield parse_request(heads.pop(0))
         if len(buffer) > MAX_REQUEST:
             raise BadRequest(f"a request longer than {MAX_REQUEST} bytes")
     if buffer:
@@ -462,8 +467,9 @@ def parse_request(head: bytes) -> Request:
     if get("request") != "smtpd_access_policy":
         raise BadRequest("no request=smtpd_access_policy")
     return Request(
-        get("protocol_state", ""), get("queue_id", ""), get("instance", ""),
-        get("sasl_username", ""), get("sender", ""), get("client_address", ""),
+        get("protocol_state", "")[:MAX_TOLD], get("queue_id", "")[:MAX_TOLD],
+        get("instance", "")[:MAX_TOLD], get("sasl_username", ""),
+        get("sender", ""), get("client_address", "")[:MAX_TOLD],
         parse_count(get("recipient_count", "")), given)
 
 
@@ -1493,8 +1499,8 @@ class Service:
         self.tally.count("requests")
         if settings.log_requests:
             log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
-                f"{name}={value}" for name, value in request.attributes.items()
-                if value)))
+                f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
+                for name, value in request.attributes.items() if value)))
         self._watch_state(request, settings, now)
         if (request.protocol_state == "END-OF-MESSAGE"
                 and request.instance in told):
@@ -1714,6 +1720,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 action = answer(request, told)
                 self.request.sendall(f"action={action}\n\n".encode())
                 self.asked, self.active = True, time.monotonic()
+                del request  # it may be large, and the next one far
         except BadRequest as error:
             log.warning("hung up on a client: %s", error, extra=SELDOM)
         except OSError:
