@@ -1704,22 +1704,25 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         """Bound the time, and tell the server that this is open."""
         self.asked = False  # has a whole request come?
-        self.active = time.monotonic()  # when the last answer went out
+        self.active = time.monotonic()  # when it was last answered; inf: busy
         self.patience = self.server.service.settings.delay_to_close
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        for option, seconds in ((socket.SO_RCVTIMEO, self.patience),
+                                (socket.SO_SNDTIMEO, 2)):  # Postfix reads
             # settimeout() would poll() before each call: a fifth slower
             self.request.setsockopt(socket.SOL_SOCKET, option,
-                                    struct.pack("ll", self.patience, 0))
-        self.server.handlers[self] = threading.current_thread()
+                                    struct.pack("ll", seconds, 0))
+        self.thread = threading.current_thread()
+        self.server.handlers.add(self)
 
     def handle(self) -> None:
         """Answer until the client has no more to ask."""
         answer, told = self.server.service.answer, dict[str, str]()
         try:
             for request in read_requests(self.receive):
+                self.asked, self.active = True, math.inf
                 action = answer(request, told)
                 self.request.sendall(f"action={action}\n\n".encode())
-                self.asked, self.active = True, time.monotonic()
+                self.active = time.monotonic()
                 del request  # it may be large, and the next one far
         except BadRequest as error:
             log.warning("hung up on a client: %s", error, extra=SELDOM)
@@ -1728,7 +1731,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         """Tell the server that this is closed."""
-        self.server.handlers.pop(self, None)
+        self.server.handlers.discard(self)
 
     def receive(self) -> bytes:
         """Return some bytes, none at the end or when time is up."""
@@ -1736,10 +1739,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             return b""  # a request that comes byte by byte
         return self.request.recv(8192)
 
-    def hang_up(self, how: int) -> None:
-        """Shut the connection down, from another thread."""
+    def hang_up(self) -> None:
+        """End it from another thread, once what has come is answered."""
         with contextlib.suppress(OSError):
-            self.request.shutdown(how)
+            self.request.shutdown(socket.SHUT_RD)
 
 
 class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -1754,7 +1757,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, service: Service) -> None:
         """Bind and listen; raise AlreadyRunning, or OSError."""
         self.service = service
-        self.handlers: dict[PolicyHandler, threading.Thread] = {}
+        self.handlers: set[PolicyHandler] = set()
         address = service.settings.SOCKET
         if isinstance(address, str):
             self.address_family = socket.AF_UNIX
@@ -1779,41 +1782,60 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; make room where there is none."""
-        if len(self.handlers) >= self.most:
-            self.evict()
+        if len(self.handlers) >= self.most and not self.evict():
+            raise OSError("all are busy")  # it waits where it is
         try:
             return super().get_request()
         except OSError as error:
             log.error("cannot accept a connection: %s", error, extra=SELDOM)
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 self.evict()
-                time.sleep(0.05)  # the evicted thread's time to close it
             raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread; make room where no more can be had."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
+            if self.evict():
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)  # Postfix comes again
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
         log.error("fault in a connection", exc_info=True, extra=SELDOM)
 
-    def evict(self) -> None:
-        """Hang up on who never asked, else on who was idle longest."""
-        oldest = min(list(self.handlers), default=None,
-                     key=operator.attrgetter("asked", "active"))
-        if oldest is not None:
-            log.warning("too many connections: an idle one is closed",
-                        extra=SELDOM)
-            self.handlers.pop(oldest, None)  # Postfix connects again
-            oldest.hang_up(socket.SHUT_RDWR)
+    def evict(self) -> bool:
+        """Hang up on some who are idle; say whether there is room now.
+
+        First come those who asked nothing for a second, then the longest
+        idle, never one who waits for an answer.
+        """
+        log.warning("too many connections: idle ones are closed",
+                    extra=SELDOM)
+        recent = time.monotonic() - 1
+        idle = sorted(
+            (one for one in list(self.handlers) if one.active < math.inf),
+            key=lambda one: (one.asked or one.active > recent, one.active))
+        for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
+            handler.hang_up()
+        if not idle:
+            time.sleep(0.05)
+            return False
+        idle[0].thread.join(0.05)
+        return not idle[0].thread.is_alive()
 
     def stop(self, seconds: float) -> None:
         """Take no new connections, answer what has come, then close."""
         self.shutdown()
         self.server_close()
         deadline = time.monotonic() + seconds
-        handlers = list(self.handlers.items())
-        for handler, _ in handlers:
-            handler.hang_up(socket.SHUT_RD)  # what has come is still read
-        for _, thread in handlers:
-            thread.join(max(0, deadline - time.monotonic()))
+        handlers = list(self.handlers)
+        for handler in handlers:
+            handler.hang_up()
+        for handler in handlers:
+            handler.thread.join(max(0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
         """Close the listening socket and remove its path, if still ours."""
