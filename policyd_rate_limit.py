@@ -1848,21 +1848,47 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 @contextlib.contextmanager
 def free_path(address: str | tuple[str, int]) -> Iterator[None]:
-    """Free a path; keep others from judging ours stale until it listens."""
-    if not isinstance(address, str):
-        yield
-        return
-    folder = os.open(os.path.dirname(os.path.abspath(address)), os.O_RDONLY)
+    """Free an address; keep others from judging ours stale meanwhile."""
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.lexists(address):
-            remove_stale_socket(address)
-        yield
-    except BlockingIOError:
-        raise AlreadyRunning(f"{address}: another process is about to listen"
-                             " there") from None
-    finally:
-        os.close(folder)
+        with (hold_lock(address) if isinstance(address, str)
+              else contextlib.nullcontext()):
+            if isinstance(address, str) and os.path.lexists(address):
+                remove_stale_socket(address)
+            yield
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise AlreadyRunning(f"{format_address(address)}: another process"
+                             " listens there") from None
+
+
+@contextlib.contextmanager
+def hold_lock(path: str, uid: int = -1) -> Iterator[None]:
+    """Hold a path by a lock, which ends with the process, for a user.
+
+    Who may read a file may also lock it: so this is a file of its own, which
+    no stranger can open.
+    """
+    path += ".lock"
+    with open(path, "a", opener=open_plainly) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False  # or the one that has it is about to end
+        if not ours:
+            raise AlreadyRunning(f"{path}: another instance is running")
+        os.fchown(file.fileno(), uid, -1)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def open_plainly(path: str, flags: int, mode: int = 0o600) -> int:
+    """Open a file, never through a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, mode)
 
 
 def remove_stale_socket(path: str) -> None:
@@ -2588,35 +2614,27 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
 
 @contextlib.contextmanager
 def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
-    """Hold the pidfile by a lock, which ends with the process.
+    """Write the pidfile and hold it until the end; raise AlreadyRunning.
 
-    Raises AlreadyRunning.  A file that nobody locks is stale, whatever
-    process has that id today.
+    A file that nobody holds is stale, whatever process has that id today.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.open(path, flags, 0o644)
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            yield  # /dev/null: there is to be no pidfile
-            return
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file), os.lstat(path)):
-            raise BlockingIOError  # the one that had it is about to end
-        os.ftruncate(file, 0)
-        os.write(file, f"{os.getpid()}\n".encode())
-        if owner is not None:
-            os.fchown(file, owner.uid, owner.gid)
+    mode = 0
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        yield  # /dev/null: there is to be no pidfile
+        return
+    uid, gid = (owner.uid, owner.gid) if owner else (-1, -1)
+    with hold_lock(path, uid):
+        with open(path, "w", opener=functools.partial(
+                open_plainly, mode=0o644)) as file:
+            os.fchown(file.fileno(), uid, gid)
+            file.write(f"{os.getpid()}\n")
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-    except (BlockingIOError, FileNotFoundError):
-        pid = os.read(file, 20).decode("ascii", "replace").strip()
-        raise AlreadyRunning(f"{path}: another instance is running,"
-                             f" process {pid}") from None
-    finally:
-        os.close(file)
 
 
 def serve(settings: Settings, owner: Owner | None,
@@ -2633,8 +2651,8 @@ def serve(settings: Settings, owner: Owner | None,
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, alarm=alarm.refused)
-    with hold_pidfile(settings.pidfile, owner), \
-            PolicyServer(service) as server:
+    with PolicyServer(service) as server, \
+            hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
             os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
         become(owner)

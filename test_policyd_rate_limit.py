@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import email.message
 import email.policy
+import fcntl
 import glob
 import grp
 import importlib.util
@@ -3865,6 +3866,60 @@ class ProcessTest(NetTest):
                 self.assertEqual(os.stat(daemon.socket).st_ino, inode)
                 self.passes(daemon)
         self.assertFalse(os.path.exists(self.path("other.pid")))
+
+    def test_an_original_that_runs_keeps_its_pidfile(self) -> None:
+        os.mkdir(self.path("daemon"))
+        path = self.write("daemon/policyd-rate-limit.pid", f"{os.getpid()}\n")
+        for kind, address in (
+                (socket.AF_UNIX, self.path("daemon/policy")),
+                (socket.AF_INET, ("127.0.0.1", 0))):
+            with self.subTest(kind), socket.socket(kind) as original:
+                original.bind(address)  # which holds no lock
+                original.listen()
+                done = run("--standalone", self.path("daemon"), "-o",
+                           f"SOCKET={json.dumps(original.getsockname())}")
+                self.assertEqual(done.returncode, 3, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                with open(path) as file:
+                    self.assertEqual(file.read(), f"{os.getpid()}\n")
+        self.assertEqual(set(os.listdir(self.path("daemon"))),
+                         {"policy", "policyd-rate-limit.pid"})
+
+    def test_a_lock_that_any_account_can_take_decides_nothing(self) -> None:
+        os.mkdir(self.path("daemon"))
+        self.write("daemon/policyd-rate-limit.pid", "")
+        for name in "daemon", "daemon/policyd-rate-limit.pid":
+            file = os.open(self.path(name), os.O_RDONLY)
+            self.addCleanup(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        daemon = self.daemon(WIDE)
+        self.passes(daemon)
+        lock = daemon.pidfile + ".lock"
+        self.assertEqual(stat.S_IMODE(os.stat(lock).st_mode), 0o600)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(glob.glob(self.path("daemon/*.lock")), [])
+
+    def test_of_daemons_that_start_at_once_one_runs(self) -> None:
+        def start(number: int) -> tuple[Any, str]:
+            process = subprocess.Popen(
+                [sys.executable, PROGRAM, "--standalone", self.folder, "-o",
+                 "pidfile=" + self.path(f"pid{number % 2}")],
+                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+            assert process.stderr is not None
+            self.addCleanup(process.stderr.close)
+            return process, process.stderr.readline()
+
+        for _ in range(1 if QUICK else 3):
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(self.path("policy"))
+            started = at_once(start, range(6))
+            [runs] = [process for process, line in started
+                      if line.startswith("listening on")]
+            self.assertEqual(asks(self.path("policy"), 1), [PASS])
+            runs.terminate()
+            self.assertEqual(sorted(process.wait(PATIENCE)
+                                    for process, _ in started), [0, *[3] * 5])
+            self.assertFalse(os.path.exists(self.path("policy")))
 
     def test_stale_files_do_not_block_a_start(self) -> None:
         os.mkdir(self.path("daemon"))
