@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 """policyd-rate-limit: limit how many mails a user of Postfix may send.
 
 Postfix asks this daemon about each mail (postconf(5), check_policy_service;
@@ -438,14 +438,11 @@ class Request(NamedTuple):
 
 
 def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
-    """Yield requests until receive() brings nothing, or raise BadRequest.
-
-    While it waits it holds nothing of what it yielded.
-    """
+    """Yield requests until receive() brings nothing, or raise BadRequest."""
     buffer = b""
     while data := receive():
         *heads, buffer = (buffer + data).split(b"\n\n")
-        del data
+        del data  # nothing of what is answered is kept while it waits
         while heads:
             yield parse_request(heads.pop(0))
         if len(buffer) > MAX_REQUEST:
@@ -1759,10 +1756,9 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service = service
         self.handlers: set[PolicyHandler] = set()
         address = service.settings.SOCKET
-        if isinstance(address, str):
-            self.address_family = socket.AF_UNIX
-        elif ":" in address[0]:
-            self.address_family = socket.AF_INET6
+        self.address_family = (
+            socket.AF_UNIX if isinstance(address, str) else
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         with free_path(address):
             super().__init__(
                 address, PolicyHandler)  # type: ignore[arg-type]
@@ -1773,6 +1769,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise AlreadyRunning(f"{error}: {settings.SOCKET}") from None
         finally:
             os.umask(before)
         if isinstance(settings.SOCKET, str):
@@ -1797,20 +1797,17 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
-            if self.evict():
-                super().process_request(request, client_address)
-            else:
-                self.shutdown_request(request)  # Postfix comes again
+            self.evict()
+            super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
         log.error("fault in a connection", exc_info=True, extra=SELDOM)
 
     def evict(self) -> bool:
-        """Hang up on some who are idle; say whether there is room now.
+        """Hang up on who asked nothing for a second, else is idle longest.
 
-        First come those who asked nothing for a second, then the longest
-        idle, never one who waits for an answer.
+        Never on who waits for an answer; say whether there is room now.
         """
         log.warning("too many connections: idle ones are closed",
                     extra=SELDOM)
@@ -1848,47 +1845,40 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 @contextlib.contextmanager
 def free_path(address: str | tuple[str, int]) -> Iterator[None]:
-    """Free an address; keep others from judging ours stale meanwhile."""
-    try:
-        with (hold_lock(address) if isinstance(address, str)
-              else contextlib.nullcontext()):
-            if isinstance(address, str) and os.path.lexists(address):
-                remove_stale_socket(address)
-            yield
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise AlreadyRunning(f"{format_address(address)}: another process"
-                             " listens there") from None
+    """Free a path; keep others from judging ours stale until it listens."""
+    if not isinstance(address, str):
+        yield
+        return
+    with hold_lock(address):
+        if os.path.lexists(address):
+            remove_stale_socket(address)
+        yield
 
 
 @contextlib.contextmanager
-def hold_lock(path: str, uid: int = -1) -> Iterator[None]:
-    """Hold a path by a lock, which ends with the process, for a user.
+def hold_lock(path: str) -> Iterator[None]:
+    """Hold a path until the end, or raise AlreadyRunning.
 
-    Who may read a file may also lock it: so this is a file of its own, which
-    no stranger can open.
+    Who may read a file may lock it: this one is for its owner alone.
     """
-    path += ".lock"
-    with open(path, "a", opener=open_plainly) as file:
+    with open(path + ".lock", "w", opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW, 0o600)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+            held = os.path.samestat(
+                os.fstat(file.fileno()), os.lstat(file.name))
         except (BlockingIOError, FileNotFoundError):
-            ours = False  # or the one that has it is about to end
-        if not ours:
+            held = False  # or the one that had it is about to end
+        if not held:
             raise AlreadyRunning(f"{path}: another instance is running")
-        os.fchown(file.fileno(), uid, -1)
+        if os.geteuid() == 0:  # tomorrow another user may start it
+            folder = os.stat(os.path.dirname(file.name) or ".")
+            os.fchown(file.fileno(), folder.st_uid, folder.st_gid)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(path)
-
-
-def open_plainly(path: str, flags: int, mode: int = 0o600) -> int:
-    """Open a file, never through a link."""
-    return os.open(path, flags | os.O_NOFOLLOW, mode)
+                os.unlink(file.name)
 
 
 def remove_stale_socket(path: str) -> None:
@@ -2552,6 +2542,9 @@ FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
 
 
+FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
+
+
 class Owner(NamedTuple):
     """Whom root becomes."""
 
@@ -2596,7 +2589,7 @@ def folders(settings: Settings) -> Mapping[str, int]:
     if settings.backend == 0:
         modes[settings.sqlite_config["database"]] = 0o750
     if isinstance(settings.SOCKET, str):
-        modes[settings.SOCKET] = 0o755
+        modes[settings.SOCKET] = FOR_POSTFIX
     return {os.path.dirname(os.path.abspath(path)): mode
             for path, mode in modes.items()}
 
@@ -2610,6 +2603,22 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
         os.makedirs(folder, mode)
         if owner is not None:
             os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+        if mode == FOR_POSTFIX:
+            with contextlib.suppress(KeyError, PermissionError):
+                postfix = grp.getgrnam("postfix").gr_gid
+                os.chown(folder, -1, postfix, follow_symlinks=False)
+                os.chmod(folder, 0o750)
+
+
+def is_open(settings: Settings) -> bool:
+    """Say whether any account of this host may connect."""
+    if not isinstance(settings.SOCKET, str):
+        return True
+    path, way = os.path.abspath(settings.SOCKET), 0o1
+    while way and path != "/":
+        path = os.path.dirname(path)
+        way = os.path.isdir(path) and os.stat(path).st_mode & 0o1
+    return bool(way and settings.socket_permission & 0o2)
 
 
 @contextlib.contextmanager
@@ -2618,18 +2627,15 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
 
     A file that nobody holds is stale, whatever process has that id today.
     """
-    mode = 0
-    with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(path).st_mode
-    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
-        yield  # /dev/null: there is to be no pidfile
+    if path == os.devnull:
+        yield  # there is to be no pidfile
         return
-    uid, gid = (owner.uid, owner.gid) if owner else (-1, -1)
-    with hold_lock(path, uid):
-        with open(path, "w", opener=functools.partial(
-                open_plainly, mode=0o644)) as file:
-            os.fchown(file.fileno(), uid, gid)
+    with hold_lock(path):
+        with open(path, "w", opener=lambda name, flags: os.open(
+                name, flags | os.O_NOFOLLOW, 0o644)) as file:
             file.write(f"{os.getpid()}\n")
+            if owner is not None:
+                os.fchown(file.fileno(), owner.uid, owner.gid)
         try:
             yield
         finally:
@@ -2645,13 +2651,14 @@ def serve(settings: Settings, owner: Owner | None,
     announce is told the address once clients can come; read returns the
     settings anew for a reload.
     """
-    signals = catch_signals()
     make_folders(settings, owner)
     warn_unaddressed(settings)
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, alarm=alarm.refused)
-    with PolicyServer(service) as server, \
+    ended: list[int] = []  # by which signals
+    with catch_signals() as signals, contextlib.closing(ledger), \
+            PolicyServer(service) as server, \
             hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
             os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
@@ -2659,16 +2666,17 @@ def serve(settings: Settings, owner: Owner | None,
         keep_to_one_processor()
         server.most = max(16, min(server.most, raise_file_limit() - 64))
         service.clean()  # opens the ledger, and says so if it cannot
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+            signal.signal(number, lambda number, _: ended.append(number))
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
         threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals, service, read)
+        obey(signals, ended, service, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
-        ledger.close()
         service.tally.close()
 
 
@@ -2680,9 +2688,9 @@ def catch_signals() -> socket.socket:
     signals, sender = socket.socketpair()
     signals.settimeout(CLEAN_PAUSE)
     sender.setblocking(False)
-    signal.set_wakeup_fd(sender.detach())  # open until the end
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
-                   signal.SIGUSR2, signal.SIGHUP):
+    signal.set_wakeup_fd(  # open until the end; full: it wakes all the same
+        sender.detach(), warn_on_full_buffer=False)
+    for number in signal.SIGHUP, signal.SIGUSR2:
         signal.signal(number, lambda *_: None)
     return signals
 
@@ -2707,25 +2715,23 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def obey(signals: socket.socket, service: Service,
+def obey(signals: socket.socket, ended: Sequence[int], service: Service,
          read: Callable[[], Settings]) -> None:
-    """Reload at HUP, sum up at USR2, return at others; clean meanwhile."""
-    while True:
+    """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
+    while not ended:
         service.tally.publish()
         try:
-            number = signals.recv(1)[0]
+            numbers = signals.recv(4096)  # a storm of them is one
         except socket.timeout:
             service.clean()
             continue
-        if number == signal.SIGUSR2:
+        if signal.SIGUSR2 in numbers:
             service.tally.publish(asked=True)
-        elif number == signal.SIGHUP:
+        if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
             reload(service, read)
             notify("READY=1")
-        else:
-            return
 
 
 def reload(service: Service, read: Callable[[], Settings]) -> None:
@@ -2762,22 +2768,26 @@ def notify(state: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    options = parse_options(argv)
+    sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
     logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
     logging.raiseExceptions = False  # a full disk under the log stops nothing
-    for level, label in ((logging.INFO, ""), (NOTICE, ""),
-                         (logging.WARNING, "warning: "),
-                         (logging.ERROR, "error: ")):
-        logging.addLevelName(level, label)
+    journal = "JOURNAL_STREAM" in os.environ and os.environ[
+        "JOURNAL_STREAM"] == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    for level, priority, label in (  # as sd-daemon(3) has it
+            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
+            (logging.WARNING, "<4>", "warning: "),
+            (logging.ERROR, "<3>", "error: ")):
+        logging.addLevelName(level, priority * journal + label)
     for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        options = parse_options(argv)
         options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as head(1) does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (PolicydError, OSError) as error:
+    except (PolicydError, OSError, RuntimeError) as error:  # no more threads
         log.error("%s", error)
         return getattr(error, "exit_code", PolicydError.exit_code)
     return 0
@@ -2947,6 +2957,9 @@ def check_start(options: argparse.Namespace) -> None:
     makeable = [name for name in needed  # as long as it is root
                 if not os.path.isdir(name) and can_write(name)]
     check_socket(settings.SOCKET)
+    if is_open(settings):
+        log.warning("any account of this host may connect to SOCKET, and use"
+                    " up anybody's limits")
     backend = BACKENDS[settings.backend](settings)
     become(owner)
     unusable = [name for name in needed
@@ -2991,4 +3004,5 @@ def get_config(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main())

@@ -1260,8 +1260,8 @@ class UnitTest(FolderTest):
             skip("systemd-analyze is missing")
         with open(os.path.join(HERE, "policyd-rate-limit.service"),
                   encoding="utf-8") as file:
-            unit = re.sub("(?m)^ExecStart=.*", "ExecStart=/bin/true",
-                          file.read())
+            unit = re.sub("(?m)=/usr/local/bin/policyd-rate-limit",
+                          "=/bin/true", file.read())
         return subprocess.run(
             ["systemd-analyze", *what,
              self.write("policyd-rate-limit.service", unit)],
@@ -3795,6 +3795,81 @@ class ProcessTest(NetTest):
                 self.assertFalse(os.path.exists(daemon.pidfile))
                 self.assertFalse(os.path.exists(daemon.socket))
 
+    def start_that_waits(self, *options: str) -> subprocess.Popen[str]:
+        """Start a process and wait until it has opened its database."""
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", PROGRAM, "-o", "db_timeout=600",
+             "--standalone", self.path("daemon"), *options],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        database = self.path("daemon/db.sqlite3")
+        wait_for(lambda: any(os.path.realpath(name) == database for name in
+                             glob.glob(f"/proc/{process.pid}/fd/*")),
+                 "the database to be opened")
+        return process
+
+    def test_a_signal_ends_a_start_or_a_cleaning_that_takes_long(self) -> None:
+        for options, number in itertools.product(
+                ((), ("--clean",)), (signal.SIGTERM, signal.SIGINT)):
+            self.daemon(WIDE).stop()
+            with self.subTest(options=options, number=number):
+                with locked(self.path("daemon/db.sqlite3")):
+                    process = self.start_that_waits(*options)
+                    process.send_signal(number)
+                    self.assertEqual(process.wait(PATIENCE), -number)
+                assert process.stderr is not None
+                self.assertEqual(process.stderr.read(), "")
+        self.passes(self.daemon(WIDE))
+
+    def test_a_storm_of_hups_loses_no_term(self) -> None:
+        daemon = self.daemon(WIDE + "limits_by_id:\n" + "".join(
+            f"    user{n}: [[1, 60]]\n" for n in range(2000)))
+        for _ in range(3000):
+            daemon.send(signal.SIGHUP)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertNotIn("Traceback", daemon.log())
+        self.assertLess(daemon.log().count("reloaded"), 1000)
+
+    def test_a_start_with_closed_streams_ends_in_peace(self) -> None:
+        good = f"--standalone {self.folder} "
+        for arguments, status in (
+                (good + "--clean >&-", 0), (good + "--clean >&- 2>&-", 0),
+                (good + "--status >&-", 0), (good + "--check >&- 2>&-", 0),
+                (f"--standalone {PROGRAM} >&- 2>&-", 6),
+                (f"--standalone {PROGRAM}", 6), ("-f /missing >&-", 5),
+                (good + "-o SOCKET=[192.0.2.1,99]", 6),
+                ("--standalone x", 6)):
+            with self.subTest(arguments):
+                gone = "cd $(mktemp -d); rmdir $(pwd);"  # what x is in
+                done = subprocess.run(
+                    ["sh", "-c", f"{gone * (arguments[-1] == 'x')} "
+                     f"{sys.executable} -W error {PROGRAM} {arguments}"],
+                    stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                    text=True, timeout=PATIENCE, check=False)
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertEqual(done.stderr.count("\n"),
+                                 int(status > 0 and "2>" not in arguments))
+
+    def test_the_journal_is_told_priorities(self) -> None:
+        with open(self.path("journal"), "w+", encoding="utf-8") as journal:
+            found = os.fstat(journal.fileno())
+            with patch.dict(os.environ, JOURNAL_STREAM=(
+                    f"{found.st_dev}:{found.st_ino}")):
+                run("-f", "/missing", stderr=journal)
+            journal.seek(0)
+            self.assertRegex(journal.read(), r"\A<3>error: .*\n\Z")
+
+    def test_the_unit_s_daemon_needs_no_chown(self) -> None:
+        daemon = self.daemon(WIDE, program=self.write("no.py", (
+            "import os, runpy\n"
+            "def refuse(*arguments, **options):\n"
+            "    raise PermissionError('as SystemCallFilter says')\n"
+            "os.chown = os.fchown = refuse\n"
+            "os.geteuid = lambda: 1\n"
+            f"runpy.run_path({PROGRAM!r}, run_name='__main__')\n")))
+        self.passes(daemon)
+
     def test_requests_in_hand_are_answered_before_the_end(self) -> None:
         for options in (), ("-o", 'SOCKET=["127.0.0.1", 0]'):
             daemon = self.daemon(WIDE, *options, name=f"d{len(options)}")
@@ -3882,8 +3957,6 @@ class ProcessTest(NetTest):
                 self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
                 with open(path) as file:
                     self.assertEqual(file.read(), f"{os.getpid()}\n")
-        self.assertEqual(set(os.listdir(self.path("daemon"))),
-                         {"policy", "policyd-rate-limit.pid"})
 
     def test_a_lock_that_any_account_can_take_decides_nothing(self) -> None:
         os.mkdir(self.path("daemon"))
@@ -3897,7 +3970,7 @@ class ProcessTest(NetTest):
         lock = daemon.pidfile + ".lock"
         self.assertEqual(stat.S_IMODE(os.stat(lock).st_mode), 0o600)
         self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(glob.glob(self.path("daemon/*.lock")), [])
+        self.assertFalse(os.path.exists(lock))
 
     def test_of_daemons_that_start_at_once_one_runs(self) -> None:
         def start(number: int) -> tuple[Any, str]:
@@ -4037,13 +4110,17 @@ class ProcessTest(NetTest):
         for path, mode in ((daemon.socket, 0o660), (daemon.database, 0o600),
                            (daemon.database + "-wal", 0o600),
                            (daemon.pidfile, 0o644),
-                           (os.path.dirname(daemon.socket), 0o755),
                            (os.path.dirname(daemon.pidfile), 0o755),
                            (os.path.dirname(daemon.database), 0o750)):
             with self.subTest(path):
                 found = os.stat(path)
                 self.assertEqual(oct(stat.S_IMODE(found.st_mode)), oct(mode))
                 self.assertEqual((found.st_uid, found.st_gid), ids)
+        folder = os.stat(os.path.dirname(daemon.socket))
+        with contextlib.suppress(KeyError):
+            postfix = grp.getgrnam("postfix").gr_gid
+            self.assertEqual((stat.S_IMODE(folder.st_mode), folder.st_uid,
+                              folder.st_gid), (0o750, ids[0], postfix))
         self.assertEqual(daemon.stop(), 0)
         self.assertFalse(os.path.exists(daemon.socket))
         self.assertFalse(os.path.exists(daemon.pidfile))
@@ -4176,9 +4253,30 @@ class CommandLineTest(FolderTest):
                 ["--standalone", self.path("missing/too")]):
             with self.subTest(options=options):
                 done = run("-f", file, "--check", *options)
-                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual(
+                    "warning: any account" in done.stderr,
+                    "missing" not in options[1])  # it is to be made closed
                 self.assertRegex(done.stdout, r"^SQLite \S+, /\S+3\nOK\n$")
                 self.assertEqual(self.contents(), before)
+
+    def test_check_says_when_any_account_may_connect(self) -> None:
+        config = self.write("test.yaml", "count_mode: 1\n")
+        os.mkdir(self.path("in"))
+        for modes, override, told in (
+                ((0o755, 0o755), "socket_permission=0666", True),
+                ((0o711, 0o711), "socket_permission=0602", True),
+                ((0o755, 0o750), "socket_permission=0666", False),
+                ((0o750, 0o755), "socket_permission=0666", False),
+                ((0o755, 0o755), "socket_permission=0660", False),
+                ((0o750, 0o750), 'SOCKET=["127.0.0.1", 0]', True)):
+            with self.subTest(modes=modes, override=override):
+                os.chmod(self.folder, modes[0])
+                os.chmod(self.path("in"), modes[1])
+                done = run("-f", config, "--check", "--standalone",
+                           self.path("in"), "-o", override)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertEqual("any account" in done.stderr, told)
 
     def contents(self) -> dict[str, bytes]:
         """Return the files in the folder."""
