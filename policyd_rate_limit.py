@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 """policyd-rate-limit: limit how many mails a user of Postfix may send.
 
 Postfix asks this daemon about each mail (postconf(5), check_policy_service;
@@ -85,9 +85,10 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------
 
 PROGRAM = "policyd-rate-limit"
-MAX_REQUEST = 65536  # bytes; the largest that Postfix sent in tests is 6 kB
+MAX_REQUEST = 32768  # bytes; the largest that Postfix sent in tests is 6 kB
 MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
 MAX_NUMBER = 2**31 - 1  # what a column of type int holds
+MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
 NOTICE = 25  # the log level of what is said even with debug: False
@@ -155,9 +156,10 @@ def fold(identity: str) -> str:
     Names are compared without regard to case (RFC 8265, 3.3), addresses by
     value.  A name too long for a database's key ends in its hash instead.
     """
-    if len(identity) > 4096:  # normalizing takes the square of the length
-        identity = hashlib.sha256(identity.encode()).hexdigest()
-    folded = unicodedata.normalize("NFC", identity.lower()).rstrip() or "<>"
+    folded = identity.lower()
+    if len(folded) <= 512:  # normalizing takes the square of the length
+        folded = unicodedata.normalize("NFC", folded)
+    folded = folded.rstrip() or "<>"
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
         return str(address)
@@ -180,8 +182,8 @@ def shorten(key: str) -> str:
 def parse_address(
         text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """Return the IP address that text spells, IPv4 inside IPv6 as IPv4."""
-    if not (text[:1].isdigit() or ":" in text):
-        return None
+    if "%" in text or not (text[:1].isdigit() or ":" in text):
+        return None  # a zone after % would be any text of any length
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -722,10 +724,10 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
     """Yield requests until receive() brings nothing, or raise BadRequest."""
     buffer = b""
     while data := receive():
-        buffer += data
-        while (end := buffer.find(b"\n\n")) >= 0:
-            head, buffer = buffer[:end], buffer[end + 2:]
-            yield parse_request(head)
+        *heads, buffer = (buffer + data).split(b"\n\n")
+        del data  # nothing of what is answered is kept while it waits
+        while heads:
+            yield parse_request(heads.pop(0))
         if len(buffer) > MAX_REQUEST:
             raise BadRequest(f"a request longer than {MAX_REQUEST} bytes")
     if buffer:
@@ -745,9 +747,10 @@ def parse_request(head: bytes) -> Request:
     if get("request") != "smtpd_access_policy":
         raise BadRequest("no request=smtpd_access_policy")
     return Request(
-        get("protocol_state", "").upper(), get("queue_id", ""),
-        get("instance", ""),
-        get("sasl_username", ""), get("sender", ""), get("client_address", ""),
+        get("protocol_state", "")[:MAX_TOLD].upper(),
+        get("queue_id", "")[:MAX_TOLD], get("instance", "")[:MAX_TOLD],
+        get("sasl_username", ""), get("sender", ""),
+        get("client_address", "")[:MAX_TOLD],
         parse_count(get("recipient_count", "")), given)
 
 
@@ -1925,8 +1928,8 @@ class Service:
         self.tally.count("requests")
         if settings.log_requests:
             log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
-                f"{name}={value}" for name, value in request.attributes.items()
-                if value)))
+                f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
+                for name, value in request.attributes.items() if value)))
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action
@@ -2198,22 +2201,26 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         """Bound the time, and tell the server that this is open."""
         self.asked = False  # has a whole request come?
-        self.active = time.monotonic()  # when the last answer went out
+        self.active = time.monotonic()  # when it was last answered; inf: busy
         self.patience = self.server.service.settings.delay_to_close
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        for option, seconds in ((socket.SO_RCVTIMEO, self.patience),
+                                (socket.SO_SNDTIMEO, 2)):  # Postfix reads
             # settimeout() would poll() before each call: a fifth slower
             self.request.setsockopt(socket.SOL_SOCKET, option,
-                                    struct.pack("ll", self.patience, 0))
-        self.server.handlers[self] = threading.current_thread()
+                                    struct.pack("ll", seconds, 0))
+        self.thread = threading.current_thread()
+        self.server.handlers.add(self)
 
     def handle(self) -> None:
         """Answer until the client has no more to ask."""
         answer, last = self.server.service.answer, Last()
         try:
             for request in read_requests(self.receive):
+                self.asked, self.active = True, math.inf
                 action = answer(request, last)
                 self.request.sendall(f"action={action}\n\n".encode())
-                self.asked, self.active = True, time.monotonic()
+                self.active = time.monotonic()
+                del request  # it may be large, and the next one far
         except BadRequest as error:
             log.warning("hung up on a client: %s", error, extra=SELDOM)
         except OSError:
@@ -2221,7 +2228,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         """Tell the server that this is closed."""
-        self.server.handlers.pop(self, None)
+        self.server.handlers.discard(self)
 
     def receive(self) -> bytes:
         """Return some bytes, none at the end or when time is up."""
@@ -2229,10 +2236,10 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             return b""  # a request that comes byte by byte
         return self.request.recv(8192)
 
-    def hang_up(self, how: int) -> None:
-        """Shut the connection down, from another thread."""
+    def hang_up(self) -> None:
+        """End it from another thread, once what has come is answered."""
         with contextlib.suppress(OSError):
-            self.request.shutdown(how)
+            self.request.shutdown(socket.SHUT_RD)
 
 
 class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -2247,12 +2254,11 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, service: Service) -> None:
         """Bind and listen; raise AlreadyRunning, or OSError."""
         self.service = service
-        self.handlers: dict[PolicyHandler, threading.Thread] = {}
+        self.handlers: set[PolicyHandler] = set()
         address = service.settings.SOCKET
-        if isinstance(address, str):
-            self.address_family = socket.AF_UNIX
-        elif ":" in address[0]:
-            self.address_family = socket.AF_INET6
+        self.address_family = (
+            socket.AF_UNIX if isinstance(address, str) else
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         with free_path(address):
             super().__init__(
                 address, PolicyHandler)  # type: ignore[arg-type]
@@ -2263,6 +2269,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise AlreadyRunning(f"{error}: {settings.SOCKET}") from None
         finally:
             os.umask(before)
         if isinstance(settings.SOCKET, str):
@@ -2272,41 +2282,57 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; make room where there is none."""
-        if len(self.handlers) >= self.most:
-            self.evict()
+        if len(self.handlers) >= self.most and not self.evict():
+            raise OSError("all are busy")  # it waits where it is
         try:
             return super().get_request()
         except OSError as error:
             log.error("cannot accept a connection: %s", error, extra=SELDOM)
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 self.evict()
-                time.sleep(0.05)  # the evicted thread's time to close it
             raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread; make room where no more can be had."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
+            self.evict()
+            super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
         log.error("fault in a connection", exc_info=True, extra=SELDOM)
 
-    def evict(self) -> None:
-        """Hang up on who never asked, else on who was idle longest."""
-        oldest = min(list(self.handlers), default=None,
-                     key=operator.attrgetter("asked", "active"))
-        if oldest is not None:
-            log.warning("too many connections: an idle one is closed",
-                        extra=SELDOM)
-            self.handlers.pop(oldest, None)  # Postfix connects again
-            oldest.hang_up(socket.SHUT_RDWR)
+    def evict(self) -> bool:
+        """Hang up on who asked nothing for a second, else is idle longest.
+
+        Never on who waits for an answer; say whether there is room now.
+        """
+        log.warning("too many connections: idle ones are closed",
+                    extra=SELDOM)
+        recent = time.monotonic() - 1
+        idle = sorted(
+            (one for one in list(self.handlers) if one.active < math.inf),
+            key=lambda one: (one.asked or one.active > recent, one.active))
+        for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
+            handler.hang_up()
+        if not idle:
+            time.sleep(0.05)
+            return False
+        idle[0].thread.join(0.05)
+        return not idle[0].thread.is_alive()
 
     def stop(self, seconds: float) -> None:
         """Take no new connections, answer what has come, then close."""
         self.shutdown()
         self.server_close()
         deadline = time.monotonic() + seconds
-        handlers = list(self.handlers.items())
-        for handler, _ in handlers:
-            handler.hang_up(socket.SHUT_RD)  # what has come is still read
-        for _, thread in handlers:
-            thread.join(max(0, deadline - time.monotonic()))
+        handlers = list(self.handlers)
+        for handler in handlers:
+            handler.hang_up()
+        for handler in handlers:
+            handler.thread.join(max(0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
         """Close the listening socket and remove its path, if still ours."""
@@ -2323,17 +2349,36 @@ def free_path(address: str | tuple[str, int]) -> Iterator[None]:
     if not isinstance(address, str):
         yield
         return
-    folder = os.open(os.path.dirname(os.path.abspath(address)), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with hold_lock(address):
         if os.path.lexists(address):
             remove_stale_socket(address)
         yield
-    except BlockingIOError:
-        raise AlreadyRunning(f"{address}: another process is about to listen"
-                             " there") from None
-    finally:
-        os.close(folder)
+
+
+@contextlib.contextmanager
+def hold_lock(path: str) -> Iterator[None]:
+    """Hold a path until the end, or raise AlreadyRunning.
+
+    Who may read a file may lock it: this one is for its owner alone.
+    """
+    with open(path + ".lock", "w", opener=lambda name, flags: os.open(
+            name, flags | os.O_NOFOLLOW, 0o600)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(
+                os.fstat(file.fileno()), os.lstat(file.name))
+        except (BlockingIOError, FileNotFoundError):
+            held = False  # or the one that had it is about to end
+        if not held:
+            raise AlreadyRunning(f"{path}: another instance is running")
+        if os.geteuid() == 0:  # tomorrow another user may start it
+            folder = os.stat(os.path.dirname(file.name) or ".")
+            os.fchown(file.fileno(), folder.st_uid, folder.st_gid)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
 
 
 def remove_stale_socket(path: str) -> None:
@@ -3217,6 +3262,9 @@ FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
 
 
+FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
+
+
 class Owner(NamedTuple):
     """Whom root becomes."""
 
@@ -3261,7 +3309,7 @@ def folders(settings: Settings) -> Mapping[str, int]:
     if settings.backend == 0:
         modes[settings.sqlite_config["database"]] = 0o750
     if isinstance(settings.SOCKET, str):
-        modes[settings.SOCKET] = 0o755
+        modes[settings.SOCKET] = FOR_POSTFIX
     return {os.path.dirname(os.path.abspath(path)): mode
             for path, mode in modes.items()}
 
@@ -3276,6 +3324,22 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
             continue
         if owner is not None:
             os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+        if mode == FOR_POSTFIX:
+            with contextlib.suppress(KeyError, PermissionError):
+                postfix = grp.getgrnam("postfix").gr_gid
+                os.chown(folder, -1, postfix, follow_symlinks=False)
+                os.chmod(folder, 0o750)
+
+
+def is_open(settings: Settings) -> bool:
+    """Say whether any account of this host may connect."""
+    if not isinstance(settings.SOCKET, str):
+        return True
+    path, way = os.path.abspath(settings.SOCKET), 0o1
+    while way and path != "/":
+        path = os.path.dirname(path)
+        way = os.path.isdir(path) and os.stat(path).st_mode & 0o1
+    return bool(way and settings.socket_permission & 0o2)
 
 
 def is_volume(folder: str) -> bool:
@@ -3287,35 +3351,24 @@ def is_volume(folder: str) -> bool:
 
 @contextlib.contextmanager
 def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
-    """Hold the pidfile by a lock, which ends with the process.
+    """Write the pidfile and hold it until the end; raise AlreadyRunning.
 
-    Raises AlreadyRunning.  A file that nobody locks is stale, whatever
-    process has that id today.
+    A file that nobody holds is stale, whatever process has that id today.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.open(path, flags, 0o644)
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            yield  # /dev/null: there is to be no pidfile
-            return
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file), os.lstat(path)):
-            raise BlockingIOError  # the one that had it is about to end
-        os.ftruncate(file, 0)
-        os.write(file, f"{os.getpid()}\n".encode())
-        if owner is not None:
-            os.fchown(file, owner.uid, owner.gid)
+    if path == os.devnull:
+        yield  # there is to be no pidfile
+        return
+    with hold_lock(path):
+        with open(path, "w", opener=lambda name, flags: os.open(
+                name, flags | os.O_NOFOLLOW, 0o644)) as file:
+            file.write(f"{os.getpid()}\n")
+            if owner is not None:
+                os.fchown(file.fileno(), owner.uid, owner.gid)
         try:
             yield
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-    except (BlockingIOError, FileNotFoundError):
-        pid = os.read(file, 20).decode("ascii", "replace").strip()
-        raise AlreadyRunning(f"{path}: another instance is running,"
-                             f" process {pid}") from None
-    finally:
-        os.close(file)
 
 
 def serve(settings: Settings, owner: Owner | None,
@@ -3326,29 +3379,32 @@ def serve(settings: Settings, owner: Owner | None,
     announce is told the address once clients can come; read returns the
     settings anew for a reload.
     """
-    signals = catch_signals()
     make_folders(settings, owner)
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, alarm=alarm.refused)
-    with hold_pidfile(settings.pidfile, owner), \
-            PolicyServer(service) as server:
+    ended: list[int] = []  # by which signals
+    with catch_signals() as signals, \
+            contextlib.closing(ledger.database), \
+            PolicyServer(service) as server, \
+            hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
             os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
         become(owner)
         keep_to_one_processor()
         server.most = max(16, min(server.most, raise_file_limit() - 64))
         service.clean()  # opens the ledger, and says so if it cannot
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+            signal.signal(number, lambda number, _: ended.append(number))
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
         threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals, service, read)
+        obey(signals, ended, service, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
-        ledger.database.close()
         service.tally.close()
 
 
@@ -3360,9 +3416,9 @@ def catch_signals() -> socket.socket:
     signals, sender = socket.socketpair()
     signals.settimeout(CLEAN_PAUSE)
     sender.setblocking(False)
-    signal.set_wakeup_fd(sender.detach())  # open until the end
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1,
-                   signal.SIGUSR2, signal.SIGHUP):
+    signal.set_wakeup_fd(  # open until the end; full: it wakes all the same
+        sender.detach(), warn_on_full_buffer=False)
+    for number in signal.SIGHUP, signal.SIGUSR2:
         signal.signal(number, lambda *_: None)
     return signals
 
@@ -3387,25 +3443,23 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def obey(signals: socket.socket, service: Service,
+def obey(signals: socket.socket, ended: Sequence[int], service: Service,
          read: Callable[[], Settings]) -> None:
-    """Reload at HUP, sum up at USR2, return at others; clean meanwhile."""
-    while True:
+    """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
+    while not ended:
         service.tally.publish()
         try:
-            number = signals.recv(1)[0]
+            numbers = signals.recv(4096)  # a storm of them is one
         except socket.timeout:
             service.clean()
             continue
-        if number == signal.SIGUSR2:
+        if signal.SIGUSR2 in numbers:
             service.tally.publish(asked=True)
-        elif number == signal.SIGHUP:
+        if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
             reload(service, read)
             notify("READY=1")
-        else:
-            return
 
 
 def reload(service: Service, read: Callable[[], Settings]) -> None:
@@ -3444,22 +3498,26 @@ VERSION = "2.0.0"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    options = parse_options(argv)
+    sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
     logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
     logging.raiseExceptions = False  # a full disk under the log stops nothing
-    for level, label in ((logging.INFO, ""), (NOTICE, ""),
-                         (logging.WARNING, "warning: "),
-                         (logging.ERROR, "error: ")):
-        logging.addLevelName(level, label)
+    journal = "JOURNAL_STREAM" in os.environ and os.environ[
+        "JOURNAL_STREAM"] == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    for level, priority, label in (  # as sd-daemon(3) has it
+            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
+            (logging.WARNING, "<4>", "warning: "),
+            (logging.ERROR, "<3>", "error: ")):
+        logging.addLevelName(level, priority * journal + label)
     for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        options = parse_options(argv)
         options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as head(1) does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (PolicydError, OSError) as error:
+    except (PolicydError, OSError, RuntimeError) as error:  # no more threads
         log.error("%s", error)
         return getattr(error, "exit_code", PolicydError.exit_code)
     return 0
@@ -3643,6 +3701,9 @@ def check_start(options: argparse.Namespace) -> None:
     makeable = [name for name in needed  # as long as it is root
                 if not os.path.isdir(name) and can_write(name)]
     check_socket(settings.SOCKET)
+    if is_open(settings):
+        log.warning("any account of this host may connect to SOCKET, and use"
+                    " up anybody's limits")
     backend = BACKENDS[settings.backend](settings)
     become(owner)
     unusable = [name for name in needed
@@ -3690,4 +3751,5 @@ def get_config(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main())
