@@ -37,6 +37,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import glob
 import grp
 import hashlib
 import importlib
@@ -3442,6 +3443,9 @@ def notify(state: str) -> None:
 VERSION = "2.0.0"
 
 
+UNIT = f"/etc/systemd/system/{PROGRAM}.service"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     options = parse_options(argv)
@@ -3559,6 +3563,10 @@ def run(options: argparse.Namespace) -> None:
         if options.standalone:
             print(f"Listening on {format_address(address)}; for main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
+        try:
+            check_readable(options.file, settings)
+        except ConfigError as error:
+            log.error("%s", error)
 
     serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
@@ -3651,6 +3659,10 @@ def check_start(options: argparse.Namespace) -> None:
         unusable.append(settings.pidfile)
     if unusable:
         raise PolicydError(f"{unusable[0]}: cannot be written")
+    check_readable(options.file, settings)
+    for folder in barred(needed) if owner else ():
+        log.warning("%s: the unit lets nobody write there: systemctl edit %s,"
+                    " add ReadWritePaths=%s", folder, PROGRAM, folder)
     print(backend.probe(), "OK", sep="\n")
 
 
@@ -3659,6 +3671,27 @@ def can_write(folder: str) -> bool:
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def check_readable(path: str | None, settings: Settings) -> None:
+    """Raise ConfigError if the file, which root has read, is not for us."""
+    if path is not None and not os.access(path, os.R_OK):
+        raise ConfigError(f"{path}: {settings.user} cannot read it, so a"
+                          " reload will fail, or a start by systemd")
+
+
+def barred(needed: Iterable[str]) -> list[str]:
+    """Return the folders that the unit, if it is installed, protects."""
+    unit = ""
+    for name in [UNIT, *glob.glob(f"{UNIT}.d/*.conf")]:
+        with contextlib.suppress(OSError), open(name) as file:
+            unit += file.read()
+    if "ProtectSystem=strict" not in unit:
+        return []
+    allowed = (f"/run/{PROGRAM}/", f"/var/lib/{PROGRAM}/", *(
+        f"{path}/" for path in re.findall(r"[ =]-?(/\S+)", unit)))
+    return [folder for folder in map(os.path.realpath, needed)
+            if not f"{folder}/".startswith(allowed)]
 
 
 def check_socket(address: str | tuple[str, int]) -> None:

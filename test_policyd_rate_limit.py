@@ -4688,6 +4688,48 @@ class CommandLineTest(FolderTest):
                 self.assertEqual(run("-f", file, *options).returncode, 6)
                 self.assertEqual((done.returncode, done.stdout[-3:]), (6, ""))
 
+    def test_a_file_that_only_root_can_read_is_told(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        nobody = pwd.getpwnam("nobody")
+        daemon = SystemDaemon(self.path("daemon"), (
+            "user: nobody\ngroup: "
+            f"{grp.getgrgid(nobody.pw_gid).gr_name}\ncount_mode: 1\n"))
+        self.addCleanup(daemon.stop)
+        self.assertEqual(run("--check", "-f", daemon.config).returncode, 0)
+        self.assertNotIn("error", daemon.log())
+        daemon.stop()
+        os.chmod(daemon.config, 0o600)
+        line = (f"error: {daemon.config}: nobody cannot read it, so a reload"
+                " will fail, or a start by systemd\n")
+        done = run("--check", "-f", daemon.config)
+        self.assertEqual((done.returncode, done.stdout), (5, ""))
+        self.assertEqual(done.stderr, line)
+        daemon.start()
+        daemon.wait_log(line)
+
+    def test_what_the_unit_protects_is_told(self) -> None:
+        with open(os.path.join(HERE, "policyd-rate-limit.service")) as file:
+            unit = self.write("unit", file.read())
+        folders = ["/run/policyd-rate-limit", "/var/run/policyd-rate-limit",
+                   "/var/spool/postfix/ratelimit", "/srv/policyd",
+                   "/var/lib/policyd-rate-limit/x", "/var/lib/policyd-rate"]
+        self.assertEqual(prl.barred(folders), [])
+        with patch.object(prl, "UNIT", unit):
+            self.assertEqual(prl.barred(folders), [
+                "/srv/policyd", "/var/lib/policyd-rate"])
+            if is_root():
+                got = command("--check", "-f", self.write("a.yaml", ""),
+                              *here_as_ourselves(self))
+                self.assertEqual(got[0], 0)
+                self.assertIn(
+                    f"warning: {self.folder}: the unit lets nobody write"
+                    " there: systemctl edit policyd-rate-limit, add"
+                    f" ReadWritePaths={self.folder}\n", got[2])
+            os.mkdir(f"{unit}.d")
+            self.write("unit.d/a.conf", "[Service]\nReadWritePaths=/a /srv")
+            self.assertEqual(prl.barred(folders), ["/var/lib/policyd-rate"])
+
     def test_start_that_fails_removes_nothing_of_others(self) -> None:
         file = self.write("a.yaml", "limits: [[1, 60]]\n")
         run("-f", file, *here_as_ourselves(self), "-o", f"SOCKET={file}")
