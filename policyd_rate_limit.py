@@ -675,27 +675,29 @@ class Settings:
 
 def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
     """Yield what has no effect, with True if that means: nothing counts."""
-    named = settings.limit_by_sasl or settings.limit_by_sender
+    named = bool(settings.limit_by_sasl or settings.limit_by_sender
+                 or settings.quotas)
     windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
     mails_alert = settings.alert and not settings.alert_command
-    named = bool(named or settings.quotas)
     if not named and not settings.limit_by_ip:
         yield True, ("limit_by_sasl, limit_by_sender, limit_by_ip: all are"
                      " False, so nothing is limited")
     if settings.limit_by_ip and not settings.limited_networks:
         yield not named, "limited_networks: empty, so no address is limited"
     if not windows:
-        yield True, ("limits: none here, in limits_by_id or by"
+        yield True, ("limits: none here, in limits_by_id, quotas or by"
                      " sql_limits_by_id, so nothing is limited")
     if (settings.report or mails_alert) and not settings.report_to:
         yield False, "report_to: nobody is named to get reports and alerts"
     for window in settings.report_limits or ():
         if (settings.report or settings.alert) and window not in windows:
             yield False, f"report_limits: no limit has the window {window}"
-    for name in ("success_action", "fail_action", "db_error_action"):
-        word = str(getattr(settings, name)).split()[0]
-        if not ACTIONS.fullmatch(word):
-            yield False, f"{name}: access(5) knows no action {word}"
+    for name, action in dict.fromkeys([
+            ("success_action", settings.success_action),
+            ("db_error_action", settings.db_error_action),
+            *(("fail_action", rule.fail_action) for rule in settings.rules)]):
+        if not ACTIONS.fullmatch(action.split()[0]):
+            yield False, f"{name}: access(5) knows no {action.split()[0]}"
 
 
 # ---------------------------------------------------------------------------
@@ -3444,6 +3446,8 @@ VERSION = "2.0.0"
 
 
 UNIT = f"/etc/systemd/system/{PROGRAM}.service"
+NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
+             " systemd")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3563,10 +3567,8 @@ def run(options: argparse.Namespace) -> None:
         if options.standalone:
             print(f"Listening on {format_address(address)}; for main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
-        try:
-            check_readable(options.file, settings)
-        except ConfigError as error:
-            log.error("%s", error)
+        if not can_reload(options):
+            log.error(NO_RELOAD, options.file, settings.user)
 
     serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
@@ -3659,7 +3661,8 @@ def check_start(options: argparse.Namespace) -> None:
         unusable.append(settings.pidfile)
     if unusable:
         raise PolicydError(f"{unusable[0]}: cannot be written")
-    check_readable(options.file, settings)
+    if not can_reload(options):
+        raise ConfigError(NO_RELOAD % (options.file, settings.user))
     for folder in barred(needed) if owner else ():
         log.warning("%s: the unit lets nobody write there: systemctl edit %s,"
                     " add ReadWritePaths=%s", folder, PROGRAM, folder)
@@ -3673,11 +3676,9 @@ def can_write(folder: str) -> bool:
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
-def check_readable(path: str | None, settings: Settings) -> None:
-    """Raise ConfigError if the file, which root has read, is not for us."""
-    if path is not None and not os.access(path, os.R_OK):
-        raise ConfigError(f"{path}: {settings.user} cannot read it, so a"
-                          " reload will fail, or a start by systemd")
+def can_reload(options: argparse.Namespace) -> bool:
+    """Say whether the file, which root has read, is for this user too."""
+    return options.file is None or os.access(options.file, os.R_OK)
 
 
 def barred(needed: Iterable[str]) -> list[str]:

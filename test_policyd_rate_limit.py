@@ -1525,10 +1525,12 @@ class SettingsTest(FolderTest):
                                 " and alerts"),
                 ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]",
                  "report_limits: no limit has the window 61"),
-                ("fail_action: dunnno", "fail_action: access(5) knows no"
-                                        " action dunnno"),
-                ("db_error_action: 4.7.1 x", "db_error_action: access(5) knows"
-                                             " no action 4.7.1"),
+                ("fail_action: dunnno x",
+                 "fail_action: access(5) knows no dunnno"),
+                ("quotas: [{by: server, limits: [[1, 60]], fail_action: hol}]",
+                 "fail_action: access(5) knows no hol"),
+                ("db_error_action: 4.7.1 x",
+                 "db_error_action: access(5) knows no 4.7.1"),
                 (f"alert: True\nalert_command: {self.folder}/no",
                  f"alert_command: {self.folder}/no: not there or not"
                  " executable")):
@@ -1542,8 +1544,8 @@ class SettingsTest(FolderTest):
                 ("limit_by_sasl: False\nlimit_by_ip: True",
                  "limited_networks: empty, so no address is limited"),
                 ("limits: []\nlimits_by_id: {joe: []}",
-                 "limits: none here, in limits_by_id or by sql_limits_by_id,"
-                 " so nothing is limited")):
+                 "limits: none here, in limits_by_id, quotas or by"
+                 " sql_limits_by_id, so nothing is limited")):
             with self.subTest(text=text):
                 self.check_told(text, f"error: {message}\n", 5, "")
 
@@ -1568,6 +1570,8 @@ class SettingsTest(FolderTest):
                 "limited_networks: ['::/0']\n", "report_limits: [7]\n",
                 "alert: True\nalert_command: [logger, x]\n",
                 "report: yes\nreport_to: a@b.c\nlimits: [[1, 7]]\n",
+                "limits: []\nlimit_by_sasl: no\n"
+                "quotas: [{by: server, limits: [[1, 60]]}]\n",
                 "fail_action: 450\nsuccess_action: OK\ndb_error_action:"
                 " reject_unauth_destination\n"):
             with self.subTest(text=text):
@@ -4571,7 +4575,7 @@ class CommandLineTest(FolderTest):
         none, bad = self.path("none.yaml"), self.write("b.yaml", "limits: 5\n")
         for options, name, status, out in (
                 ((none,), "limits", 0, "[(10, 60), (150, 86400)]"),
-                ((none,), "count_mode", 0, "1"),
+                ((none,), "count_mode", 0, "auto"),
                 ((none,), "config_file", 0, "None"), ((none,), "x", 1, ""),
                 ((bad,), "limits", 0, "5"), ((bad,), "debug", 0, "True"),
                 ((bad, "-o", "socket_permission=x"), "socket_permission", 0,
@@ -4618,8 +4622,8 @@ class CommandLineTest(FolderTest):
                 ("limits=5", 5, "limits: found 5, expected a list of [mails"),
                 ("limits_by_id.joe=5", 5, "limits_by_id: joe: found 5, expec"),
                 ("limits_by_id={Ann: [], joe: 5}", 5, "limits_by_id: joe: "),
-                ("limits_by_id.Ann=[]", 5, "limits_by_id: Ann is the same"
-                 f" identity as ann ({self.path('test.yaml')}:3)"),
+                ("limits_by_id.Ann=[]", 5, "limits_by_id: Ann and ann are"
+                 f" the same ({self.path('test.yaml')}:3)"),
                 ("SOCKET=[toto, 1]", 4, "SOCKET: found ['toto', 1], expec")):
             with self.subTest(text=text):
                 got = command("-f", file, "--check", "-o", text)
