@@ -1283,6 +1283,7 @@ class Backend:
     alter_original: tuple[str, ...] = ()  # its tables, to ours
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
+    try_total = ""  # fails without the right to do so, and changes nothing
     turn = ""  # how an identity's turn is taken where many hosts may write
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {} ON CONFLICT"
             " (id, delta) DO UPDATE SET hit = limit_report.hit + excluded.hit")
@@ -1329,13 +1330,14 @@ class Backend:
         """Return the text of an error in one line."""
         return f"{self.name}: {' '.join(str(error).split())}"
 
-    def probe(self) -> str:
-        """Try the database, changing nothing; return what it is."""
+    def probe(self, examine: Callable[[Transaction], None]) -> str:
+        """Examine the database, changing nothing; return what it is."""
         try:
             with contextlib.closing(self.connect(self.timeout)) as connection:
-                cursor = connection.cursor()
-                cursor.execute("SELECT version()")
-                [version] = cursor.fetchone()
+                transaction = Transaction(self)
+                transaction.begin(connection, self.begin)
+                [version] = transaction.run("SELECT version()").fetchone()
+                examine(transaction)
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
         return f"{version}, through {self.driver.__name__}"
@@ -1376,16 +1378,20 @@ class SQLite(Backend):
         """Say whether the file is no longer the one that was opened."""
         return self._identify() != self._file
 
-    def probe(self) -> str:
-        """Try the file, if there is one, and its lock."""
+    def probe(self, examine: Callable[[Transaction], None]) -> str:
+        """Examine the file, if there is one, holding its lock."""
         path = str(self.config["database"])
-        if os.path.exists(path):
-            try:
-                with contextlib.closing(self.driver.connect(
-                        path, timeout=self.timeout)) as connection:
-                    connection.execute("BEGIN IMMEDIATE")
-            except self.driver.Error as error:
-                raise LedgerError(self.explain(error)) from error
+        there = os.path.exists(path)
+        try:
+            with contextlib.closing(self.driver.connect(**{
+                    **self.config, "database": path if there else ":memory:",
+                    })) as connection:
+                transaction = Transaction(self)
+                transaction.begin(connection, self.begin)
+                if there:
+                    examine(transaction)
+        except Exception as error:  # a TypeError is connect()'s
+            raise LedgerError(self.explain(error)) from error
         return f"SQLite {self.driver.sqlite_version}, {path}"
 
     def explain(self, error: Exception) -> str:
@@ -1427,6 +1433,7 @@ class MySQL(Backend):
         " FROM information_schema.statistics WHERE table_schema = DATABASE()"
         " AND table_name = 'mail_count' AND index_name = 'mail_count_total')",
         "PREPARE add_total FROM @alter", "EXECUTE add_total")
+    try_total = "ALTER TABLE mail_count"
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
@@ -1466,6 +1473,7 @@ class PostgreSQL(Backend):
         f"ALTER TABLE limit_report ALTER COLUMN id TYPE {Backend.identity}",
     )
     add_total = SQLite.add_total
+    try_total = Backend.add_total[0]  # it is rolled back
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = ("40001", "40P01")  # serialization failure, deadlock
@@ -1727,6 +1735,21 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
     transaction.cursor.execute(query, (identity,))
     row = transaction.cursor.fetchone()
     return None if row is None or row[0] is None else parse_limits(row[0])
+
+
+def check_counting(transaction: Transaction, query: str | None) -> None:
+    """Raise an error where mails could not be counted; for --check."""
+    name = "Zoë дима 😀"  # a database of another encoding refuses this
+    transaction.run("SELECT ?", name)
+    present = columns_of(transaction, "mail_count")
+    if present and "total" not in present and transaction.backend.try_total:
+        transaction.run(transaction.backend.try_total)
+    if query and (columns_of(transaction, "rate_limits")
+                  or "rate_limits" not in query):  # else a start makes it
+        try:
+            ask_limits(transaction, query, name)
+        except Exception as error:
+            raise LedgerError(f"sql_limits_by_id: {error}") from error
 
 
 @functools.lru_cache(1000)  # it takes as long as a third of a decision
@@ -3666,7 +3689,8 @@ def check_start(options: argparse.Namespace) -> None:
     for folder in barred(needed) if owner else ():
         log.warning("%s: the unit lets nobody write there: systemctl edit %s,"
                     " add ReadWritePaths=%s", folder, PROGRAM, folder)
-    print(backend.probe(), "OK", sep="\n")
+    print(backend.probe(functools.partial(
+        check_counting, query=settings.sql_limits_by_id)), "OK", sep="\n")
 
 
 def can_write(folder: str) -> bool:

@@ -2479,6 +2479,25 @@ class HostsTest(DriverTest):
             [("Joe", 3), ("ann", 4)])
 
     @slow
+    def test_check_tells_what_would_count_nothing(self) -> None:
+        self.execute_all(*self.original)
+        self.server.sql(self.server.grant)
+        before = self.execute_all("SELECT * FROM mail_count")
+        for changes, message in (
+                ({}, ""),
+                ({"sql_limits_by_id": "SELECT nosuch(%s)"}, "nosuch"),
+                ({"sql_limits_by_id": "SELECT '[[1]]' WHERE %s <> 'x'"},
+                 "found '[[1]]'"),
+                ({"sql_limits_by_id": "SELECT l FROM rate_limits"}, ""),
+                (self.connecting(nosuch=1), "nosuch"),
+                (self.connecting(user="weak"), "denied")):
+            with self.subTest(changes=changes):
+                done = self.command("--check", **changes)
+                self.assertEqual(done.returncode, 6 if message else 0)
+                self.assertIn(message, done.stderr.replace("owner", "denied"))
+                self.assertEqual(len(done.stderr.splitlines()), bool(message))
+        self.assertEqual(self.execute_all("SELECT * FROM mail_count"), before)
+
     def test_a_user_with_no_right_to_alter_needs_none(self) -> None:
         self.hosts({"sql_limits_by_id": "SELECT %s"})[0].stop()
         self.server.sql(self.server.grant)
@@ -2588,6 +2607,16 @@ class Psycopg2Test(HostsTest):
     driver = "psycopg2"
     original = tuple(statement.partition(" CHARACTER SET")[0]
                      for statement in MySQLdbTest.original)
+
+    def test_check_tells_what_cannot_hold_every_name(self) -> None:
+        for encoding in ("LATIN1", "SQL_ASCII"):
+            self.server.sql(f"CREATE DATABASE {encoding} TEMPLATE template0"
+                            f" ENCODING {encoding}")
+            self.addCleanup(self.server.sql, f"DROP DATABASE {encoding}")
+            done = self.command(
+                "--check", **self.connecting(database=encoding.lower()))
+            self.assertEqual((done.returncode, done.stdout), (6, ""))
+            self.assertIn("codec can't encode", done.stderr)
 
     def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
         self.execute_all(
@@ -4655,8 +4684,11 @@ class CommandLineTest(FolderTest):
         os.chmod(self.folder, 0o777)
         file = self.write("test.yaml", "debug: no\n")
         bad = self.write("bad.sqlite3", "rubbish" * 1000)
-        os.chmod(bad, 0o666)
-        options = here_as_ourselves(self)
+        good = self.database(("joe", 5))
+        for path in (bad, good):
+            os.chmod(path, 0o666)
+        options = [*here_as_ourselves(self), "-o",
+                   f"sqlite_config.database={good}"]
         if is_root():
             nobody = pwd.getpwnam("nobody")
             options += ["-o", "user=nobody", "-o", "group="
@@ -4667,7 +4699,14 @@ class CommandLineTest(FolderTest):
             (f"pidfile={locked}/p", 6, f"{locked}: cannot be written"),
             (f"sqlite_config.database={locked}/db", 6, f"{locked}: cannot be"),
             (f"sqlite_config.database={bad}", 6, f"{bad}: file is not a data"),
-            (f"sqlite_config.database={locked}", 6, f"{locked}: unable to op")]
+            (f"sqlite_config.database={locked}", 6, f"{locked}: unable to op"),
+            ("sqlite_config.nosuch=1", 6, f"{good}: "),
+            ("sqlite_config.timeout=x", 6, f"{good}: "),
+            (f"sqlite_config={{database: {self.folder}/none, nosuch: 1}}", 6,
+             f"{self.folder}/none: "),
+            *((f"sql_limits_by_id={query}", 6, f"{good}: sql_limits_by_id: ")
+              for query in ("SELECT ? FROM nosuch", "rubbish", "SELECT '[1'",
+                            "SELECT ? || '[['"))]
         if is_root():
             cases += [("user=nosuch", 2, "no user nosuch or no group "),
                       ("group=nosuch", 2, "no user nobody or no group nosuc")]
