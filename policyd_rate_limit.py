@@ -2809,7 +2809,8 @@ def read_config(path: str | None) -> Config:
     values, lines = parse(text, path)
     if "limited_netword" in values:  # as the original once spelt it
         values.setdefault("limited_networks", values.pop("limited_netword"))
-        lines.setdefault(("limited_networks",), lines["limited_netword",])
+        lines.setdefault(("limited_networks",),
+                         lines.get(("limited_netword",), 1))
     config = Config(path, values, {
         names: f"{path}:{line}" for names, line in lines.items()})
     known = default_values()
@@ -2897,7 +2898,7 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
         try:
             [target] = node.targets
             values[target.id] = evaluate(node.value, known | values)
-            lines[target.id,] = node.lineno
+            lines[(target.id,)] = node.lineno
         except Exception:  # it may be any statement of Python
             log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
                         path, node.lineno,
@@ -3723,7 +3724,10 @@ def check_socket(address: str | tuple[str, int]) -> None:
     """Raise OSError if a socket could not be bound to an address."""
     if not isinstance(address, str):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        socket.create_server((address[0], 0), family=family).close()
+        try:
+            socket.create_server((address[0], 0), family=family).close()
+        except OSError as error:  # which does not name it
+            raise PolicydError(f"{format_address(address)}: {error}") from None
     elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
         raise OSError(errno.ENAMETOOLONG, "too long a path", address)
     elif (os.path.lexists(address)

@@ -4730,6 +4730,8 @@ class CommandLineTest(FolderTest):
                 done = run("-f", file, "--check", *options)
                 self.assertEqual(run("-f", file, *options).returncode, 6)
                 self.assertEqual((done.returncode, done.stdout[-3:]), (6, ""))
+                self.assertRegex(
+                    done.stderr, rf"^error: .*({self.folder}|192\.)")
 
     def test_a_file_that_only_root_can_read_is_told(self) -> None:
         if not is_root():
