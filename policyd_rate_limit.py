@@ -419,6 +419,15 @@ def as_limits_by_id(value: object) -> Patterns:
     return as_patterns(limits)
 
 
+def as_networks(value: object) -> Choice | None:
+    """a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]"""
+    texts = []
+    for text in map(as_text, as_list(value)):
+        sign, bare = ("!", text[1:]) if text[0] == "!" else ("", text)
+        texts.append(f"{sign}{ipaddress.ip_network(bare, strict=False)}")
+    return as_choice(texts) if texts else None
+
+
 def as_attribute(value: object) -> str:
     """an attribute that Postfix sends, such as sasl_username"""
     if value not in ATTRIBUTES and value not in DERIVED:
@@ -540,12 +549,6 @@ as_text_or_none = expect("text, or null",
                          lambda value: as_text(value) if value else None)
 as_subject = expect("text",
                     lambda value: as_text(value) if value != "" else "")
-as_networks = expect(
-    'a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]',
-    lambda value: as_choice([
-        text[:text.startswith("!")] + str(ipaddress.ip_network(
-            text[text.startswith("!"):], strict=False))
-        for text in map(as_text, as_list(value))]) if value else None)
 
 
 def setting(default: object, check: Callable[[Any], Any], meaning: str,
@@ -687,6 +690,8 @@ def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
     if not windows:
         yield True, ("limits: none here, in limits_by_id, quotas or by"
                      " sql_limits_by_id, so nothing is limited")
+    if settings.dry_run or settings.fail_action.lower() in ("dunno", "ok"):
+        yield False, "fail_action, dry_run: as they are, no mail is refused"
     if (settings.report or mails_alert) and not settings.report_to:
         yield False, "report_to: nobody is named to get reports and alerts"
     for window in settings.report_limits or ():

@@ -1525,6 +1525,9 @@ class SettingsTest(FolderTest):
                                 " and alerts"),
                 ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]",
                  "report_limits: no limit has the window 61"),
+                *((text, "fail_action, dry_run: as they are, no mail is"
+                         " refused") for text in (
+                             "dry_run: True", "fail_action: DUNNO")),
                 ("fail_action: dunnno x",
                  "fail_action: access(5) knows no dunnno"),
                 ("quotas: [{by: server, limits: [[1, 60]], fail_action: hol}]",
