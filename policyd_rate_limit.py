@@ -3030,7 +3030,7 @@ YAML_ESCAPE = re.compile(  # "\\x41", not "A": also space, and a line's end
     r"|[ \t]*\n(?P<blank>(?:[ \t]*\n)*)[ \t]*|[ \t]+")
 
 
-@functools.cache
+@functools.cache  # "it's\n  a:b", not "a: b"
 def text_pattern(flow: bool, indent: int) -> re.Pattern[str]:
     """Return what matches a text, quoted or words, and a key's colon.
 

@@ -4078,7 +4078,10 @@ class TestReader(unittest.TestCase):
             source = file.read()
         beside = dict(re.findall(
             r'^(YAML_\w+) = re.*# (".*", not "[^"]*")', source, re.M))
-        for name, pattern in vars(prl).items():
+        [beside["YAML_TEXT"]] = re.findall(
+            r"^@functools.cache  # (.*)\ndef text_pattern", source, re.M)
+        patterns = {**vars(prl), "YAML_TEXT": prl.text_pattern(False, 0)}
+        for name, pattern in patterns.items():
             if name.startswith("YAML_") and isinstance(pattern, re.Pattern):
                 with self.subTest(name=name):
                     taken, refused = map(
