@@ -37,6 +37,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import glob
 import grp
 import hashlib
 import importlib
@@ -420,6 +421,15 @@ def as_limits_by_id(value: object) -> Patterns:
     return as_patterns(limits)
 
 
+def as_networks(value: object) -> Choice | None:
+    """a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]"""
+    texts = []
+    for text in map(as_text, as_list(value)):
+        sign, bare = ("!", text[1:]) if text[0] == "!" else ("", text)
+        texts.append(f"{sign}{ipaddress.ip_network(bare, strict=False)}")
+    return as_choice(texts) if texts else None
+
+
 def as_attribute(value: object) -> str:
     """an attribute that Postfix sends, such as sasl_username"""
     if value not in ATTRIBUTES and value not in DERIVED:
@@ -541,12 +551,6 @@ as_text_or_none = expect("text, or null",
                          lambda value: as_text(value) if value else None)
 as_subject = expect("text",
                     lambda value: as_text(value) if value != "" else "")
-as_networks = expect(
-    'a list of networks such as [10.0.0.0/8, "!10.1.0.0/16", "::/0"]',
-    lambda value: as_choice([
-        text[:text.startswith("!")] + str(ipaddress.ip_network(
-            text[text.startswith("!"):], strict=False))
-        for text in map(as_text, as_list(value))]) if value else None)
 
 
 def setting(default: object, check: Callable[[Any], Any], meaning: str,
@@ -676,27 +680,31 @@ class Settings:
 
 def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
     """Yield what has no effect, with True if that means: nothing counts."""
-    named = settings.limit_by_sasl or settings.limit_by_sender
+    named = bool(settings.limit_by_sasl or settings.limit_by_sender
+                 or settings.quotas)
     windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
     mails_alert = settings.alert and not settings.alert_command
-    named = bool(named or settings.quotas)
     if not named and not settings.limit_by_ip:
         yield True, ("limit_by_sasl, limit_by_sender, limit_by_ip: all are"
                      " False, so nothing is limited")
     if settings.limit_by_ip and not settings.limited_networks:
         yield not named, "limited_networks: empty, so no address is limited"
     if not windows:
-        yield True, ("limits: none here, in limits_by_id or by"
+        yield True, ("limits: none here, in limits_by_id, quotas or by"
                      " sql_limits_by_id, so nothing is limited")
+    if settings.dry_run or settings.fail_action.lower() in ("dunno", "ok"):
+        yield False, "fail_action, dry_run: as they are, no mail is refused"
     if (settings.report or mails_alert) and not settings.report_to:
         yield False, "report_to: nobody is named to get reports and alerts"
     for window in settings.report_limits or ():
         if (settings.report or settings.alert) and window not in windows:
             yield False, f"report_limits: no limit has the window {window}"
-    for name in ("success_action", "fail_action", "db_error_action"):
-        word = str(getattr(settings, name)).split()[0]
-        if not ACTIONS.fullmatch(word):
-            yield False, f"{name}: access(5) knows no action {word}"
+    for name, action in dict.fromkeys([
+            ("success_action", settings.success_action),
+            ("db_error_action", settings.db_error_action),
+            *(("fail_action", rule.fail_action) for rule in settings.rules)]):
+        if not ACTIONS.fullmatch(action.split()[0]):
+            yield False, f"{name}: access(5) knows no {action.split()[0]}"
 
 
 # ---------------------------------------------------------------------------
@@ -1283,6 +1291,7 @@ class Backend:
     alter_original: tuple[str, ...] = ()  # its tables, to ours
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
+    try_total = ""  # fails without the right to do so, and changes nothing
     turn = ""  # how an identity's turn is taken where many hosts may write
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {} ON CONFLICT"
             " (id, delta) DO UPDATE SET hit = limit_report.hit + excluded.hit")
@@ -1329,13 +1338,14 @@ class Backend:
         """Return the text of an error in one line."""
         return f"{self.name}: {' '.join(str(error).split())}"
 
-    def probe(self) -> str:
-        """Try the database, changing nothing; return what it is."""
+    def probe(self, examine: Callable[[Transaction], None]) -> str:
+        """Examine the database, changing nothing; return what it is."""
         try:
             with contextlib.closing(self.connect(self.timeout)) as connection:
-                cursor = connection.cursor()
-                cursor.execute("SELECT version()")
-                [version] = cursor.fetchone()
+                transaction = Transaction(self)
+                transaction.begin(connection, self.begin)
+                [version] = transaction.run("SELECT version()").fetchone()
+                examine(transaction)
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
         return f"{version}, through {self.driver.__name__}"
@@ -1376,16 +1386,20 @@ class SQLite(Backend):
         """Say whether the file is no longer the one that was opened."""
         return self._identify() != self._file
 
-    def probe(self) -> str:
-        """Try the file, if there is one, and its lock."""
+    def probe(self, examine: Callable[[Transaction], None]) -> str:
+        """Examine the file, if there is one, holding its lock."""
         path = str(self.config["database"])
-        if os.path.exists(path):
-            try:
-                with contextlib.closing(self.driver.connect(
-                        path, timeout=self.timeout)) as connection:
-                    connection.execute("BEGIN IMMEDIATE")
-            except self.driver.Error as error:
-                raise LedgerError(self.explain(error)) from error
+        there = os.path.exists(path)
+        try:
+            with contextlib.closing(self.driver.connect(**{
+                    **self.config, "database": path if there else ":memory:",
+                    })) as connection:
+                transaction = Transaction(self)
+                transaction.begin(connection, self.begin)
+                if there:
+                    examine(transaction)
+        except Exception as error:  # a TypeError is connect()'s
+            raise LedgerError(self.explain(error)) from error
         return f"SQLite {self.driver.sqlite_version}, {path}"
 
     def explain(self, error: Exception) -> str:
@@ -1427,6 +1441,7 @@ class MySQL(Backend):
         " FROM information_schema.statistics WHERE table_schema = DATABASE()"
         " AND table_name = 'mail_count' AND index_name = 'mail_count_total')",
         "PREPARE add_total FROM @alter", "EXECUTE add_total")
+    try_total = "ALTER TABLE mail_count"
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
@@ -1466,6 +1481,7 @@ class PostgreSQL(Backend):
         f"ALTER TABLE limit_report ALTER COLUMN id TYPE {Backend.identity}",
     )
     add_total = SQLite.add_total
+    try_total = Backend.add_total[0]  # it is rolled back
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = ("40001", "40P01")  # serialization failure, deadlock
@@ -1727,6 +1743,21 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
     transaction.cursor.execute(query, (identity,))
     row = transaction.cursor.fetchone()
     return None if row is None or row[0] is None else parse_limits(row[0])
+
+
+def check_counting(transaction: Transaction, query: str | None) -> None:
+    """Raise an error where mails could not be counted; for --check."""
+    name = "Zoë дима 😀"  # a database of another encoding refuses this
+    transaction.run("SELECT ?", name)
+    present = columns_of(transaction, "mail_count")
+    if present and "total" not in present and transaction.backend.try_total:
+        transaction.run(transaction.backend.try_total)
+    if query and (columns_of(transaction, "rate_limits")
+                  or "rate_limits" not in query):  # else a start makes it
+        try:
+            ask_limits(transaction, query, name)
+        except Exception as error:
+            raise LedgerError(f"sql_limits_by_id: {error}") from error
 
 
 @functools.lru_cache(1000)  # it takes as long as a third of a decision
@@ -2828,7 +2859,8 @@ def read_config(path: str | None) -> Config:
     values, lines = parse(text, path)
     if "limited_netword" in values:  # as the original once spelt it
         values.setdefault("limited_networks", values.pop("limited_netword"))
-        lines.setdefault(("limited_networks",), lines["limited_netword",])
+        lines.setdefault(("limited_networks",),
+                         lines.get(("limited_netword",), 1))
     config = Config(path, values, {
         names: f"{path}:{line}" for names, line in lines.items()})
     known = default_values()
@@ -2916,7 +2948,7 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
         try:
             [target] = node.targets
             values[target.id] = evaluate(node.value, known | values)
-            lines[target.id,] = node.lineno
+            lines[(target.id,)] = node.lineno
         except Exception:  # it may be any statement of Python
             log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
                         path, node.lineno,
@@ -3043,7 +3075,7 @@ YAML_ESCAPE = re.compile(  # "\\x41", not "A": also space, and a line's end
     r"|[ \t]*\n(?P<blank>(?:[ \t]*\n)*)[ \t]*|[ \t]+")
 
 
-@functools.cache
+@functools.cache  # "it's\n  a:b", not "a: b"
 def text_pattern(flow: bool, indent: int) -> re.Pattern[str]:
     """Return what matches a text, quoted or words, and a key's colon.
 
@@ -3496,6 +3528,11 @@ def notify(state: str) -> None:
 VERSION = "2.0.0"
 
 
+UNIT = f"/etc/systemd/system/{PROGRAM}.service"
+NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
+             " systemd")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
@@ -3617,6 +3654,8 @@ def run(options: argparse.Namespace) -> None:
         if options.standalone:
             print(f"Listening on {format_address(address)}; for main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
+        if not can_reload(options):
+            log.error(NO_RELOAD, options.file, settings.user)
 
     serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
@@ -3712,7 +3751,13 @@ def check_start(options: argparse.Namespace) -> None:
         unusable.append(settings.pidfile)
     if unusable:
         raise PolicydError(f"{unusable[0]}: cannot be written")
-    print(backend.probe(), "OK", sep="\n")
+    if not can_reload(options):
+        raise ConfigError(NO_RELOAD % (options.file, settings.user))
+    for folder in barred(needed) if owner else ():
+        log.warning("%s: the unit lets nobody write there: systemctl edit %s,"
+                    " add ReadWritePaths=%s", folder, PROGRAM, folder)
+    print(backend.probe(functools.partial(
+        check_counting, query=settings.sql_limits_by_id)), "OK", sep="\n")
 
 
 def can_write(folder: str) -> bool:
@@ -3722,11 +3767,33 @@ def can_write(folder: str) -> bool:
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
+def can_reload(options: argparse.Namespace) -> bool:
+    """Say whether the file, which root has read, is for this user too."""
+    return options.file is None or os.access(options.file, os.R_OK)
+
+
+def barred(needed: Iterable[str]) -> list[str]:
+    """Return the folders that the unit, if it is installed, protects."""
+    unit = ""
+    for name in [UNIT, *glob.glob(f"{UNIT}.d/*.conf")]:
+        with contextlib.suppress(OSError), open(name) as file:
+            unit += file.read()
+    if "ProtectSystem=strict" not in unit:
+        return []
+    allowed = (f"/run/{PROGRAM}/", f"/var/lib/{PROGRAM}/", *(
+        f"{path}/" for path in re.findall(r"[ =]-?(/\S+)", unit)))
+    return [folder for folder in map(os.path.realpath, needed)
+            if not f"{folder}/".startswith(allowed)]
+
+
 def check_socket(address: str | tuple[str, int]) -> None:
     """Raise OSError if a socket could not be bound to an address."""
     if not isinstance(address, str):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        socket.create_server((address[0], 0), family=family).close()
+        try:
+            socket.create_server((address[0], 0), family=family).close()
+        except OSError as error:  # which does not name it
+            raise PolicydError(f"{format_address(address)}: {error}") from None
     elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
         raise OSError(errno.ENAMETOOLONG, "too long a path", address)
     elif (os.path.lexists(address)

@@ -1526,10 +1526,15 @@ class SettingsTest(FolderTest):
                                 " and alerts"),
                 ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]",
                  "report_limits: no limit has the window 61"),
-                ("fail_action: dunnno", "fail_action: access(5) knows no"
-                                        " action dunnno"),
-                ("db_error_action: 4.7.1 x", "db_error_action: access(5) knows"
-                                             " no action 4.7.1"),
+                *((text, "fail_action, dry_run: as they are, no mail is"
+                         " refused") for text in (
+                             "dry_run: True", "fail_action: DUNNO")),
+                ("fail_action: dunnno x",
+                 "fail_action: access(5) knows no dunnno"),
+                ("quotas: [{by: server, limits: [[1, 60]], fail_action: hol}]",
+                 "fail_action: access(5) knows no hol"),
+                ("db_error_action: 4.7.1 x",
+                 "db_error_action: access(5) knows no 4.7.1"),
                 (f"alert: True\nalert_command: {self.folder}/no",
                  f"alert_command: {self.folder}/no: not there or not"
                  " executable")):
@@ -1543,8 +1548,8 @@ class SettingsTest(FolderTest):
                 ("limit_by_sasl: False\nlimit_by_ip: True",
                  "limited_networks: empty, so no address is limited"),
                 ("limits: []\nlimits_by_id: {joe: []}",
-                 "limits: none here, in limits_by_id or by sql_limits_by_id,"
-                 " so nothing is limited")):
+                 "limits: none here, in limits_by_id, quotas or by"
+                 " sql_limits_by_id, so nothing is limited")):
             with self.subTest(text=text):
                 self.check_told(text, f"error: {message}\n", 5, "")
 
@@ -1569,10 +1574,13 @@ class SettingsTest(FolderTest):
                 "limited_networks: ['::/0']\n", "report_limits: [7]\n",
                 "alert: True\nalert_command: [logger, x]\n",
                 "report: yes\nreport_to: a@b.c\nlimits: [[1, 7]]\n",
+                "limits: []\nlimit_by_sasl: no\n"
+                "quotas: [{by: server, limits: [[1, 60]]}]\n",
                 "fail_action: 450\nsuccess_action: OK\ndb_error_action:"
                 " reject_unauth_destination\n"):
             with self.subTest(text=text):
-                path = self.write("test.yaml", f"socket_permission: 0600\n{text}")
+                path = self.write(
+                    "test.yaml", f"socket_permission: 0600\n{text}")
                 self.assertEqual(command(
                     "-f", path, "--check", "--standalone", self.folder)[::2],
                     (0, ""))
@@ -1583,7 +1591,8 @@ class SettingsTest(FolderTest):
                 ("limit_by_user", "; is limit_by_sender meant?"),
                 ("socket", ""), ("12", ""), ("xyzzy", "")):
             with self.subTest(name=name):
-                path = self.write("test.yaml", f"socket_permission: 0600\n{name}: 1\n")
+                path = self.write(
+                    "test.yaml", f"socket_permission: 0600\n{name}: 1\n")
                 status, _, err = command(
                     "-f", path, "--check", "--standalone", self.folder)
                 self.assertEqual((status, err), (
@@ -2498,6 +2507,25 @@ class HostsTest(DriverTest):
             [("Joe", 3), ("ann", 4)])
 
     @slow
+    def test_check_tells_what_would_count_nothing(self) -> None:
+        self.execute_all(*self.original)
+        self.server.sql(self.server.grant)
+        before = self.execute_all("SELECT * FROM mail_count")
+        for changes, message in (
+                ({}, ""),
+                ({"sql_limits_by_id": "SELECT nosuch(%s)"}, "nosuch"),
+                ({"sql_limits_by_id": "SELECT '[[1]]' WHERE %s <> 'x'"},
+                 "found '[[1]]'"),
+                ({"sql_limits_by_id": "SELECT l FROM rate_limits"}, ""),
+                (self.connecting(nosuch=1), "nosuch"),
+                (self.connecting(user="weak"), "denied")):
+            with self.subTest(changes=changes):
+                done = self.command("--check", **changes)
+                self.assertEqual(done.returncode, 6 if message else 0)
+                self.assertIn(message, done.stderr.replace("owner", "denied"))
+                self.assertEqual(len(done.stderr.splitlines()), bool(message))
+        self.assertEqual(self.execute_all("SELECT * FROM mail_count"), before)
+
     def test_a_user_with_no_right_to_alter_needs_none(self) -> None:
         self.hosts({"sql_limits_by_id": "SELECT %s"})[0].stop()
         self.server.sql(self.server.grant)
@@ -2607,6 +2635,16 @@ class Psycopg2Test(HostsTest):
     driver = "psycopg2"
     original = tuple(statement.partition(" CHARACTER SET")[0]
                      for statement in MySQLdbTest.original)
+
+    def test_check_tells_what_cannot_hold_every_name(self) -> None:
+        for encoding in ("LATIN1", "SQL_ASCII"):
+            self.server.sql(f"CREATE DATABASE {encoding} TEMPLATE template0"
+                            f" ENCODING {encoding}")
+            self.addCleanup(self.server.sql, f"DROP DATABASE {encoding}")
+            done = self.command(
+                "--check", **self.connecting(database=encoding.lower()))
+            self.assertEqual((done.returncode, done.stdout), (6, ""))
+            self.assertIn("codec can't encode", done.stderr)
 
     def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
         self.execute_all(
@@ -3756,7 +3794,7 @@ class AlertTest(ReportsTest):
             prl.run_program(["/bin/sh", "-c", "sleep 60 & wait"], {}, 0.1)
 
     def test_counts_are_logged_and_shown_while_it_runs(self) -> None:
-        daemon = self.daemon("limits: [[1, 60]]")
+        daemon = self.daemon("{count_mode: 1, limits: [[1, 60]]}")
         path = daemon.pidfile + ".tally"
         for state in ("DATA", "DATA", "RCPT"):
             daemon.ask(protocol_state=state)
@@ -4154,7 +4192,10 @@ class TestReader(unittest.TestCase):
             source = file.read()
         beside = dict(re.findall(
             r'^(YAML_\w+) = re.*# (".*", not "[^"]*")', source, re.M))
-        for name, pattern in vars(prl).items():
+        [beside["YAML_TEXT"]] = re.findall(
+            r"^@functools.cache  # (.*)\ndef text_pattern", source, re.M)
+        patterns = {**vars(prl), "YAML_TEXT": prl.text_pattern(False, 0)}
+        for name, pattern in patterns.items():
             if name.startswith("YAML_") and isinstance(pattern, re.Pattern):
                 with self.subTest(name=name):
                     taken, refused = map(
@@ -4915,8 +4956,11 @@ class CommandLineTest(FolderTest):
         os.chmod(self.folder, 0o777)
         file = self.write("test.yaml", "debug: no\n")
         bad = self.write("bad.sqlite3", "rubbish" * 1000)
-        os.chmod(bad, 0o666)
-        options = here_as_ourselves(self)
+        good = self.database(("joe", 5))
+        for path in (bad, good):
+            os.chmod(path, 0o666)
+        options = [*here_as_ourselves(self), "-o",
+                   f"sqlite_config.database={good}"]
         if is_root():
             nobody = pwd.getpwnam("nobody")
             options += ["-o", "user=nobody", "-o", "group="
@@ -4927,7 +4971,14 @@ class CommandLineTest(FolderTest):
             (f"pidfile={locked}/p", 6, f"{locked}: cannot be written"),
             (f"sqlite_config.database={locked}/db", 6, f"{locked}: cannot be"),
             (f"sqlite_config.database={bad}", 6, f"{bad}: file is not a data"),
-            (f"sqlite_config.database={locked}", 6, f"{locked}: unable to op")]
+            (f"sqlite_config.database={locked}", 6, f"{locked}: unable to op"),
+            ("sqlite_config.nosuch=1", 6, f"{good}: "),
+            ("sqlite_config.timeout=x", 6, f"{good}: "),
+            (f"sqlite_config={{database: {self.folder}/none, nosuch: 1}}", 6,
+             f"{self.folder}/none: "),
+            *((f"sql_limits_by_id={query}", 6, f"{good}: sql_limits_by_id: ")
+              for query in ("SELECT ? FROM nosuch", "rubbish", "SELECT '[1'",
+                            "SELECT ? || '[['"))]
         if is_root():
             cases += [("user=nosuch", 2, "no user nosuch or no group "),
                       ("group=nosuch", 2, "no user nobody or no group nosuc")]
@@ -4951,6 +5002,50 @@ class CommandLineTest(FolderTest):
                 done = run("-f", file, "--check", *options)
                 self.assertEqual(run("-f", file, *options).returncode, 6)
                 self.assertEqual((done.returncode, done.stdout[-3:]), (6, ""))
+                self.assertRegex(
+                    done.stderr, rf"(?m)^error: .*({self.folder}|192\.)")
+
+    def test_a_file_that_only_root_can_read_is_told(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        nobody = pwd.getpwnam("nobody")
+        daemon = SystemDaemon(self.path("daemon"), (
+            "user: nobody\ngroup: "
+            f"{grp.getgrgid(nobody.pw_gid).gr_name}\ncount_mode: 1\n"))
+        self.addCleanup(daemon.stop)
+        self.assertEqual(run("--check", "-f", daemon.config).returncode, 0)
+        self.assertNotIn("error", daemon.log())
+        daemon.stop()
+        os.chmod(daemon.config, 0o600)
+        line = (f"error: {daemon.config}: nobody cannot read it, so a reload"
+                " will fail, or a start by systemd\n")
+        done = run("--check", "-f", daemon.config)
+        self.assertEqual((done.returncode, done.stdout), (5, ""))
+        self.assertEqual(done.stderr, line)
+        daemon.start()
+        daemon.wait_log(line)
+
+    def test_what_the_unit_protects_is_told(self) -> None:
+        with open(os.path.join(HERE, "policyd-rate-limit.service")) as file:
+            unit = self.write("unit", file.read())
+        folders = ["/run/policyd-rate-limit", "/var/run/policyd-rate-limit",
+                   "/var/spool/postfix/ratelimit", "/srv/policyd",
+                   "/var/lib/policyd-rate-limit/x", "/var/lib/policyd-rate"]
+        self.assertEqual(prl.barred(folders), [])
+        with patch.object(prl, "UNIT", unit):
+            self.assertEqual(prl.barred(folders), [
+                "/srv/policyd", "/var/lib/policyd-rate"])
+            if is_root():
+                got = command("--check", "-f", self.write("a.yaml", ""),
+                              *here_as_ourselves(self))
+                self.assertEqual(got[0], 0)
+                self.assertIn(
+                    f"warning: {self.folder}: the unit lets nobody write"
+                    " there: systemctl edit policyd-rate-limit, add"
+                    f" ReadWritePaths={self.folder}\n", got[2])
+            os.mkdir(f"{unit}.d")
+            self.write("unit.d/a.conf", "[Service]\nReadWritePaths=/a /srv")
+            self.assertEqual(prl.barred(folders), ["/var/lib/policyd-rate"])
 
     def test_start_that_fails_removes_nothing_of_others(self) -> None:
         file = self.write("a.yaml", "limits: [[1, 60]]\n")
