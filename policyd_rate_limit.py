@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import contextlib
 import copy
 import difflib
@@ -70,7 +71,7 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
@@ -142,9 +143,9 @@ class CleanError(PolicydError):
 class LedgerError(PolicydError):
     """The database is away, or refuses."""
 
-    def __init__(self, message: str, answered: bool = False) -> None:
+    def __init__(self, message: str, undone: bool = False) -> None:
         super().__init__(message)
-        self.answered = answered  # had it taken a statement before?
+        self.undone = undone  # it answers, and for certain wrote nothing
 
 
 class BadRequest(PolicydError):
@@ -594,7 +595,7 @@ class Settings:
          "password": "*****", "host": "localhost"}, as_mapping,
         "how to connect to PostgreSQL")
     db_timeout: int = setting(
-        5, as_seconds, "seconds to wait for the database")
+        10, as_seconds, "seconds to wait for the database")
     limits: Limits = setting(
         [(10, 60), (150, 86400)], as_limits,
         "at most so many mails in so many seconds, for each identity")
@@ -621,7 +622,8 @@ class Settings:
         "defer_if_permit Rate limit reach, retry later", as_fail_action,
         "the action for a mail too many")
     db_error_action: str = setting(
-        "dunno", as_action, "the action while the database is away")
+        "dunno", as_action,
+        "the action for a mail within the limits while the database is away")
     report: bool = setting(
         False, as_bool, "--clean mails a report of who hit a limit")
     report_from: str | None = setting(
@@ -780,7 +782,7 @@ def parse_count(text: str) -> int:
 
 STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of a mail's
 
-Row = tuple[object, ...]  # of mail_count: see COLUMNS
+Row = tuple[Any, ...]  # of mail_count: see COLUMNS
 
 
 class Claim(NamedTuple):
@@ -821,8 +823,7 @@ class Charge:
         self.origin = (instance[:40] if instance.isascii() else "",
                        protocol_state)
         self.verdict: Verdict | None = None
-        self.error: PolicydError | None = None  # why there is no verdict
-        self.abandoned = False  # nobody waits for the verdict any more
+        self.error: LedgerError | None = None  # it was judged in memory
 
 
 class Account:
@@ -1144,22 +1145,21 @@ class Database:
                     return result
                 except Exception as error:  # drivers raise more than their own
                     quick = time.monotonic() - began < self.backend.timeout / 2
-                    self._recover(error, transaction.answered,
-                                  dead=old and quick
+                    self._recover(error, dead=old and quick
                                   and not transaction.answered)
         finally:
             self.backend.deadline = math.inf
             self.lock.release()
 
-    def _recover(self, error: Exception, answered: bool, dead: bool) -> None:
+    def _recover(self, error: Exception, dead: bool) -> None:
         """Undo what failed; raise LedgerError unless it may be done again."""
         now = time.monotonic()
         conflict = self.backend.is_conflict(error)
-        self._roll_back(keep=conflict)
+        undone = self._roll_back(keep=conflict)
         if conflict and now <= self.backend.deadline:
             time.sleep(random.uniform(0, 0.01))
-        elif not dead:
-            raise LedgerError(self.backend.explain(error), answered) from error
+        elif undone or not dead:
+            raise LedgerError(self.backend.explain(error), undone) from error
 
     def look(self, work: Callable[..., T], *given: Any) -> T:
         """Return work(transaction, *given) on a connection of its own.
@@ -1191,18 +1191,23 @@ class Database:
             self._prepare(self._connection)
         return self._connection
 
-    def _roll_back(self, keep: bool) -> None:
-        """Undo what is half done; keep the connection, or close it."""
-        connection = self._connection
+    def _roll_back(self, keep: bool) -> bool:
+        """Undo what is half done; keep the connection, or close it.
+
+        Returns whether the database said that it is undone.
+        """
+        connection, undone = self._connection, False
         if not keep:
             self._connection = None
         if connection is None:
-            return
+            return False
         with contextlib.suppress(Exception):  # a lock outlives close() alone
             connection.cursor().execute("ROLLBACK")
+            undone = True
         with contextlib.suppress(Exception):
             if not keep:
                 connection.close()
+        return undone
 
     def _prepare(self, connection: Connection) -> None:
         """See that the tables are there, with the column that comes last."""
@@ -1234,7 +1239,8 @@ class Database:
 
 def hold(lock: Any, deadline: float) -> None:
     """Take a lock, or raise LedgerError when the deadline is past."""
-    if not lock.acquire(timeout=max(0, deadline - time.monotonic())):
+    left = deadline - time.monotonic()
+    if left < 0 or not lock.acquire(timeout=left):
         raise LedgerError("the database is too slow")
 
 
@@ -1551,24 +1557,147 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 # ---------------------------------------------------------------------------
 
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+MERGE_STEP = 50  # identities whose mails one transaction brings from memory
+MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
 BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
           " AND date > {} ORDER BY date, total LIMIT 1")
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 
 
 class Batch:
-    """The charges that one transaction settles."""
+    """The charges that one transaction settles, and what becomes of them."""
 
-    def __init__(self) -> None:
-        self.charges: list[Charge] = []
+    def __init__(self, charges: Sequence[Charge] = (), now: float = 0,
+                 others: Sequence[Claim] = ()) -> None:
+        """Take charges, and others whose mails in memory are to be written."""
+        self.charges = list(charges)
+        self.now = now  # if there are only others
+        self.others = others
         self.lock = threading.Lock()  # of who settles it, then of who waited
         self.closed = False  # its transaction has begun
+        self.accounts: dict[str, Account] = {}
+        self.merged: list[tuple[Tab, int, dict[str, int]]] = []
+        self.verdicts: list[Verdict] = []
+        self.rows: list[Row] = []
 
-    def fail(self, error: LedgerError) -> None:
-        """Give all charges an error in place of a verdict."""
-        self.closed = True
+    def claims(self) -> Iterator[Claim]:
+        """Yield all claims."""
+        yield from self.others
         for charge in self.charges:
-            charge.error = error
+            yield from charge.claims
+
+    def parts(self) -> list[Batch]:
+        """Return a batch for each charge, and for each of the others."""
+        return [*(Batch([charge]) for charge in self.charges),
+                *(Batch((), self.now, [claim]) for claim in self.others)]
+
+
+class Tab(NamedTuple):
+    """Mails of an identity that were counted in memory alone."""
+
+    claim: Claim
+    rows: list[Row]  # one with a total was sent: it may be in the table
+    new: dict[str, int]  # as of a Variety
+
+
+class Standby:
+    """Judges mails while the database is away, by what this host has seen.
+
+    That is what the identity had used when its last mail was settled, until
+    the window has passed, and its mails since then.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._accounts: OrderedDict[str, Account] = OrderedDict()  # as settled
+        self._tabs: OrderedDict[str, Tab] = OrderedDict()
+        self._size = 0  # rows of all tabs
+
+    def judge(self, charge: Charge, query: str | None) -> Verdict:
+        """Judge a mail, and keep its rows for the table."""
+        batch = Batch([charge])
+        with self.lock:
+            batch.accounts = {
+                claim.identity: self._account(claim, charge.now, query)
+                for claim in charge.claims}
+            [verdict], rows = decide([charge], batch.accounts)
+            batch.rows = [(*row[:-1], None) for row in rows]
+            self.keep(batch)
+        return verdict
+
+    def keep(self, batch: Batch) -> None:
+        """Keep what a batch could not write, or cannot tell whether it did."""
+        tabs = {claim.identity: Tab(claim, [], {}) for claim in batch.claims()}
+        for row in batch.rows:
+            tabs[row[0]].rows.append(row)
+        for name, account in batch.accounts.items():
+            tabs[name].new.update(getattr(account, "new", ()))
+        with self.lock:
+            for name, more in tabs.items():
+                if more.rows or more.new:
+                    tab = self._tabs.setdefault(name, Tab(more.claim, [], {}))
+                    self._tabs.move_to_end(name)
+                    tab.rows.extend(more.rows)
+                    tab.new.update(more.new)
+                    self._size += len(more.rows)
+            while self._size > 5 * MAX_KEPT or len(self._tabs) > MAX_KEPT:
+                self._size -= len(self._tabs.popitem(last=False)[1].rows)
+
+    def claims(self) -> list[Claim]:
+        """Return a claim of each identity that has mails here."""
+        with self.lock:
+            return [tab.claim for tab in self._tabs.values()]
+
+    def merge(self, transaction: Transaction, batch: Batch) -> None:
+        """Write what is kept of a batch's identities."""
+        with self.lock:
+            tabs = map(self._tabs.get, batch.accounts if self._tabs else ())
+            batch.merged = [(tab, len(tab.rows), tab.new.copy())
+                            for tab in tabs if tab is not None]
+        for tab, count, new in batch.merged:
+            if count:
+                tab.rows[:count] = merge(transaction, tab.rows[:count])
+            transaction.write(transaction.backend.see, [
+                (tab.claim.identity, *seen) for seen in new.items()])
+
+    def settled(self, batch: Batch) -> None:
+        """Note the accounts of a batch that is committed."""
+        with self.lock:
+            for name, account in batch.accounts.items():
+                self._accounts[name] = account
+                self._accounts.move_to_end(name)
+            while len(self._accounts) > MAX_KEPT:
+                self._accounts.popitem(last=False)
+            for tab, count, new in batch.merged:
+                del tab.rows[:count]
+                self._size -= count
+                for value, date in new.items():
+                    if tab.new[value] == date:
+                        del tab.new[value]
+                if not tab.rows and not tab.new:
+                    self._tabs.pop(tab.claim.identity, None)
+
+    def _account(self, claim: Claim, now: float, query: str | None) -> Account:
+        """Return what a claim's identity has used, as far as is known."""
+        known = self._accounts.get(claim.identity, Account("", ()))
+        tab = self._tabs.get(claim.identity, Tab(claim, [], {}))
+        limits = known.limits if query and known.identity else claim.limits
+        variety = Variety(claim.identity, limits)
+        variety.seen = {**getattr(known, "seen", {}), **tab.new}
+        account = Account(claim.identity, limits)
+        if claim.value is not None:
+            account = variety
+        now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
+        account.now, account.date = math.floor(now), math.ceil(now)
+        used = {limit.seconds: known.total - before for limit, before
+                in zip(known.limits, known.before)
+                if known.date > account.now - limit.seconds}
+        account.before = tuple(
+            -used.get(limit.seconds, 0)
+            - sum(row[2] for row in tab.rows
+                  if row[1] > account.now - limit.seconds)
+            for limit in limits)
+        return account
 
 
 class Ledger:
@@ -1578,6 +1707,9 @@ class Ledger:
     that come join the next, and whoever came first settles it.  So nobody
     settles more than one batch, no thread is needed for it, each answer is
     given after its own commit, and one connection alone pays nothing.
+
+    A mail that the database does not take is judged in memory.  Once it hung,
+    all are, but for one every timeout that tries whether it is back.
     """
 
     def __init__(self, database: Database, query: str | None = None,
@@ -1586,91 +1718,171 @@ class Ledger:
         self.database = database
         self.query = query
         self.noted = noted
+        self.standby = Standby()
         self._open = Batch()
+        self._hung: LedgerError | None = None
+        self._try_at = 0.0  # if it hung
 
     def charge(self, charge: Charge) -> Verdict:
         """Settle a mail: all its claims are charged, or none.
 
-        Returns when that is on disk.  Raises LedgerError.
+        Returns when that is on disk; else charge.error says why it is not,
+        and the verdict is from memory.
         """
-        deadline = time.monotonic() + self.database.backend.timeout
         while charge.verdict is None:  # or the batch was closed before us
+            if self._hung is not None and not self.is_open(charge.now):
+                with self.standby.lock:
+                    if self._hung is not None:  # nobody was quicker
+                        charge.error = self._hung
+                        charge.verdict = self.standby.judge(charge, self.query)
+                continue
             batch = self._open
             batch.charges.append(charge)
-            try:
-                hold(batch.lock, deadline)
-            except LedgerError:
-                charge.abandoned = True
-                raise
-            try:
+            with batch.lock:
                 if not batch.closed:
-                    self._settle(batch, deadline)
-            except LedgerError:
-                charge.abandoned = True
-                raise
-            finally:
-                batch.lock.release()
-            if charge.error is not None:
-                raise LedgerError(str(charge.error)) from charge.error
+                    self._settle(batch)
         return charge.verdict
 
-    def _settle(self, batch: Batch, deadline: float) -> None:
-        """Settle a batch; what hangs also fails the one that waited for it."""
-        hold(self.database.lock, deadline)
+    def is_open(self, now: float) -> bool:
+        """Say whether the database does not hang; try that if it is time."""
+        with self.standby.lock:
+            if self._hung is None or time.monotonic() < self._try_at:
+                return self._hung is None
+            self._try_at = math.inf  # for others
+        self._settle(Batch((), now, self.standby.claims()[:MERGE_STEP]))
+        return self._hung is None
+
+    def catch_up(self, now: float) -> None:
+        """Write what was counted in memory, in steps, as long as that works.
+
+        What is left has to wait: for its next mail, or the next call.
+        """
+        for some in chunks(self.standby.claims(), MERGE_STEP):
+            left = len(self.standby.claims())
+            self._settle(Batch((), now, some))
+            if self._hung is not None or len(self.standby.claims()) >= left:
+                return
+
+    def _settle(self, batch: Batch) -> None:
+        """Settle a batch when the one before is done."""
+        deadline = time.monotonic() + self.database.backend.timeout
         try:
-            if batch.closed:  # it failed with the batch before
-                return
-            self._open, batch.closed = Batch(), True
-            began = time.monotonic()
-            charges = [one for one in batch.charges if not one.abandoned]
-            try:
-                verdicts = self.database.transact(
-                    settle, charges, self.query, self.noted, deadline=deadline)
-            except LedgerError as error:
-                batch.fail(error)
-                past = time.monotonic() - began
-                if past > self.database.backend.timeout / 2:
-                    waiting, self._open = self._open, Batch()
-                    waiting.fail(error)
-                return
-            for charge, verdict in zip(charges, verdicts):
-                charge.verdict = verdict
+            hold(self.database.lock, deadline)
+        except LedgerError as error:
+            self._close(batch)
+            self._fall_back(batch, error, hung=True)
+            return
+        try:
+            self._close(batch)
+            if self._hung is not None and batch.charges:  # the one before it
+                self._fall_back(batch, self._hung, hung=True)
+            else:
+                self._transact(batch, deadline)
         finally:
             self.database.lock.release()
 
+    def _close(self, batch: Batch) -> None:
+        """Let nobody join a batch any more."""
+        batch.closed = True
+        if batch is self._open:
+            self._open = Batch()
 
-def settle(transaction: Transaction, charges: Sequence[Charge],
-           query: str | None, noted: Sequence[int]) -> list[Verdict]:
+    def _transact(self, batch: Batch, deadline: float) -> None:
+        """Settle a batch in one transaction, or else singly."""
+        half = time.monotonic() + self.database.backend.timeout / 2
+        try:
+            self.database.transact(settle, batch, self.query, self.noted,
+                                   self.standby, deadline=deadline)
+        except LedgerError as error:
+            hung, parts = time.monotonic() > min(half, deadline), batch.parts()
+            if not error.undone or hung or len(parts) == 1:
+                self._fall_back(batch, error, hung)
+                return
+            for part in parts:  # so that one mail's failure is no other's
+                self._transact(part, deadline)
+            return
+        with self.standby.lock:
+            self._hung = None
+            self.standby.settled(batch)
+        for charge, verdict in zip(batch.charges, batch.verdicts):
+            charge.verdict = verdict
+
+    def _fall_back(self, batch: Batch, error: LedgerError, hung: bool) -> None:
+        """Judge in memory what the database did not."""
+        with self.standby.lock:
+            self._hung = error if hung else None
+            self._try_at = time.monotonic() + self.database.backend.timeout
+            self.standby.keep(batch)
+            for charge in batch.charges[len(batch.verdicts):]:
+                batch.verdicts.append(self.standby.judge(charge, self.query))
+        for charge, verdict in zip(batch.charges, batch.verdicts):
+            charge.error, charge.verdict = error, verdict
+
+
+def settle(transaction: Transaction, batch: Batch, query: str | None,
+           noted: Sequence[int], standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
-    accounts: dict[str, Account] = {}
-    for claim in (claim for charge in charges for claim in charge.claims):
+    charges, accounts = tuple(batch.charges), batch.accounts
+    for claim in batch.claims():
         kind = Account if claim.value is None else Variety
         accounts[claim.identity] = kind(claim.identity, claim.limits)
     take_turns(transaction, accounts)
+    standby.merge(transaction, batch)
     if query:
-        ask_all_limits(transaction, query, charges, accounts)
-    now = max((charge.now for charge in charges), default=0)
+        ask_all_limits(transaction, query, batch.claims(), accounts)
+    now = max((charge.now for charge in charges), default=batch.now)
     varied = [account for account in accounts.values()
               if isinstance(account, Variety)]
     for variety in varied:
         read_values(transaction, variety, now)
     read_accounts(transaction, [account for account in accounts.values()
                                 if account not in varied], now)
-    verdicts, rows = decide(charges, accounts)
-    note_refusals(transaction, verdicts, noted)
-    transaction.write(INSERT, rows)
+    batch.verdicts, batch.rows = decide(charges, accounts)
+    note_refusals(transaction, batch.verdicts, noted)
+    transaction.write(INSERT, batch.rows)
     transaction.write(transaction.backend.see, [
         (variety.identity, *seen) for variety in varied
         for seen in variety.new.items()])
-    return [with_room(transaction, verdict, accounts) for verdict in verdicts]
+    batch.verdicts = [with_room(transaction, verdict, accounts)
+                      for verdict in batch.verdicts]
+
+
+def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
+    """Add rows of an identity under their dates; return them with totals.
+
+    A row that has a total was sent before: it may be there.
+    """
+    rows = sorted(rows, key=operator.itemgetter(1))
+    identity, first = rows[0][:2]
+    query = (f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ? AND"
+             " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
+             " AND date <= ?), 0) ORDER BY date, total")
+    there = transaction.run(query, identity, identity, first).fetchall()
+    if None in (row[-1] for row in there):  # the original's
+        retotal(transaction, identity, there[-1][1])
+        there = transaction.run(query, identity, identity, first).fetchall()
+    dates, known = [row[1] for row in there], {row[1:] for row in there}
+    merged, added = [], 0
+    for row in rows:
+        if row[1:] not in known:
+            place = bisect.bisect(dates, row[1])
+            added += row[2]
+            row = (*row[:-1], added + (there[place - 1][-1] if place else 0))
+            if place < len(there):
+                transaction.later("UPDATE mail_count SET total = total + ?"
+                                  " WHERE id = ? AND date > ?",
+                                  row[2], identity, row[1])
+        merged.append(row)
+    transaction.write(INSERT, [
+        row for row in merged if row[1:] not in known])
+    return merged
 
 
 def ask_all_limits(transaction: Transaction, query: str,
-                   charges: Sequence[Charge],
+                   claims: Iterable[Claim],
                    accounts: Mapping[str, Account]) -> None:
     """Let the query's limits replace the file's, but not those of quotas."""
-    for identity in {claim.identity for charge in charges
-                     for claim in charge.claims
+    for identity in {claim.identity for claim in claims
                      if claim.rule is None or not claim.rule.by}:
         own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
         if own is not None:
@@ -1970,13 +2182,11 @@ class Service:
                      printable(request.protocol_state),
                      settings.success_action)
             return settings.success_action
-        try:
-            verdict = self._charge(request, claims, settings, now)
-        except LedgerError:
-            return settings.db_error_action
+        verdict, away = self._charge(request, claims, settings, now)
         passed = verdict.broken is None
-        action = (settings.success_action if verdict.broken is None else
-                  explain(verdict.broken, verdict.room_at, now))
+        action = (explain(verdict.broken, verdict.room_at, now)
+                  if verdict.broken is not None else settings.db_error_action
+                  if away else settings.success_action)
         level = logging.INFO if passed and not verdict.tried else NOTICE
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id, describe(verdict),
@@ -1993,10 +2203,14 @@ class Service:
 
     def clean(self) -> None:
         """Drop a few rows that no limit sees, so that nobody has to."""
+        now = int(self._clock())
+        if not self._ledger.is_open(now):
+            return
+        self._ledger.catch_up(now)
         try:
             last, deleted = self._ledger.database.transact(
                 clean_some, self.settings.sql_limits_by_id, self._cleaned,
-                int(self._clock()), 2 * self.settings.longest_window)
+                now, 2 * self.settings.longest_window)
         except LedgerError as error:
             self._tell_database(error)
             return
@@ -2005,25 +2219,24 @@ class Service:
             log.info("%d old records deleted", deleted)
 
     def _charge(self, request: Request, claims: list[Claim],
-                settings: Settings, now: float) -> Verdict:
-        """Return the ledger's verdict, having told whom it concerns."""
-        began, result = time.perf_counter(), "database_errors"
-        try:
-            verdict = self._ledger.charge(Charge(
-                claims, now, request.instance, request.protocol_state))
-            result = "passed" if verdict.broken is None else "refused"
-        except LedgerError as error:
-            self._tell_database(error)
-            raise
-        finally:
-            self.tally.count(result, time.perf_counter() - began)
+                settings: Settings, now: float) -> tuple[Verdict, bool]:
+        """Return the ledger's verdict, and whether the database is away."""
+        began = time.perf_counter()
+        charge = Charge(claims, now, request.instance, request.protocol_state)
+        verdict = self._ledger.charge(charge)
+        self.tally.count("refused" if verdict.broken is not None else
+                         "passed" if charge.error is None else
+                         "database_errors", time.perf_counter() - began)
+        if charge.error is not None:
+            self.tally.count("judged_in_memory")
+            self._tell_database(charge.error)
+        elif self._away and verdict.broken is None:
+            self._tell_database(None)  # a refusal writes nothing
         if verdict.broken is not None:
             with contextlib.suppress(Exception):  # the answer comes first
                 self._alarm(
                     verdict.broken, request.client_address, settings, now)
-        elif self._away:  # a refusal writes nothing: it may be full
-            self._tell_database(None)
-        return verdict
+        return verdict, charge.error is not None
 
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
@@ -2046,7 +2259,8 @@ class Service:
                 return
             self._away = away
         if away:
-            log.error("the database is away, the answer is %s: %s",
+            log.error("the database is away: counting in memory, within the"
+                      " limits the answer is %s: %s",
                       self.settings.db_error_action, error)
         else:
             log.warning("the database is back: counting again")
@@ -2097,7 +2311,7 @@ class Tally:
         self._lock = threading.Lock()
         self._counts: dict[str, float] = dict.fromkeys((
             "requests", "passed", "refused", "database_errors",
-            "decision_seconds"), 0)
+            "judged_in_memory", "decision_seconds"), 0)
         self._last = self._counts.copy()  # an hour ago
         self._began = time.monotonic()  # the hour
 

@@ -2127,7 +2127,8 @@ class StoreContract:
         ledger = self.open()
         charges = [prl.Charge([prl.Claim(f"u{i:05}", 1, self.LIMITS)], 1000)
                    for i in range(2500)]
-        ledger.database.transact(prl.settle, charges, None, ())
+        ledger.database.transact(
+            prl.settle, prl.Batch(charges), None, (), prl.Standby())
         steps, after = [], ""
         while after is not None:
             after, some = ledger.database.transact(  # type: ignore
@@ -2394,12 +2395,77 @@ class DriverTest(StoreContract, DatabaseTest):
                 self.assertEqual({one.read() for one in asked}, {DB_AWAY})
                 self.assertLess(time.monotonic() - began, 5)
                 self.assertEqual(leaving.process.wait(PATIENCE), 0)
+            began = time.monotonic()  # few wait, however many there are
+            self.assertEqual([clients[0].ask() for _ in range(200)],
+                             [DB_AWAY] * 200)
+            self.assertLess(time.monotonic() - began, 20)
         self.server.signal(signal.SIGCONT)
         wait_for(lambda: staying.ask(sasl_username="ann") == PASS,
                  "the database to be back")
         counted = self.counted("ann")
         self.assertEqual(staying.ask(sasl_username="ann"), PASS)
         self.assertEqual(self.counted("ann"), counted + 1)
+
+    @slow
+    def test_limits_hold_while_the_server_is_away(self) -> None:
+        self.addCleanup(self.server.signal, signal.SIGCONT)
+        for away, back in (
+                (lambda: self.server.signal(signal.SIGSTOP),
+                 lambda: self.server.signal(signal.SIGCONT)),
+                (self.server.kill, self.server.start)):
+            self.server.sql(self.server.empty)
+            hosts = self.hosts({"db_timeout": 2}, {"db_timeout": 2})
+            self.check_limits(hosts, {40: away, 440: back})
+            for host in hosts:
+                host.stop()
+
+    def check_limits(self, hosts: list[Daemon],
+                     events: dict[int, Callable[[], object]]) -> None:
+        """Send mails, with events at some; look at the answers and the rows.
+
+        The first sender tries three times as many as he may.
+        """
+        gate = threading.Barrier(len(hosts) + 1)
+
+        def send(place: int) -> Answers:
+            return flood([hosts[place]], mails(place), 8)
+
+        def rows() -> list[str]:
+            with contextlib.suppress(Exception):  # it is hardly awake
+                return sorted(name for [name] in self.execute_all(
+                    "SELECT instance FROM mail_count"))
+            return []
+
+        def mails(place: int) -> Iterator[dict[str, Any]]:
+            for n in range(600):
+                if n in events:
+                    gate.wait(PATIENCE)
+                yield {"instance": f"{place}.{n}", "sasl_username":
+                       f"honest{n % 14}" if n % 2 else "greedy"}
+
+        passed = []
+        with concurrent.futures.ThreadPoolExecutor(len(hosts)) as pool:
+            sent = pool.map(send, range(len(hosts)))
+            for event in events.values():  # a server ends with its thread
+                gate.wait(PATIENCE)
+                event()
+        for answers in sent:
+            self.assertEqual(len(answers), 600)
+            self.assertIn(DB_AWAY, {action for _, action in answers})
+            good = [mail for mail, action in answers if action != REFUSED]
+            greedy = [mail for mail in good
+                      if mail["sasl_username"] == "greedy"]
+            self.assertLessEqual(len(greedy), 100)
+            self.assertEqual(len(good) - len(greedy), 300)
+            passed += [mail["instance"] for mail in good]
+        wait_for(lambda: len(rows()) >= len(passed), "all rows")
+        self.assertEqual(rows(), sorted(passed))
+        for identity in ("greedy", "honest1"):  # totals rise with the dates
+            found = self.execute_all(
+                "SELECT recipient_count, total FROM mail_count"
+                f" WHERE id = '{identity}' ORDER BY date, total")
+            self.assertEqual([total for _, total in found], list(
+                itertools.accumulate(count for count, _ in found)))
 
     @slow
     def test_check_names_the_server_and_the_driver(self) -> None:
@@ -2734,7 +2800,7 @@ class NoDriverTest(FolderTest):
 
 
 class DatabaseFailureTest(NetTest):
-    """As long as the database is away, the answer is db_error_action."""
+    """While the database is away, limits hold, by what was seen here."""
 
     config = (f"limits: [[1000, 600]]\ndb_timeout: 1\n"
               f"db_error_action: {AWAY}\ndebug: False\n")
@@ -2750,8 +2816,12 @@ class DatabaseFailureTest(NetTest):
                 start = time.monotonic()
                 self.assertEqual(daemon.ask(), AWAY)
                 self.assertLess(time.monotonic() - start, 1.7)
+            self.assertEqual(daemon.ask(recipient_count=989), REFUSED)
+            self.assertEqual(daemon.ask(recipient_count=980), AWAY)
+        wait_for(lambda: daemon.ask(sasl_username="ann") == PASS, "it")
+        self.assertEqual(daemon.ask(recipient_count=9), REFUSED)
         self.assertEqual([daemon.ask(), daemon.ask()], [PASS, PASS])
-        self.assertEqual(counted(daemon.database)["joe"], before + 2)
+        self.assertEqual(counted(daemon.database)["joe"], before + 984)
         log = daemon.log()
         self.assertEqual(log.count("the database is away"), 1, log)
         self.assertEqual(log.count("the database is back"), 1, log)
@@ -2792,7 +2862,7 @@ class DatabaseFailureTest(NetTest):
         self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
         os.unlink(path)
         self.assertEqual(daemon.ask(), PASS)
-        self.assertEqual(counted(path), {"joe": 1})
+        self.assertEqual(counted(path), {"joe": 3})
         self.assertEqual(daemon.log().count("the database is away"), 1)
 
     def test_a_database_that_is_deleted_is_made_anew(self) -> None:
@@ -2836,12 +2906,84 @@ class DatabaseFailureTest(NetTest):
             other.execute(  # as on a full disk: what is there can be read
                 "CREATE TRIGGER full BEFORE INSERT ON mail_count"
                 " BEGIN SELECT RAISE(ABORT, 'full'); END")
-        for _ in range(5):
-            self.assertEqual(daemon.ask(), AWAY)
+        for number in range(5):
+            self.assertEqual(daemon.ask(sasl_username=number), AWAY)
             with locked(daemon.database, 0):  # nothing is left half done
                 pass
             self.assertEqual(daemon.ask(sasl_username="greedy"), REFUSED)
         self.assertLess(daemon.log().count("database is"), 4, daemon.log())
+
+    def test_one_mail_s_failure_is_no_other_s(self) -> None:
+        daemon = self.daemon(self.config.replace("1000", "30"))
+        self.passes(daemon)
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.execute(
+                "CREATE TRIGGER bad BEFORE INSERT ON mail_count"
+                " WHEN new.id = 'bad' BEGIN SELECT RAISE(ABORT, 'bad'); END")
+        mails = [{**mail, "sasl_username": name} for mail in numbered(20)
+                 for name in ("bad", "bad", "ann", "bob", "eve")]
+        told = collections.Counter(
+            (mail["sasl_username"], action)
+            for mail, action in flood([daemon], mails))
+        self.assertEqual(told, {
+            ("bad", AWAY): 30, ("bad", REFUSED): 10,
+            ("ann", PASS): 20, ("bob", PASS): 20, ("eve", PASS): 20})
+
+    def test_an_outage_s_mails_are_counted_and_its_requests_told(self) -> None:
+        daemon = self.daemon(self.config.replace("1000", "3"))
+        self.assertEqual(daemon.ask(), PASS)
+        with moved_away(daemon.database):
+            os.mkdir(daemon.database)
+            self.assertEqual([daemon.ask() for _ in range(4)],
+                             [AWAY, AWAY, REFUSED, REFUSED])
+            os.rmdir(daemon.database)
+        daemon.send(signal.SIGUSR2)
+        self.assertIn("1 passed, 2 refused, 2 database_errors,"
+                      " 4 judged_in_memory", daemon.wait_log("in 0 minutes"))
+        wait_for(lambda: counted(daemon.database).get("joe") == 3,
+                 "the rows, without another mail")
+
+    def test_a_mail_s_rows_are_written_once_whatever_a_commit_said(
+            self) -> None:
+        """The commit comes in, but what says so does not."""
+        settings = settings_of({"limits": [[9, 600]], "sqlite_config": {
+            "database": self.path("db")}})
+        ledger = prl.open_ledger(settings)
+        self.addCleanup(ledger.database.close)
+        run_statement, claims = prl.Transaction.run, [
+            prl.Claim("joe", 1, settings.limits)]
+
+        def lose(transaction: prl.Transaction, statement: str,
+                 *values: object) -> Any:
+            cursor = run_statement(transaction, statement, *values)
+            if statement == "COMMIT":
+                raise OSError("the line is cut")
+            return cursor
+
+        for total in range(1, 8):
+            # Every other mail is sent twice, as is what was merged before.
+            with patch.object(prl.Transaction, "run", (
+                    lose if total % 3 else run_statement)):
+                charge = prl.Charge(claims, 1000, f"1.{total}", "DATA")
+                verdict = ledger.charge(charge)
+            self.assertEqual(verdict.usage[0].used, total - 1)
+            self.assertEqual(charge.error is None, total % 3 == 0)
+        ledger.catch_up(1000)
+        self.assertEqual(counted(self.path("db")), {"joe": 7})
+
+    def test_memory_is_bounded_and_forgets_who_is_idle_longest(self) -> None:
+        standby, limits = prl.Standby(), (prl.Limit(1, 600),)
+
+        def passes(name: str) -> bool:
+            verdict = standby.judge(prl.Charge(
+                [prl.Claim(name, 1, limits)], 1000), None)
+            return verdict.broken is None
+
+        with patch.object(prl, "MAX_KEPT", 100):
+            self.assertEqual([passes(f"u{n}") for n in range(150)],
+                             [True] * 150)
+            self.assertEqual([passes(f"u{n}") for n in (149, 50, 49, 50)],
+                             [False, False, True, True])
 
     def test_the_columns_are_those_of_the_original_and_a_total(self) -> None:
         daemon = self.daemon(self.config)
@@ -3090,7 +3232,8 @@ class ServiceTest(FolderTest):
         with quiet() as said:
             self.assertEqual(self.answers(service, {}, {}), ["reject"] * 2)
             os.rmdir(self.path("db"))
-            self.assertEqual(self.answers(service, {}, {}), ["dunno"] * 2)
+            self.assertEqual(self.answers(service, {}, {}),
+                             ["dunno", "defer_if_permit"])
         self.assertEqual([("away" in line, "back" in line) for line in said],
                          [(True, False), (False, True)])
 
@@ -3566,7 +3709,8 @@ class ReportTest(ReportsTest):
         charges = [prl.Charge([prl.Claim(who, 1, (prl.Limit(0, 60),))], 1000)
                    for who in ("joe", "ann", "joe")]
         self.ledger.database.transact(
-            prl.settle, charges, None, self.ledger.noted)
+            prl.settle, prl.Batch(charges), None, self.ledger.noted,
+            prl.Standby())
         self.assertEqual(self.noted(), {("joe", 60): 2, ("ann", 60): 1})
 
     def test_a_note_that_fails_does_not_cost_the_verdict(self) -> None:
