@@ -2325,11 +2325,13 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread; make room where no more can be had."""
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
-            self.evict()
-            super().process_request(request, client_address)
+        for _ in range(10):
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
+                self.evict()
+                time.sleep(0.01)  # a thread that ended is not gone at once
+        return self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
