@@ -2278,7 +2278,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 1024  # Postfix's processes come all at once
+    request_queue_size = 4096  # where it is full, Postfix is refused
     most = 4000  # connections; Postfix's default_process_limit is 100
     path: str | None = None  # of the unix socket, once it is ours
 
