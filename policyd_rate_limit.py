@@ -2492,7 +2492,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 1024  # Postfix's processes come all at once
+    request_queue_size = 4096  # where it is full, Postfix is refused
     most = 4000  # connections; Postfix's default_process_limit is 100
     path: str | None = None  # of the unix socket, once it is ours
 
@@ -2539,11 +2539,13 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread; make room where no more can be had."""
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
-            self.evict()
-            super().process_request(request, client_address)
+        for _ in range(10):
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
+                self.evict()
+                time.sleep(0.01)  # a thread that ended is not gone at once
+        return self.shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
