@@ -2401,14 +2401,14 @@ def explain(broken: Usage, room: int | None, now: float) -> str:
         return action
     at = within = "never" if claim.cost > limit.mails else "unknown"
     if room is not None:
-        at, within = moment(room), spell(max(room - now, 1))
+        at, within = moment(room), spell(max(room - math.ceil(now), 1))
     return string.Template(action).substitute(
         identity=printable(claim.identity), used=broken.used,
         mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
         room_at=at, room_in=within)[:MAX_ACTION]
 
 
-def spell(seconds: float) -> str:
+def spell(seconds: int) -> str:
     """Return a time in words, rounded up: 1 hour, 90 minutes."""
     size, unit = next((size, unit) for size, unit in (
         (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))

@@ -5502,7 +5502,7 @@ class PostfixTest(FolderTest):
         self.assertEqual([250, 450], postfix.send("bob@x.example"))
         self.assertEqual([250, 250], postfix.send("bob@y.example"))
         postfix.wait_log("450 4.7.1 <DATA>: Data command rejected:"
-                         " sasl_domain=x.example: room again in 60 minutes")
+                         " sasl_domain=x.example: room again in ")
         self.assertEqual(counted(self.policy.database), {
             "joe@x.example": 1, "ann@x.example": 1, "eve@x.example": 1,
             "bob@y.example": 1, "sasl_domain=x.example": 3,
