@@ -672,7 +672,7 @@ class Settings:
 
     @property
     def noted_windows(self) -> Sequence[int]:
-        """Return the windows whose refusals are kept for the report."""
+        """Return the windows whose refusals the report tells of."""
         if not self.report:
             return ()
         if self.report_limits is not None:
@@ -811,15 +811,34 @@ class Verdict(NamedTuple):
     tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
     room_at: int | None = None  # when a mail passes again, if it was asked
 
+    @property
+    def charged(self) -> bool:
+        """Say whether the mail was written down."""
+        return bool(self.usage) and self.broken is None
+
+
+class Refusal(NamedTuple):
+    """How often a limit refused mail: a row of mail_refused."""
+
+    identity: str
+    seconds: int
+    mails: int  # -1 where only the number of refusals was kept
+    hits: int  # since first
+    first: int
+    last: int
+    client: str  # the address that the last one came from
+
 
 class Charge:
     """One mail on its way through the ledger: claims in, verdict out."""
 
     def __init__(self, claims: Sequence[Claim], now: float,
-                 instance: str = "", protocol_state: str = "") -> None:
+                 instance: str = "", protocol_state: str = "",
+                 client: str = "") -> None:
         """Take the claims of a mail at the time now, in epoch seconds."""
         self.claims = claims
         self.now = now
+        self.client = client
         self.origin = (instance[:40] if instance.isascii() else "",
                        protocol_state)
         self.verdict: Verdict | None = None
@@ -892,8 +911,7 @@ def claims_of(request: Request, settings: Settings,
         limits = rule.limits_by_id.find(name)
         limits = rule.limits if limits is None else limits
         key = f"{rule.name}={name}" if rule.by else escape(name, settings)
-        if limits or (settings.sql_limits_by_id and not rule.by):
-            claims.append(Claim(shorten(key), cost, limits, rule, value))
+        claims.append(Claim(shorten(key), cost, limits, rule, value))
     return claims
 
 
@@ -1020,20 +1038,28 @@ COLUMNS = {  # of mail_count; total is the last that an update adds
 TABLES = (
     "CREATE TABLE IF NOT EXISTS mail_count"
     f" (id {COLUMNS['id']}, date {COLUMNS['date']})",
-    "CREATE TABLE IF NOT EXISTS limit_report (id {identity} NOT NULL,"
-    " delta int NOT NULL, hit int NOT NULL DEFAULT 0,"
-    " PRIMARY KEY (id, delta))",
-    "CREATE TABLE IF NOT EXISTS report_owed (address {identity} NOT NULL,"
-    " id {identity} NOT NULL, delta int NOT NULL, hit int NOT NULL)",
     "CREATE TABLE IF NOT EXISTS mail_value (id {identity} NOT NULL, value"
     " {identity} NOT NULL, date bigint NOT NULL, PRIMARY KEY (id, value))",
     "CREATE TABLE IF NOT EXISTS mail_turn"
     " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS mail_refused (id {identity} NOT NULL,"
+    " seconds bigint NOT NULL, mails bigint NOT NULL, hits bigint NOT NULL,"
+    " first bigint NOT NULL, last bigint NOT NULL, client {identity} NOT NULL,"
+    " PRIMARY KEY (id, seconds))",
+    "CREATE TABLE IF NOT EXISTS report_told (id {identity} NOT NULL,"
+    " seconds bigint NOT NULL, address {identity} NOT NULL,"
+    " hits bigint NOT NULL, PRIMARY KEY (id, seconds, address))",
+    "CREATE TABLE IF NOT EXISTS mail_limit (id {identity} NOT NULL"
+    " PRIMARY KEY, limits text NOT NULL, ends bigint NOT NULL,"
+    " made bigint NOT NULL)",
 )
+NEWEST = "mail_limit"  # the table that an update makes last
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
 INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
+REFUSED = ("INSERT INTO mail_refused"
+           " (id, seconds, mails, hits, first, last, client) VALUES {}")
 
 
 class Transaction:
@@ -1210,18 +1236,19 @@ class Database:
         return undone
 
     def _prepare(self, connection: Connection) -> None:
-        """See that the tables are there, with the column that comes last."""
+        """See that the tables are there, with what an update makes last."""
         for again in (True, True, False):
             looking = Transaction(self.backend)
             looking.begin(connection, self.backend.begin_reading)
-            present = columns_of(looking, "mail_count")
+            present = ("total" in columns_of(looking, "mail_count")
+                       and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
                     and not columns_of(looking, "rate_limits")):
                 with contextlib.suppress(Exception):  # if the query needs it
                     looking.run(
                         RATE_LIMITS.format(self.backend.numbered))
             looking.run("COMMIT")
-            if "total" in present:
+            if present:
                 break
             self.backend.deadline = math.inf  # large tables take long
             patient = self.backend.connect(3600)
@@ -1267,6 +1294,8 @@ def update_tables(transaction: Transaction) -> None:
     for statement in TABLES:
         transaction.run(statement.format(identity=backend.identity))
     present = columns_of(transaction, "mail_count")
+    if "total" in present:
+        return
     for name, kind in COLUMNS.items():
         if name not in (*present, "total"):
             transaction.run(f"ALTER TABLE mail_count ADD COLUMN {name} {kind}")
@@ -1277,9 +1306,8 @@ def update_tables(transaction: Transaction) -> None:
         if fold(identity) != identity:
             transaction.run("UPDATE mail_count SET id = ? WHERE id = ?",
                             fold(identity), identity)
-    if "total" not in present:
-        for statement in backend.add_total:
-            transaction.run(statement)
+    for statement in backend.add_total:
+        transaction.run(statement)
 
 
 class Backend:
@@ -1299,8 +1327,9 @@ class Backend:
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
     try_total = ""  # fails without the right to do so, and changes nothing
     turn = ""  # how an identity's turn is taken where many hosts may write
-    note = ("INSERT INTO limit_report (id, delta, hit) VALUES {} ON CONFLICT"
-            " (id, delta) DO UPDATE SET hit = limit_report.hit + excluded.hit")
+    note = (f"{REFUSED} ON CONFLICT (id, seconds) DO UPDATE SET"
+            " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
+            ", last = excluded.last, client = excluded.client")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
            " (id, value) DO UPDATE SET date = excluded.date")
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
@@ -1436,8 +1465,6 @@ class MySQL(Backend):
         f"ALTER TABLE mail_count MODIFY id {identity} NOT NULL,"
         f" MODIFY protocol_state {COLUMNS['protocol_state']},"
         " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
-        f"ALTER TABLE limit_report MODIFY id {identity} NOT NULL,"
-        " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
     )
     add_total = (  # in one ALTER, which fails whole if another host was first
         "SET @alter = (SELECT CONCAT('ALTER TABLE mail_count ',"
@@ -1450,8 +1477,9 @@ class MySQL(Backend):
     try_total = "ALTER TABLE mail_count"
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
-    note = ("INSERT INTO limit_report (id, delta, hit) VALUES {}"
-            " ON DUPLICATE KEY UPDATE hit = hit + VALUES(hit)")
+    note = (f"{REFUSED} ON DUPLICATE KEY UPDATE mails = VALUES(mails),"
+            " hits = hits + VALUES(hits), last = VALUES(last),"
+            " client = VALUES(client)")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
     conflicts = (1213,)  # deadlock, or on Galera another node was first
@@ -1484,7 +1512,6 @@ class PostgreSQL(Backend):
     alter_original = (
         f"ALTER TABLE mail_count ALTER COLUMN id TYPE {Backend.identity},"
         " ALTER COLUMN protocol_state TYPE varchar(20)",
-        f"ALTER TABLE limit_report ALTER COLUMN id TYPE {Backend.identity}",
     )
     add_total = SQLite.add_total
     try_total = Backend.add_total[0]  # it is rolled back
@@ -1712,12 +1739,10 @@ class Ledger:
     all are, but for one every timeout that tries whether it is back.
     """
 
-    def __init__(self, database: Database, query: str | None = None,
-                 noted: Sequence[int] = ()) -> None:
-        """Take the setting sql_limits_by_id, and the windows to report."""
+    def __init__(self, database: Database, query: str | None = None) -> None:
+        """Take the setting sql_limits_by_id."""
         self.database = database
         self.query = query
-        self.noted = noted
         self.standby = Standby()
         self._open = Batch()
         self._hung: LedgerError | None = None
@@ -1791,8 +1816,8 @@ class Ledger:
         """Settle a batch in one transaction, or else singly."""
         half = time.monotonic() + self.database.backend.timeout / 2
         try:
-            self.database.transact(settle, batch, self.query, self.noted,
-                                   self.standby, deadline=deadline)
+            self.database.transact(settle, batch, self.query, self.standby,
+                                   deadline=deadline)
         except LedgerError as error:
             hung, parts = time.monotonic() > min(half, deadline), batch.parts()
             if not error.undone or hung or len(parts) == 1:
@@ -1820,7 +1845,7 @@ class Ledger:
 
 
 def settle(transaction: Transaction, batch: Batch, query: str | None,
-           noted: Sequence[int], standby: Standby) -> None:
+           standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
     for claim in batch.claims():
@@ -1831,14 +1856,13 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
     if query:
         ask_all_limits(transaction, query, batch.claims(), accounts)
     now = max((charge.now for charge in charges), default=batch.now)
+    read_accounts(transaction, list(accounts.values()), now)
     varied = [account for account in accounts.values()
               if isinstance(account, Variety)]
     for variety in varied:
         read_values(transaction, variety, now)
-    read_accounts(transaction, [account for account in accounts.values()
-                                if account not in varied], now)
     batch.verdicts, batch.rows = decide(charges, accounts)
-    note_refusals(transaction, batch.verdicts, noted)
+    note_refusals(transaction, charges, batch.verdicts)
     transaction.write(INSERT, batch.rows)
     transaction.write(transaction.backend.see, [
         (variety.identity, *seen) for variety in varied
@@ -1889,17 +1913,24 @@ def ask_all_limits(transaction: Transaction, query: str,
             accounts[identity].limits = own
 
 
-def note_refusals(transaction: Transaction, verdicts: Sequence[Verdict],
-                  noted: Sequence[int]) -> None:
-    """Note refusals for the report; that must not cost the verdicts."""
-    hits = Counter((verdict.broken.claim.identity,
-                    verdict.broken.limit.seconds) for verdict in verdicts
-                   if verdict.broken is not None
-                   and verdict.broken.limit.seconds in noted)
-    if hits:
-        transaction.attempt("a refusal is missing in the report: %s",
-                            Transaction.write, transaction.backend.note,
-                            [(*key, hit) for key, hit in sorted(hits.items())])
+def note_refusals(transaction: Transaction, charges: Sequence[Charge],
+                  verdicts: Sequence[Verdict]) -> None:
+    """Note refusals, one row for each identity and window of a batch.
+
+    That must not cost the verdicts.
+    """
+    found: dict[tuple[str, int], Refusal] = {}
+    for charge, verdict in zip(charges, verdicts):
+        for usage in filter(None, (verdict.broken, *verdict.tried)):
+            limit, now = usage.limit, int(charge.now)
+            key = usage.claim.identity, limit.seconds
+            hits = found[key].hits + 1 if key in found else 1
+            found[key] = Refusal(
+                *key, limit.mails, hits, now, now, charge.client)
+    if found:
+        transaction.attempt("a refusal is not noted: %s", Transaction.write,
+                            transaction.backend.note,
+                            [found[key] for key in sorted(found)])
 
 
 def with_room(transaction: Transaction, verdict: Verdict,
@@ -1984,22 +2015,31 @@ def parse_limits(text: str) -> Limits:
 
 def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                   now: float) -> None:
-    """Read what accounts have used, many with each statement."""
+    """Read what accounts have used, many with each statement.
+
+    One that --limit gave other limits is read again, for their windows.
+    """
     second, date_now = math.floor(now), math.ceil(now)
     width = max((len(account.limits) for account in accounts), default=0)
     for some in chunks(accounts, transaction.backend.chunk):
         values: list[object] = []
         for account in some:
             since = [second - limit.seconds for limit in account.limits]
-            values += [account.identity, *since,
+            values += [account.identity, second, *since,
                        *[second] * (width - len(since))]
         statement = usage_statement(
             len(some), width, transaction.backend.text)
-        for n, date, total, *before in transaction.run(
+        others = []
+        for n, own, date, total, *before in transaction.run(
                 statement, *values).fetchall():
             account = some[n]
-            if date is not None and (
-                    total is None or date > now + CLOCK_SKEW):
+            limits = parse_override(own)
+            if limits is not None and limits != account.limits:
+                account.limits = limits
+                others.append(account)
+                continue
+            if date is not None and (total is None
+                                     or date > now + CLOCK_SKEW):
                 retotal(transaction, account.identity, date_now)
                 read_accounts(transaction, [account], now)
             elif date is not None and date > date_now:
@@ -2011,6 +2051,7 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                 account.before = tuple(
                     account.total if each is None else each
                     for each in before[:len(account.limits)])
+        read_accounts(transaction, others, now)
 
 
 def read_values(transaction: Transaction, account: Variety,
@@ -2029,21 +2070,23 @@ def read_values(transaction: Transaction, account: Variety,
 def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
     """Return the query for so many accounts with so many windows each.
 
-    It takes identity and begin of each window, for each account, and yields
-    the account's place, newest date, newest total, and for each window the
-    total before its first row; NULL where there is no row.
+    It takes identity, time and begin of each window, for each account, and
+    yields the account's place, the limits that --limit set, newest date,
+    newest total, and for each window the total before its first row; NULL
+    where there is no row.
     """
     # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
     # of the speed, MariaDB up to half.
     since = [f"since{n}" for n in range(windows)]
     asked = " UNION ALL ".join(
-        f"SELECT {n}, {text}{', ?' * windows}" for n in range(accounts))
+        f"SELECT {n}, {text}, ?{', ?' * windows}" for n in range(accounts))
+    own = "(SELECT limits FROM mail_limit WHERE id = who AND ends > clock)"
     newest = ("(SELECT {} FROM mail_count WHERE id = who"
               " ORDER BY date DESC, total DESC LIMIT 1)")
-    columns = ", ".join([newest.format("date"), newest.format("total"), *(
+    columns = ", ".join([own, newest.format("date"), newest.format("total"), *(
         f"({BEFORE.format('who', name)})" for name in since)])
-    return (f"WITH asked ({', '.join(['n', 'who', *since])}) AS ({asked})"
-            f" SELECT n, {columns} FROM asked")
+    return (f"WITH asked ({', '.join(['n', 'who', 'clock', *since])})"
+            f" AS ({asked}) SELECT n, {columns} FROM asked")
 
 
 def retotal(transaction: Transaction, identity: str, now: int) -> None:
@@ -2068,20 +2111,21 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
     """Delete rows that no limit sees, of the identities after one.
 
     Looks at some CLEAN_STEP rows.  Rows of the last keep seconds stay, as do
-    those that a limit of the query may still see.  Returns the last identity
-    looked at, None if that was all, and the rows deleted.
+    those that a limit of the query or of --limit may still see.  Returns the
+    last identity looked at, None if that was all, and the rows deleted.
     """
     more = transaction.run(
         "SELECT id FROM mail_count WHERE id > ? ORDER BY id"
         f" LIMIT 1 OFFSET {CLEAN_STEP}", after).fetchone()
     [last] = more or transaction.run(
         "SELECT max(id) FROM mail_count").fetchone()
-    deleted = 0
+    deleted, overrides = 0, read_overrides(transaction, now)
     for [identity] in transaction.run(
             "SELECT DISTINCT id FROM mail_count WHERE id > ? AND id <= ?"
             " AND date <= ?", after, last or "", now - keep).fetchall():
         own = query and transaction.attempt(
             QUERY_FAILED, ask_limits, query, identity)
+        own = overrides.get(identity, (own,))[0]
         longest = max((limit.seconds for limit in own or ()), default=0)
         deleted += transaction.run(
             "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
@@ -2094,6 +2138,83 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
             " (SELECT 1 FROM mail_count c WHERE c.id = mail_turn.id)",
             after, last or "")
     return more[0] if more else None, deleted
+
+
+def clean_refused(transaction: Transaction, settings: Settings, after: str,
+                  now: int) -> str | None:
+    """Delete old refusals, from one identity on, and limits that ended.
+
+    What an address is still to be told stays.  Looks at CLEAN_STEP rows;
+    returns the last identity looked at, None if that was all.
+    """
+    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
+    rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
+                         f" LIMIT {CLEAN_STEP}", after)
+    last = rows[-1].identity if rows else ""
+    told = {(*key, to): hits for *key, to, hits in transaction.run(
+        "SELECT id, seconds, address, hits FROM report_told"
+        " WHERE id >= ? AND id <= ?", after, last).fetchall()}
+    keep = max(86400, 2 * settings.longest_window)
+    for row in rows:
+        key = row.identity, row.seconds
+        due = row.seconds in settings.noted_windows
+        if now - row.last < max(keep, row.seconds) or due and any(
+                told.get((*key, fold(to)), 0) < row.hits
+                for to in settings.report_to):
+            continue
+        transaction.later("DELETE FROM mail_refused WHERE id = ?"
+                          " AND seconds = ? AND hits = ?", *key, row.hits)
+        transaction.later(
+            "DELETE FROM report_told WHERE id = ? AND seconds = ?"
+            " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
+            " report_told.id AND r.seconds = report_told.seconds)", *key)
+    return last if len(rows) == CLEAN_STEP else None
+
+
+def read_refusals(transaction: Transaction, which: str = "", *values: object,
+                  ) -> list[Refusal]:
+    """Return refusals, all or some."""
+    return [Refusal(*row) for row in transaction.run(
+        "SELECT id, seconds, mails, hits, first, last, client"
+        f" FROM mail_refused {which}", *values).fetchall()]
+
+
+FOR_GOOD = 10**12  # seconds: the year 33658
+
+
+Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
+
+
+def set_override(transaction: Transaction, identity: str, limits: Limits,
+                 ends: int, now: int) -> None:
+    """Give an identity other limits."""
+    drop_override(transaction, identity)
+    transaction.write(
+        "INSERT INTO mail_limit (id, limits, ends, made) VALUES {}",
+        [(identity, json.dumps(limits), ends, now)])
+
+
+def drop_override(transaction: Transaction, identity: str) -> bool:
+    """Give an identity its usual limits; say if it had others."""
+    return bool(transaction.run(
+        "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
+
+
+def read_overrides(transaction: Transaction, now: int) -> Overrides:
+    """Return all limits of --limit that are in force."""
+    return {identity: (limits, ends) for identity, text, ends in
+            transaction.run("SELECT id, limits, ends FROM mail_limit"
+                            " WHERE ends > ? ORDER BY id", now).fetchall()
+            if (limits := parse_override(text)) is not None}
+
+
+def parse_override(text: str | None) -> Limits | None:
+    """Parse limits of mail_limit; what others wrote there may be rubbish."""
+    try:
+        return None if text is None else parse_limits(text)
+    except ValueError as error:
+        log.warning("mail_limit: %s; it does not hold", error, extra=SELDOM)
+        return None
 
 
 def forget(transaction: Transaction, identity: str) -> int:
@@ -2111,7 +2232,7 @@ def forget(transaction: Transaction, identity: str) -> int:
 def open_ledger(settings: Settings) -> Ledger:
     """Return the ledger that the settings name; it connects when used."""
     return Ledger(Database(BACKENDS[settings.backend](settings)),
-                  settings.sql_limits_by_id, settings.noted_windows)
+                  settings.sql_limits_by_id)
 
 
 # ---------------------------------------------------------------------------
@@ -2149,8 +2270,8 @@ class Service:
 
     def __init__(self, settings: Settings, ledger: Ledger,
                  clock: Callable[[], float] = time.time,
-                 alarm: Callable[..., None] = lambda *_: None) -> None:
-        """Take a clock, and an alarm, which is told of each refusal."""
+                 alarm: Callable[..., int] = lambda *_: 1) -> None:
+        """Take a clock, and an alarm, which counts the refusals."""
         self.settings = settings
         self.tally = Tally(settings.pidfile)
         self._ledger = ledger
@@ -2159,7 +2280,7 @@ class Service:
         self._counted = -math.inf  # when a mail was last counted
         self._away = False  # the database
         self._news = threading.Lock()  # for _away, when that changes
-        self._cleaned = ""  # the identity where cleaning goes on
+        self._cleaned = self._cleaned_refused = ""  # where cleaning goes on
 
     def answer(self, request: Request, last: Last) -> str:
         """Return the action for a request, having counted its mail.
@@ -2182,15 +2303,19 @@ class Service:
                      printable(request.protocol_state),
                      settings.success_action)
             return settings.success_action
-        verdict, away = self._charge(request, claims, settings, now)
+        client, refused = printable(request.client_address)[:45], 0
+        verdict, action = self._charge(Charge(
+            claims, now, request.instance, request.protocol_state, client),
+            settings)
         passed = verdict.broken is None
-        action = (explain(verdict.broken, verdict.room_at, now)
-                  if verdict.broken is not None else settings.db_error_action
-                  if away else settings.success_action)
+        if verdict.broken is not None:
+            action = explain(verdict.broken, verdict.room_at, now)
+            with contextlib.suppress(Exception):  # the answer comes first
+                refused = self._alarm(verdict.broken, client, settings, now)
         level = logging.INFO if passed and not verdict.tried else NOTICE
         if log.isEnabledFor(level):
-            log.log(level, "%s: %s, action=%s", queue_id, describe(verdict),
-                    action)
+            log.log(level, "%s: %s, action=%s", queue_id,
+                    describe(verdict, client, refused), action)
         last.note(request, passed, settings.success_action
                   if request.protocol_state == "RCPT" else action)
         return action
@@ -2199,18 +2324,20 @@ class Service:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self._ledger.query = settings.sql_limits_by_id
-        self._ledger.noted = settings.noted_windows
 
     def clean(self) -> None:
         """Drop a few rows that no limit sees, so that nobody has to."""
-        now = int(self._clock())
+        settings, now = self.settings, int(self._clock())
         if not self._ledger.is_open(now):
             return
         self._ledger.catch_up(now)
+        transact = self._ledger.database.transact
         try:
-            last, deleted = self._ledger.database.transact(
-                clean_some, self.settings.sql_limits_by_id, self._cleaned,
-                now, 2 * self.settings.longest_window)
+            last, deleted = transact(
+                clean_some, settings.sql_limits_by_id, self._cleaned,
+                now, 2 * settings.longest_window)
+            self._cleaned_refused = transact(
+                clean_refused, settings, self._cleaned_refused, now) or ""
         except LedgerError as error:
             self._tell_database(error)
             return
@@ -2218,11 +2345,10 @@ class Service:
         if deleted:
             log.info("%d old records deleted", deleted)
 
-    def _charge(self, request: Request, claims: list[Claim],
-                settings: Settings, now: float) -> tuple[Verdict, bool]:
-        """Return the ledger's verdict, and whether the database is away."""
+    def _charge(self, charge: Charge, settings: Settings,
+                ) -> tuple[Verdict, str]:
+        """Return the ledger's verdict, and the action if the mail passes."""
         began = time.perf_counter()
-        charge = Charge(claims, now, request.instance, request.protocol_state)
         verdict = self._ledger.charge(charge)
         self.tally.count("refused" if verdict.broken is not None else
                          "passed" if charge.error is None else
@@ -2230,13 +2356,11 @@ class Service:
         if charge.error is not None:
             self.tally.count("judged_in_memory")
             self._tell_database(charge.error)
-        elif self._away and verdict.broken is None:
-            self._tell_database(None)  # a refusal writes nothing
-        if verdict.broken is not None:
-            with contextlib.suppress(Exception):  # the answer comes first
-                self._alarm(
-                    verdict.broken, request.client_address, settings, now)
-        return verdict, charge.error is not None
+            if verdict.usage or settings.sql_limits_by_id:
+                return verdict, settings.db_error_action
+        elif self._away and verdict.charged:
+            self._tell_database(None)  # what writes nothing tells nothing
+        return verdict, settings.success_action
 
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
@@ -2373,7 +2497,7 @@ def format_address(address: str | tuple[str, int]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def describe(verdict: Verdict) -> str:
+def describe(verdict: Verdict, client: str = "", refused: int = 0) -> str:
     """Return a verdict in Postfix's key=value style."""
     broken, parts = verdict.broken, []
     for _, group in itertools.groupby(
@@ -2381,16 +2505,23 @@ def describe(verdict: Verdict) -> str:
         usage = list(group)
         claim = usage[0].claim
         cost = 0 if broken else claim.cost
-        used = " ".join(f"{each.used + cost}/{each.limit.mails}"
-                        f"/{each.limit.seconds}s" for each in usage)
+        used = " ".join(f"{each.used + cost}/{ratio(each.limit)}"
+                        for each in usage)
         parts.append(f"identity=<{printable(claim.identity)}>,"
                      f" cost={claim.cost}, used={used}")
     parts += [f"would refuse for <{printable(each.claim.identity)}>"
-              f" {each.limit.mails}/{each.limit.seconds}s"
-              for each in verdict.tried]
-    if broken and broken.claim.cost > broken.limit.mails:
-        parts.append("it can never pass")
+              f" {ratio(each.limit)}" for each in verdict.tried]
+    if broken:
+        parts.append(f"client={client}, broken={ratio(broken.limit)},"
+                     f" refused={refused}")
+        if broken.claim.cost > broken.limit.mails:
+            parts.append("it can never pass")
     return ", ".join(parts) or "no limits"
+
+
+def ratio(limit: Limit | Refusal) -> str:
+    """Return a limit as the log shows it."""
+    return f"{limit.mails}/{limit.seconds}s".replace("-1/", "")
 
 
 def explain(broken: Usage, room: int | None, now: float) -> str:
@@ -2653,25 +2784,26 @@ def remove_stale_socket(path: str) -> None:
 
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
-ALERTS_KNOWN = 10000  # identities and windows remembered, of 200 bytes each
+ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
 
 
 def send_reports(database: Database, settings: Settings) -> None:
     """Mail each address the refusals that it was not told of yet.
 
-    What an address does not take it is owed, in a table of its own: so its
-    next report tells it, and nobody is told anything twice.
+    What it was told is kept: so what it does not take is in its next
+    report, and nobody is told anything twice.
     """
-    addresses = {fold(address): address for address in settings.report_to}
+    database.transact(take_over, int(time.time()))
     failed: dict[str, list[str]] = {}
-    for key, address in addresses.items():
+    for key, address in {fold(to): to for to in settings.report_to}.items():
         try:
-            noted, owed = database.transact(hits_for, key)
-            hits = Counter(noted) + Counter(owed)
-            if hits or not settings.report_only_if_needed:
-                mail(settings, address, settings.report_subject, report(hits))
-                tell(database, noted, [
-                    other for other in addresses if other != key])
+            owed = [(row, new) for row, new in database.transact(owed_to, key)
+                    if new > 0 and row.seconds in settings.noted_windows]
+            if owed or not settings.report_only_if_needed:
+                mail(settings, address, settings.report_subject, report(owed))
+            for some in chunks(owed, 100):  # the daemon waits for each
+                database.transact(tell, [
+                    (*row[:2], key, row.hits) for row, _ in some])
         except Exception as error:  # a strange address raises many kinds
             failed.setdefault(reason(error), []).append(address)
     if failed:
@@ -2679,66 +2811,69 @@ def send_reports(database: Database, settings: Settings) -> None:
             f"{', '.join(some)}: {why}" for why, some in failed.items()))
 
 
-Hits = dict[tuple[str, int], int]  # refusals by identity and window
-NOTED = "SELECT id, delta, hit FROM limit_report"
+def owed_to(transaction: Transaction, address: str,
+            ) -> list[tuple[Refusal, int]]:
+    """Return refusals, each with how many hits an address was not told."""
+    told = {(identity, seconds): hits for identity, seconds, hits in
+            transaction.run("SELECT id, seconds, hits FROM report_told"
+                            " WHERE address = ?", address).fetchall()}
+    return [(row, row.hits - told.get(row[:2], 0))
+            for row in read_refusals(transaction)]
 
 
-def hits_for(transaction: Transaction, address: str) -> tuple[Hits, Hits]:
-    """Return the refusals noted, and older ones an address is owed."""
-    return read_hits(transaction, NOTED), read_hits(
-        transaction, "SELECT id, delta, SUM(hit) FROM report_owed"
-        " WHERE address = ? GROUP BY id, delta", address)
+def tell(transaction: Transaction, rows: Sequence[Row]) -> None:
+    """Keep the hits that addresses were told: rows of report_told."""
+    for row in rows:
+        transaction.later("DELETE FROM report_told WHERE id = ?"
+                          " AND seconds = ? AND address = ?", *row[:3])
+    transaction.write("INSERT INTO report_told (id, seconds, address, hits)"
+                      " VALUES {}", rows)
 
 
-def read_hits(transaction: Transaction, statement: str, *values: object,
-              ) -> Hits:
-    """Read refusals by identity and window."""
-    return {(identity, window): int(hit) for identity, window, hit in
-            transaction.run(statement, *values).fetchall()}
+def take_over(transaction: Transaction, now: int) -> None:
+    """Take over the refusals that the original and 2.0.0 noted elsewhere.
 
-
-def tell(database: Database, noted: Hits, others: Sequence[str]) -> None:
-    """Forget what an address was told; the others are owed it.
-
-    What was noted meanwhile stays.  Short transactions, since they lock
-    rows that the daemon may want to write.
+    Those in report_owed were not told to one address alone, as if it had
+    been told less than nothing.
     """
-    database.transact(pay, others)
-    for some in chunks(sorted(noted.items()), 100):
-        database.transact(owe, some, others)
+    hits: Counter[tuple[str, int]] = Counter()
+    if columns_of(transaction, "report_owed"):
+        owed = transaction.run(
+            "SELECT id, delta, address, -SUM(hit) FROM report_owed"
+            " GROUP BY id, delta, address").fetchall()
+        hits.update({(identity, window): 0 for identity, window, *_ in owed})
+        tell(transaction, owed)
+        transaction.run("DELETE FROM report_owed")
+    if columns_of(transaction, "limit_report"):
+        for identity, window, hit in transaction.run(
+                "SELECT id, delta, hit FROM limit_report").fetchall():
+            hits[fold(identity), window] += hit
+        transaction.run("DELETE FROM limit_report")
+    transaction.write(transaction.backend.note, [
+        (*key, -1, hits[key], now, now, "") for key in sorted(hits)])
 
 
-def pay(transaction: Transaction, others: Sequence[str]) -> None:
-    """Forget what all but others are owed."""
-    keep = ("", *others)
-    places = ", ".join("?" * len(keep))
-    transaction.run(
-        f"DELETE FROM report_owed WHERE address NOT IN ({places})", *keep)
-
-
-def owe(transaction: Transaction, some: Sequence[tuple[Any, int]],
-        others: Sequence[str]) -> None:
-    """Move what was noted to what others are owed."""
-    for key, hit in some:
-        transaction.run("UPDATE limit_report SET hit = hit - ?"
-                        " WHERE id = ? AND delta = ?", hit, *key)
-        transaction.run("DELETE FROM limit_report"
-                        " WHERE id = ? AND delta = ? AND hit <= 0", *key)
-    transaction.write(
-        "INSERT INTO report_owed (address, id, delta, hit) VALUES {}",
-        [(address, *key, hit) for key, hit in some for address in others])
-
-
-def report(hits: Hits) -> str:
+def report(owed: Sequence[tuple[Refusal, int]]) -> str:
     """Return the text of a report, most hits first."""
-    rows = [("identity", "window", "hits")]
-    rows += [(printable(identity), f"{window} s", str(hit))
-             for (identity, window), hit in
-             sorted(hits.items(), key=lambda item: (-item[1], item[0]))]
-    width = max(len(identity) for identity, _, _ in rows)
-    return "Mails refused since the last report:\n\n" + "".join(
-        f"{identity:{width}} {window:>12} {hit:>10}\n"
-        for identity, window, hit in rows)
+    rows = [("identity", "limit", "hits", "last", "client")]
+    rows += [(printable(row.identity), ratio(row), str(new), moment(row.last),
+              row.client) for row, new in
+             sorted(owed, key=lambda each: (-each[1], each[0]))]
+    return "Mails refused since the last report:\n\n" + "\n".join(
+        (*align(rows), ""))
+
+
+def align(rows: Sequence[Sequence[str]], columns: int = 999) -> Iterator[str]:
+    """Yield a table's lines: the first column makes room, empty ones go."""
+    width, *widths = [max(map(len, column)) * any(column[1:])
+                      for column in zip(*rows)]
+    room = columns - sum(widths) - len(widths) + widths.count(0)
+    width = max(12, min(width, room))
+    for name, *cells in rows:
+        name = name if len(name) <= width else name[:width - 3] + "..."
+        yield " ".join([f"{name:{width}}", *(
+            f"{cell:>{wide}}" for cell, wide in zip(cells, widths) if wide)
+            ])[:columns].rstrip()
 
 
 def mail(settings: Settings, address: str, subject: str, text: str) -> None:
@@ -2795,33 +2930,41 @@ class Alarm:
         self._clock = clock
         self._queue: queue.Queue[tuple[Settings, dict[str, str]]] = (
             queue.Queue(2 * ALERTS_AN_HOUR))
-        self._lock = threading.Lock()  # of _known: when told, refused since
-        self._known: dict[tuple[str, int], tuple[float, int]] = {}
+        self._lock = threading.Lock()
+        # Of an identity and window: when refused last, how often since there
+        # was a whole window without; when alerted, how often since then.
+        self._known: dict[tuple[str, int], tuple[float, int, float, int]] = {}
 
     def refused(self, broken: Usage, client: str, settings: Settings,
-                now: float) -> None:
-        """Take note of a refusal: by a look-up only, for mail waits."""
+                now: float) -> int:
+        """Count a refusal; return how many there were in this window.
+
+        By a look-up only, for mail waits.
+        """
         identity, limit = broken.claim.identity, broken.limit
         window = limit.seconds
         named = settings.report_limits
-        if not settings.alert or named is not None and window not in named:
-            return
         key = identity, window
         with self._lock:
-            told, refused = self._known.pop(key, (-math.inf, 0))
-            due = abs(now - told) >= window  # the clock may be set back
-            self._known[key] = (now, 0) if due else (told, refused + 1)
+            last, count, told, since = self._known.pop(
+                key, (-math.inf, 0, -math.inf, 0))
+            count = count + 1 if abs(now - last) < window else 1
+            due = (settings.alert and (named is None or window in named)
+                   and abs(now - told) >= window)  # it may be set back
+            self._known[key] = (now, count, *(
+                (now, 0) if due else (told, since + 1)))
             if len(self._known) > ALERTS_KNOWN:
                 del self._known[next(iter(self._known))]
         if not due:
-            return
+            return count
         facts = {"identity": printable(identity),
                  "limit": f"{limit.mails} mails in {window} s",
                  "since": moment(now),
                  "client_address": printable(client),
-                 "refused_since_last_alert": str(refused + 1)}
+                 "refused_since_last_alert": str(since + 1)}
         with contextlib.suppress(queue.Full):  # the report will tell
             self._queue.put_nowait((settings, facts))
+        return count
 
     def run(self) -> None:
         """Send alerts for ever, but not too many within an hour."""
@@ -2880,69 +3023,105 @@ class Window(NamedTuple):
     seconds: int
     used: int
     room_at: int | None  # when a mail passes again; None: now, or never
-    noted: int  # refusals for the next report
+    noted: int  # refusals
 
 
 class Standing(NamedTuple):
-    """What an identity has used."""
+    """What an identity has used, and how often it was refused."""
 
     identity: str
     last_mail: int  # 0: none that is recorded
-    source: str  # the setting that its limits come from
+    source: str  # where its limits come from
+    until: int  # when those of --limit end; 0: there are none
+    dry_run: bool  # are they only tried?
     limits: tuple[Window, ...]
+    refusals: tuple[Refusal, ...]
 
 
 def survey(transaction: Transaction, settings: Settings, now: int,
            identity: str | None = None) -> list[Standing]:
-    """Read what an identity has used, or all that used anything.
+    """Read how identities stand: one, or all that there is something of.
 
     In two scans of the index, however many there are.  Writes nothing, and
     needs no totals: it reads the original's tables.
     """
     counted = "recipient_count" in columns_of(transaction, "mail_count")
-    count = "COALESCE(recipient_count, 1)" if counted else "1"
-    noted = columns_of(transaction, "limit_report")
-    hits = read_hits(transaction, NOTED) if noted else {}
+    tables = {"mail_count": "COALESCE(recipient_count, 1)" if counted else "1"}
+    if columns_of(transaction, "mail_value"):
+        tables["mail_value"] = "1"
     chosen = () if identity is None else (identity,)
     where = "WHERE id = ?" if chosen else ""
-    newest = dict.fromkeys(chosen, 0)
-    newest.update(transaction.run(
-        f"SELECT id, MAX(date) FROM mail_count {where} GROUP BY id",
-        *chosen).fetchall())
-    limited = {name: limits_of(transaction, settings, name) for name in newest}
-    windows = sorted({limit.seconds for limits, _ in limited.values()
+    overrides, refused = read_notes(transaction, now, where, chosen)
+    newest = dict.fromkeys(chosen or (*refused, *overrides), 0)
+    for table in tables:
+        newest.update(transaction.run(
+            f"SELECT id, MAX(date) FROM {table} {where} GROUP BY id",
+            *chosen).fetchall())
+    limited = {name: limits_of(transaction, settings, name, overrides)
+               for name in newest}
+    windows = sorted({limit.seconds for limits, *_ in limited.values()
                       for limit in limits})
-    sums = ["0"] + [f"SUM(CASE WHEN date > ? THEN {count} ELSE 0 END)"
-                    for _ in windows]
-    used = {name: dict(zip(windows, map(int, row))) for name, _, *row in
-            transaction.run(
-                f"SELECT id, {', '.join(sums)} FROM mail_count {where}"
-                " GROUP BY id", *(now - window for window in windows),
-                *chosen).fetchall()}
+    used: dict[str, dict[int, int]] = {}
+    for table, count in tables.items():
+        used.update(read_used(
+            transaction, f"{table} {where}", count, windows, now, *chosen))
     standings = []
-    for name, (limits, source) in limited.items():
+    for name, (limits, source, until, dry_run) in limited.items():
         uses = [used.get(name, {}).get(limit.seconds, 0) for limit in limits]
-        if chosen or any(uses):
-            standings.append(Standing(name, newest[name], source, tuple(
-                Window(limit.mails, limit.seconds, use,
-                       room_at(transaction, count, name, limit, use, now),
-                       hits.get((name, limit.seconds), 0))
-                for limit, use in zip(limits, uses))))
+        rows = refused.get(name, ())
+        hits = {row.seconds: row.hits for row in rows}
+        if rows or name in overrides or chosen or any(uses):
+            standings.append(Standing(
+                name, newest[name], source, until, dry_run, tuple(
+                    Window(*limit, use, room_at(
+                        transaction, tables["mail_count"], name, limit, use,
+                        now), hits.get(limit.seconds, 0))
+                    for limit, use in zip(limits, uses)), rows))
     return standings
 
 
+def read_used(transaction: Transaction, rows: str, count: str,
+              windows: Sequence[int], now: int, *values: object,
+              ) -> Iterator[tuple[str, dict[int, int]]]:
+    """Yield what identities have used of windows."""
+    sums = ["0"] + [f"SUM(CASE WHEN date > {now - window} THEN {count}"
+                    " ELSE 0 END)" for window in windows]
+    for name, _, *used in transaction.run(
+            f"SELECT id, {', '.join(sums)} FROM {rows} GROUP BY id",
+            *values).fetchall():
+        yield name, dict(zip(windows, map(int, used)))
+
+
+def read_notes(transaction: Transaction, now: int, where: str,
+               chosen: Sequence[str],
+               ) -> tuple[Overrides, dict[str, tuple[Refusal, ...]]]:
+    """Read limits of --limit, and refusals: the original has neither."""
+    if not columns_of(transaction, NEWEST):
+        return {}, {}
+    rows = read_refusals(transaction, f"{where} ORDER BY id, seconds", *chosen)
+    return read_overrides(transaction, now), {
+        name: tuple(some) for name, some in itertools.groupby(
+            rows, operator.attrgetter("identity"))}
+
+
 def limits_of(transaction: Transaction, settings: Settings, identity: str,
-              ) -> tuple[Limits, str]:
-    """Return an identity's limits, and the setting that they are from."""
+              overrides: Overrides) -> tuple[Limits, str, int, bool]:
+    """Return limits, where from, until when, and if they are only tried."""
+    rule, (name, equals, value) = settings.rules[0], identity.partition("=")
+    for quota in settings.rules[1:] if equals else ():
+        rule = quota if quota.name == name else rule
+    if identity in overrides:
+        limits, ends = overrides[identity]
+        return limits, "--limit", ends, rule.dry_run
     query, own = settings.sql_limits_by_id, None
-    if query:
+    if query and not rule.by:
         own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
     if own is not None:
-        return own, "sql_limits_by_id"
-    own = settings.limits_by_id.find(fold(identity))
-    if own is not None:
-        return own, "limits_by_id"
-    return settings.limits, "limits"
+        return own, "sql_limits_by_id", 0, rule.dry_run
+    own = rule.limits_by_id.find(value if rule.by else fold(identity))
+    source = "limits" if own is None else "limits_by_id"
+    return (rule.limits if own is None else own,
+            "quotas" if rule.by else source, 0, rule.dry_run)
 
 
 def room_at(transaction: Transaction, count: str, identity: str, limit: Limit,
@@ -2967,14 +3146,28 @@ def show_metrics(settings: Settings, ledger: Ledger) -> Iterator[str]:
     yield from show_metric("up", {"": int(bool(counts))})
     for name, value in counts.items():
         yield from show_metric(f"{name}_total", {"": value})
-    used, limit = {}, {}
+    used, limit, refusals, ends, tried = {}, {}, {}, {}, {}
     for one in ledger.database.look(survey, settings, int(time.time())):
-        name = re.sub(r'(["\\])', r"\\\1", printable(one.identity))
         for window in sorted(one.limits, reverse=True):  # the narrowest last
-            labels = f'{{identity="{name}",window="{window.seconds}"}}'
+            labels = labels_of(one, window.seconds)
             used[labels], limit[labels] = window.used, window.mails
-    yield from show_metric("used", used)
-    yield from show_metric("limit", limit)
+        for row in one.refusals:
+            refusals[labels_of(one, row.seconds)] = row.hits
+        if one.until:
+            ends[labels_of(one)] = one.until
+        if one.dry_run:
+            tried[labels_of(one)] = 1
+    for metric, values in (("used", used), ("limit", limit),
+                           ("refusals_total", refusals), ("limit_ends", ends),
+                           ("dry_run", tried)):
+        yield from show_metric(metric, values)
+
+
+def labels_of(standing: Standing, *window: int) -> str:
+    """Return the labels of a metric of an identity, or of its window."""
+    name = re.sub(r'(["\\])', r"\\\1", printable(standing.identity))
+    return f'{{identity="{name}"' + "".join(
+        f',window="{seconds}"' for seconds in window) + "}"
 
 
 def show_metric(name: str, values: Mapping[str, float]) -> Iterator[str]:
@@ -2985,51 +3178,92 @@ def show_metric(name: str, values: Mapping[str, float]) -> Iterator[str]:
         yield f"{name}{labels} {value}"
 
 
-def fullness(standing: Standing) -> tuple[float, int]:
-    """Return how full the fullest window is, and what is used of one."""
-    return max(((one.used / max(one.mails, 1), one.used)
-                for one in standing.limits), default=(0, 0))
+def urgency(standing: Standing, now: int) -> tuple[float, ...]:
+    """Return what puts an identity ahead of others: refused now, then full."""
+    refused = max((row.hits for row in standing.refusals
+                   if row.last + row.seconds > now), default=0)
+    fullest = max([(one.used / (one.mails or 1), one.used)
+                   for one in standing.limits], default=(0, 0))
+    return refused, bool(standing.until), *fullest
 
 
-def show_most(standings: Sequence[Standing], colour: bool) -> Iterator[str]:
-    """Yield the lines that show the first 20, for a terminal."""
-    shown = standings[:20]
-    room = max(16, shutil.get_terminal_size().columns - 58)
-    width = min(room, max((len(one.identity) for one in shown), default=0))
-    for one in shown:
-        name = printable(one.identity)
-        name = name if len(name) <= width else name[:width - 3] + "..."
-        for window in one.limits:
-            yield f"{name:{width}} {show_window(window, colour)}"
-            name = ""
-    if len(standings) > len(shown):
-        yield (f"and {len(standings) - len(shown)} more: --status ID shows"
-               " one, --json all")
+def show_most(standings: Sequence[Standing], now: int) -> Iterator[str]:
+    """Yield lines that show the first: what fits the terminal, or all."""
+    columns, lines = shutil.get_terminal_size((80, 0))
+    rows: list[tuple[str, ...]] = [
+        ("identity", "", "", "used", "refused", "last", "room", "until")]
+    left = len(standings)
+    for one in standings:
+        more = list(show_rows(one, now))
+        if lines and len(rows) + len(more) > lines - 2:  # and a prompt
+            break
+        rows += more
+        left -= 1
+    yield from align(rows, columns or 80)
+    if left:
+        yield f"and {left} more: --status ID shows one, --json all"
 
 
-def show_one(standing: Standing, colour: bool) -> Iterator[str]:
+def show_rows(standing: Standing, now: int) -> Iterator[tuple[str, ...]]:
+    """Yield the cells that show an identity, its refusals in the first row."""
+    hits = sum(row.hits for row in standing.refusals)
+    last = max((row.last for row in standing.refusals), default=0)
+    first = [str(hits or ""), short(last, now)]
+    until = (short(standing.until, now)
+             or ("dry_run" if standing.dry_run else ""))
+    name = printable(standing.identity)
+    for one in standing.limits or [None]:
+        yield (name, *(show_window(one) if one else ("", "", "")), *first,
+               short(one and one.room_at, now), until)
+        name, first, until = "", ["", ""], ""
+
+
+def show_one(standing: Standing, places: Mapping[tuple[str, ...], str],
+             ) -> Iterator[str]:
     """Yield the lines that tell all about one identity."""
     last = standing.last_mail
     yield printable(standing.identity)
     yield f"last mail: {moment(last) if last else 'none'}"
-    yield f"limits, from {standing.source}:"
+    found = [names for names in places if names[:1] == (standing.source,)
+             and fold(names[-1]) in (standing.source, standing.identity)]
+    where = (term(standing.until) if standing.until else
+             places[max(found, key=len)] if found else "the default")
+    yield (f"limits, from {standing.source} ({where})"
+           f"{', only tried' if standing.dry_run else ''}:")
     for window in standing.limits:
-        yield "  " + show_window(window, colour)
-        if window.noted:
-            yield f"       {window.noted} refusals for the next report"
+        span, bar, used = show_window(window)
+        room = f"room at {moment(window.room_at)}" if window.room_at else ""
+        yield f"  {span:>4} {bar} {used:<11} {room}".rstrip()
+    if standing.refusals:
+        yield from align([("refused", "by", "since", "last", "client"), *(
+            (str(row.hits), ratio(row), moment(row.first), moment(row.last),
+             row.client) for row in standing.refusals)])
 
 
-def show_window(window: Window, colour: bool) -> str:
-    """Return a limit with a bar of what is used, and when there is room."""
+FULL = "[##########]"
+
+
+def show_window(window: Window) -> tuple[str, str, str]:
+    """Return a limit's window, a bar of what is used, and the figures."""
     mails, seconds, used = window.mails, window.seconds, window.used
-    bar = f"{'#' * min(10, math.ceil(10 * used / max(mails, 1))):.<10}"
-    if colour and used >= mails:
-        bar = f"\033[31m{bar}\033[0m"
+    bar = f"[{'#' * min(10, math.ceil(10 * used / max(mails, 1))):.<10}]"
     size, unit = next((size, unit) for size, unit in (
         (86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if seconds % size == 0)
-    room = f"room at {moment(window.room_at)}" if window.room_at else ""
-    return (f"{seconds // size:>3}{unit} [{bar}] {f'{used}/{mails}':<11}"
-            f" {room}").rstrip()
+    return f"{seconds // size}{unit}", bar, f"{used}/{mails}"
+
+
+def short(date: int | None, now: int) -> str:
+    """Return a time as a table shows it: of today the time, else the date."""
+    if not date or date >= FOR_GOOD:
+        return term(date) if date else ""
+    day, today = time.localtime(date), time.localtime(now)
+    return time.strftime(
+        "%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
+
+
+def term(ends: int) -> str:
+    """Return until when limits of --limit hold."""
+    return "for good" if ends >= FOR_GOOD else f"until {moment(ends)}"
 
 
 # ---------------------------------------------------------------------------
@@ -3795,7 +4029,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     one_of("--status", metavar="ID", nargs="?", const="",
            help="show who has used how much, or all about one identity")
     one_of("--reset", metavar="ID", help="forget what an identity has used")
+    one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
+           " identity other limits at once, such as 500/day or 10/min,90/h")
+    one_of("--block", metavar="ID", help="let no mail of an identity pass")
+    one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
+    also("--for", dest="term", metavar="TIME", type=duration, help="how long"
+         " --limit or --block holds, such as 90s, 30m, 2h, 1d; else for good")
     also("--json", action="store_true", help="show --status as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
@@ -3805,21 +4045,60 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
          " whoever calls: socket, database and pidfile are in DIR")
     also("--version", action="version", version=f"{PROGRAM} {VERSION}")
     options = parser.parse_args(argv)
+    try:
+        choose_command(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def choose_command(options: argparse.Namespace) -> None:
+    """Set the command that options mean; ValueError: they go not together."""
     for name, command in (("get_config", get_config), ("reset", reset),
-                          ("status", show_status)):
+                          ("limit", set_limit), ("block", set_limit),
+                          ("unlimit", unlimit), ("status", show_status)):
         if getattr(options, name) is not None:
             options.command = command
     if options.json and options.command is run:
         options.command, options.status = show_status, ""
     if options.json and options.command is not show_status:
-        parser.error("--json goes with --status")
-    return options
+        raise ValueError("--json goes with --status")
+    if options.term and options.command is not set_limit:
+        raise ValueError("--for goes with --limit and --block")
+    if options.limit is not None:
+        options.limit[1] = parse_given(options.limit[1])
+
+
+BLOCKED = (Limit(0, 3600),)  # an hour's quiet starts the count in the log anew
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_given(text: str) -> Limits:
+    """Parse LIMITS: as in the file, or such as 10/min,500/day."""
+    if text.strip().startswith(("[", "(")):
+        return parse_limits(text)
+    try:
+        return as_limits([[int(mails), duration(span)] for mails, _, span in
+                          (part.partition("/") for part in text.split(","))])
+    except ValueError:
+        raise ValueError(f"LIMITS: found {text!r}, expected such as 500/day,"
+                         " 10/min,90/h, [[10, 60]]") from None
+
+
+def duration(text: str) -> int:
+    """Parse a time such as 90s, 2h, day or 60; return seconds."""
+    found = re.fullmatch(r"(?=.)(\d{0,9})(|s|sec|second|m|min|minute|h|hour"
+                         r"|d|day|w|week)s?", text.strip().lower())
+    if not found:
+        raise ValueError
+    return as_seconds(int(found[1] or 1) * UNITS[found[2][:1]])
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of a command, and log as they say."""
     config = configure(options)
     options.file = options.file or config.path  # a reload has another $HOME
+    options.places = config.places
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
     if options.command in (run, check_start):
@@ -3889,6 +4168,11 @@ def clean(options: argparse.Namespace) -> None:
                 int(time.time()), 2 * settings.longest_window)
             deleted += some
             time.sleep(0.005)  # the daemon's turn
+        after = ""
+        while after is not None:
+            after = ledger.database.transact(
+                clean_refused, settings, after, int(time.time()))
+            time.sleep(0.005)
     except LedgerError as error:
         raise CleanError(str(error)) from error
     finally:
@@ -3915,20 +4199,21 @@ def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, ledger = enter(options, make=False)
     now = int(time.time())
-    identity = fold(options.status) if options.status else None
+    identity = as_key(options.status) if options.status else None
     standings = sorted(
         ledger.database.look(survey, settings, now, identity),
-        key=fullness, reverse=True)
+        key=lambda one: urgency(one, now), reverse=True)
     if options.json:
         print(json.dumps({"time": now, "identities": [
-            {**one._asdict(), "limits": [w._asdict() for w in one.limits]}
+            {**one._asdict(), "limits": [w._asdict() for w in one.limits],
+             "refusals": [row._asdict() for row in one.refusals]}
             for one in standings]}))
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
-    for line in (show_most(standings, colour) if identity is None else
-                 show_one(standings[0], colour)):
-        print(line)
+    for line in (show_most(standings, now) if identity is None else
+                 show_one(standings[0], options.places)):
+        print(line.replace(FULL, f"\033[31m{FULL}\033[0m") if colour else line)
 
 
 def show_prometheus(options: argparse.Namespace) -> None:
@@ -3942,10 +4227,46 @@ def show_prometheus(options: argparse.Namespace) -> None:
 
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
-    _, ledger = enter(options)
-    identity = fold(options.reset)
+    settings, ledger = enter(options)
+    identity = as_key(options.reset)
+    warn_unknown(settings, ledger, identity)
     mails = ledger.database.transact(forget, identity)
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
+
+
+def set_limit(options: argparse.Namespace) -> None:
+    """Give an identity other limits at once, on every host."""
+    settings, ledger = enter(options)
+    identity, limits = options.limit or (options.block, BLOCKED)
+    key, now = as_key(identity), int(time.time())
+    ends = now + options.term if options.term else FOR_GOOD
+    warn_unknown(settings, ledger, key)
+    ledger.database.transact(set_override, key, limits, ends, now)
+    given = ", ".join(map(ratio, limits)) or "no limits"
+    print(f"{printable(key)}: {given} {term(ends)}")
+
+
+def unlimit(options: argparse.Namespace) -> None:
+    """Let the limits of file or query hold for an identity again."""
+    _, ledger = enter(options)
+    key = as_key(options.unlimit)
+    had = ledger.database.transact(drop_override, key)
+    print(f"{printable(key)}:", "its usual limits hold again" if had
+          else "it has its usual limits")
+
+
+def as_key(identity: str) -> str:
+    """Return the key under which an ID of the command line is counted."""
+    return fold(identity)
+
+
+def warn_unknown(settings: Settings, ledger: Ledger, identity: str) -> None:
+    """Warn of an identity that nothing is known of."""
+    [found] = ledger.database.transact(
+        survey, settings, int(time.time()), identity)
+    if not (found.last_mail or found.refusals) and found.source == "limits":
+        log.warning("%s: nothing is recorded of it: is it spelt right?",
+                    printable(identity))
 
 
 def check_start(options: argparse.Namespace) -> None:
