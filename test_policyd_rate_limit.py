@@ -2981,6 +2981,21 @@ class DatabaseFailureTest(NetTest):
             self.assertEqual(daemon.ask(sasl_username="greedy"), REFUSED)
         self.assertLess(daemon.log().count("database is"), 4, daemon.log())
 
+    def test_on_a_full_disk_who_is_over_a_limit_stays_refused(self) -> None:
+        daemon = self.daemon(self.config.replace("1000", "1")
+                             + "limits_by_id: {free: []}\n")
+        self.passes(daemon, "greedy")
+        with disk_full(daemon):
+            for _ in range(3):
+                self.assertEqual(daemon.ask(), AWAY)
+                for who, answer in (("greedy", REFUSED), ("free", PASS)):
+                    self.assertEqual(daemon.ask(sasl_username=who), answer)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(daemon.log().count("the database is"), 2)
+        daemon.ask(sasl_username="greedy")
+        shown = run(*daemon.options, "--status", "greedy").stdout
+        self.assertRegex(shown, r"(?m)^1 +1/600s ")
+
     def test_the_columns_are_those_of_the_original_and_a_total(self) -> None:
         daemon = self.daemon(self.config)
         self.assertEqual(daemon.ask(sasl_username="Ann", recipient_count=3),
@@ -3223,10 +3238,13 @@ class ServiceTest(FolderTest):
             self.assertEqual(self.answers(service, {}), [action])
 
     def test_no_database_gives_db_error_action_until_it_is_back(self) -> None:
-        service = self.service(db_error_action="reject no database")
+        service = self.service(db_error_action="reject no database",
+                               limits_by_id=prl.as_limits_by_id({"free": []}))
         os.mkdir(self.path("db"))  # no file can be opened there
         with quiet() as said:
             self.assertEqual(self.answers(service, {}, {}), ["reject"] * 2)
+            self.assertEqual(self.answers(
+                service, {"sasl_username": "free"}), ["dunno"])
             os.rmdir(self.path("db"))
             self.assertEqual(self.answers(service, {}, {}), ["dunno"] * 2)
         self.assertEqual([("away" in line, "back" in line) for line in said],
