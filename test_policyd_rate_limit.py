@@ -4089,8 +4089,8 @@ class StatusTest(ReportsTest):
             self.assertEqual((one["identity"], one["source"], one["until"]),
                              ("ann", "limits", 0))
             self.assertEqual((joe["source"], joe["until"], joe["limits"]), (
-                "--limit", 10**12, [{"mails": 0, "seconds": 3600, "used": 0,
-                                     "room_at": None, "noted": 0}]))
+                "--limit", 10**12, [{"mails": 0, "seconds": 86400, "used": 0,
+                                     "room_at": None, "noted": 2}]))
             [refusal] = joe["refusals"]
             self.assertLessEqual(refusal.pop("first"), refusal.pop("last"))
             self.assertEqual(refusal, {
@@ -4145,7 +4145,7 @@ class StatusTest(ReportsTest):
                 (("--limit", "joe", "[[5, 60]]", "--for", "2h"),
                  "joe: 5/60s until 20", [PASS, REFUSED]),
                 (("--limit", "joe", "[]"), "joe: no limits for good", [PASS]),
-                (("--block", "joe", "--for=30m"), "joe: 0/3600s until",
+                (("--block", "joe", "--for=30m"), "joe: 0/86400s until",
                  [REFUSED]),
                 (("--unlimit", "joe"), "joe: its usual limits hold again",
                  [REFUSED]),
@@ -4164,11 +4164,11 @@ class StatusTest(ReportsTest):
         self.assertEqual(run(*daemon.options, "--block", "free").stderr, "")
         self.assertEqual(daemon.ask(sasl_username="free"), REFUSED)
         shown = run(*daemon.options, "--status", "free").stdout
-        self.assertIn("limits, from --limit (for good):\n    1h", shown)
-        self.assertRegex(shown, "\n1 +0/3600s +20")
+        self.assertIn("limits, from --limit (for good):\n    1d", shown)
+        self.assertRegex(shown, "\n1 +0/86400s +20")
         self.assertRegex(daemon.log(), "no limits, action=dunno\n(.*\n)*.*"
-                         "identity=<free>, cost=1, used=0/0/3600s,"
-                         " client=192.0.2.7, broken=0/3600s, refused=1, ")
+                         "identity=<free>, cost=1, used=0/0/86400s,"
+                         " client=192.0.2.7, broken=0/86400s, refused=1, ")
 
     def test_quotas_show_how_they_stand_and_can_be_blocked(self) -> None:
         daemon = self.daemon(json.dumps({
