@@ -4069,7 +4069,7 @@ def choose_command(options: argparse.Namespace) -> None:
         options.limit[1] = parse_given(options.limit[1])
 
 
-BLOCKED = (Limit(0, 3600),)  # an hour's quiet starts the count in the log anew
+BLOCKED = (Limit(0, 86400),)  # one alert a day, not one for each mail
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 

@@ -3124,6 +3124,21 @@ class DatabaseFailureTest(NetTest):
             self.assertEqual([passes(f"u{n}") for n in (149, 50, 49, 50)],
                              [False, False, True, True])
 
+    def test_on_a_full_disk_who_is_over_a_limit_stays_refused(self) -> None:
+        daemon = self.daemon(self.config.replace("1000", "1")
+                             + "limits_by_id: {free: []}\n")
+        self.passes(daemon, "greedy")
+        with disk_full(daemon):
+            for user in "abc":
+                self.assertEqual(daemon.ask(sasl_username=user), AWAY)
+                for who, answer in (("greedy", REFUSED), ("free", PASS)):
+                    self.assertEqual(daemon.ask(sasl_username=who), answer)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(daemon.log().count("the database is"), 2)
+        daemon.ask(sasl_username="greedy")
+        shown = run(*daemon.options, "--status", "greedy").stdout
+        self.assertRegex(shown, r"(?m)^1 +1/600s ")
+
     def test_the_columns_are_those_of_the_original_and_a_total(self) -> None:
         daemon = self.daemon(self.config)
         self.assertEqual(daemon.ask(sasl_username="Ann", recipient_count=3),
@@ -3366,10 +3381,13 @@ class ServiceTest(FolderTest):
             self.assertEqual(self.answers(service, {}), [action])
 
     def test_no_database_gives_db_error_action_until_it_is_back(self) -> None:
-        service = self.service(db_error_action="reject no database")
+        service = self.service(db_error_action="reject no database",
+                               limits_by_id=prl.as_limits_by_id({"free": []}))
         os.mkdir(self.path("db"))  # no file can be opened there
         with quiet() as said:
             self.assertEqual(self.answers(service, {}, {}), ["reject"] * 2)
+            self.assertEqual(self.answers(
+                service, {"sasl_username": "free"}), ["dunno"])
             os.rmdir(self.path("db"))
             self.assertEqual(self.answers(service, {}, {}),
                              ["dunno", "defer_if_permit"])
@@ -4215,8 +4233,8 @@ class StatusTest(ReportsTest):
             self.assertEqual((one["identity"], one["source"], one["until"]),
                              ("ann", "limits", 0))
             self.assertEqual((joe["source"], joe["until"], joe["limits"]), (
-                "--limit", 10**12, [{"mails": 0, "seconds": 3600, "used": 0,
-                                     "room_at": None, "noted": 0}]))
+                "--limit", 10**12, [{"mails": 0, "seconds": 86400, "used": 0,
+                                     "room_at": None, "noted": 2}]))
             [refusal] = joe["refusals"]
             self.assertLessEqual(refusal.pop("first"), refusal.pop("last"))
             self.assertEqual(refusal, {
@@ -4271,7 +4289,7 @@ class StatusTest(ReportsTest):
                 (("--limit", "joe", "[[5, 60]]", "--for", "2h"),
                  "joe: 5/60s until 20", [PASS, REFUSED]),
                 (("--limit", "joe", "[]"), "joe: no limits for good", [PASS]),
-                (("--block", "joe", "--for=30m"), "joe: 0/3600s until",
+                (("--block", "joe", "--for=30m"), "joe: 0/86400s until",
                  [REFUSED]),
                 (("--unlimit", "joe"), "joe: its usual limits hold again",
                  [REFUSED]),
@@ -4290,11 +4308,11 @@ class StatusTest(ReportsTest):
         self.assertEqual(run(*daemon.options, "--block", "free").stderr, "")
         self.assertEqual(daemon.ask(sasl_username="free"), REFUSED)
         shown = run(*daemon.options, "--status", "free").stdout
-        self.assertIn("limits, from --limit (for good):\n    1h", shown)
-        self.assertRegex(shown, "\n1 +0/3600s +20")
+        self.assertIn("limits, from --limit (for good):\n    1d", shown)
+        self.assertRegex(shown, "\n1 +0/86400s +20")
         self.assertRegex(daemon.log(), "no limits, action=dunno\n(.*\n)*.*"
-                         "identity=<free>, cost=1, used=0/0/3600s,"
-                         " client=192.0.2.7, broken=0/3600s, refused=1, ")
+                         "identity=<free>, cost=1, used=0/0/86400s,"
+                         " client=192.0.2.7, broken=0/86400s, refused=1, ")
 
     def test_quotas_show_how_they_stand_and_can_be_blocked(self) -> None:
         daemon = self.daemon(json.dumps({
