@@ -8,6 +8,7 @@ Postfix, the database servers.
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import collections
 import concurrent.futures
@@ -16,6 +17,7 @@ import dataclasses
 import email.message
 import email.policy
 import fcntl
+import gc
 import glob
 import grp
 import importlib.util
@@ -46,9 +48,10 @@ import time
 import unittest
 import urllib.parse
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import policyd_rate_limit as prl
@@ -60,7 +63,7 @@ except ImportError:
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, "policyd_rate_limit.py")
-PATIENCE = 30  # seconds before a test gives up waiting
+PATIENCE = 60  # seconds before a test gives up waiting
 QUICK = bool(os.environ.get("POLICYD_TEST_QUICK"))
 NO_SKIP = bool(os.environ.get("POLICYD_TEST_NO_SKIP"))
 PASS = "dunno"
@@ -72,7 +75,47 @@ Answers = list[tuple[dict[str, Any], str]]  # to some mails
 slow = unittest.skipIf(QUICK, "POLICYD_TEST_QUICK is set")
 
 
-def skip(why: str) -> None:
+class Suite(unittest.TestSuite):
+    """All tests; names in the end what was skipped, also without -v."""
+
+    def run(self, result: unittest.TestResult,
+            debug: bool = False) -> unittest.TestResult:
+        """Run them, and name the skipped below the summary."""
+        super().run(result, debug)
+        for test, why in result.skipped:
+            atexit.register(print, f"skipped {test}: {why}", file=sys.stderr)
+        return result
+
+
+def load_tests(_loader: unittest.TestLoader, tests: unittest.TestSuite,
+               _pattern: str | None) -> Suite:
+    """Have unittest run the tests by way of Suite."""
+    return Suite(tests)
+
+
+LEAKS: list[str] = []  # what was left open, or failed where nobody catches it
+
+
+def setUpModule() -> None:
+    """Let every warning be an error, here and in what the tests start."""
+    warnings.simplefilter("error")
+    os.environ["PYTHONWARNINGS"] = "error"
+    sys.unraisablehook = lambda leak: LEAKS.append(repr(leak.exc_value))
+    threading.excepthook = lambda leak: LEAKS.append(repr(leak.exc_value))
+    logging.getLogger().addHandler(logging.NullHandler())  # not to stderr
+    tempfile.tempdir = tempfile.mkdtemp(prefix="policyd-")
+    os.chmod(tempfile.tempdir, 0o755)
+    unittest.addModuleCleanup(os.rmdir, tempfile.tempdir)
+
+
+def tearDownModule() -> None:
+    """Check that nothing is left open."""
+    gc.collect()
+    if LEAKS:
+        raise AssertionError("\n".join(LEAKS))
+
+
+def skip(why: str) -> NoReturn:
     """Skip the test, or fail it where the environment forbids skips."""
     if NO_SKIP:
         raise AssertionError(f"skipping is forbidden here: {why}")
@@ -200,7 +243,11 @@ class Client:
         family = (socket.AF_UNIX if isinstance(address, str) else
                   socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         self.socket = socket.socket(family)
-        self.socket.connect(address)  # waits where the backlog is full
+        try:
+            self.socket.connect(address)  # waits where the backlog is full
+        except OSError:
+            self.socket.close()
+            raise
         self.socket.settimeout(PATIENCE)
         self.stream = self.socket.makefile("rb")
 
@@ -289,11 +336,14 @@ class Daemon:
             self.process.send_signal(number)
             self.process.send_signal(signal.SIGCONT)
         try:
-            return self.process.wait(PATIENCE)
+            status = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
             raise AssertionError(f"it does not stop:\n{self.log()}") from None
+        if "Warning: " in self.log():  # Python's: it left something open
+            raise AssertionError(self.log())
+        return status
 
 
 class SystemDaemon(Daemon):
@@ -837,9 +887,16 @@ class Relay:
             while True:
                 near = self.listener.accept()[0]
                 far = socket.create_connection(self.target)
-                for one, other in ((near, far), (far, near)):
-                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    in_background(self.carry, one, other)
+                in_background(self.join, near, far)
+
+    def join(self, near: socket.socket, far: socket.socket) -> None:
+        """Pass on what comes from either, until one ends."""
+        with near, far:
+            for one in (near, far):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            back = in_background(self.carry, far, near)
+            self.carry(near, far)
+            back.join()
 
     def carry(self, source: socket.socket, sink: socket.socket) -> None:
         """Pass on what comes, each piece after half the delay."""
@@ -1267,16 +1324,21 @@ class UnitTest(FolderTest):
 
     def analyze(self, *what: str) -> subprocess.CompletedProcess[str]:
         """Let systemd-analyze look at the unit, with a program that is."""
-        if shutil.which("systemd-analyze") is None:
-            skip("systemd-analyze is missing")
         with open(os.path.join(HERE, "policyd-rate-limit.service"),
                   encoding="utf-8") as file:
             unit = re.sub("(?m)=/usr/local/bin/policyd-rate-limit",
                           "=/bin/true", file.read())
-        return subprocess.run(
-            ["systemd-analyze", *what,
-             self.write("policyd-rate-limit.service", unit)],
-            capture_output=True, text=True, timeout=PATIENCE, check=False)
+        for text in "[Service]\nExecStart=/bin/true\n", unit:
+            path = self.write("policyd-rate-limit.service", text)
+            try:
+                done = subprocess.run(
+                    ["systemd-analyze", *what, path], capture_output=True,
+                    text=True, timeout=PATIENCE, check=False)
+            except OSError as error:
+                skip(f"no systemd-analyze: {error}")
+            if text is not unit and done.stderr:  # a chroot, an old version
+                skip(f"systemd-analyze cannot work here: {done.stderr}")
+        return done
 
     def test_it_verifies_without_a_word(self) -> None:
         done = self.analyze("verify")
@@ -2532,7 +2594,7 @@ class DriverTest(StoreContract, DatabaseTest):
                     one.socket.sendall(request_text())
                 leaving.send(signal.SIGTERM)
                 self.assertEqual({one.read() for one in asked}, {DB_AWAY})
-                self.assertLess(time.monotonic() - began, 5)
+                self.assertLess(time.monotonic() - began, 10)
                 self.assertEqual(leaving.process.wait(PATIENCE), 0)
             began = time.monotonic()  # few wait, however many there are
             self.assertEqual([clients[0].ask() for _ in range(200)],
@@ -2879,8 +2941,8 @@ class GaleraTest(DatabaseTest):
     driver = "MySQLdb"
 
     def on_nodes(self) -> list[Daemon]:
-        """Start a host on each node that lives."""
-        return self.hosts(*[{"mysql_config": node.config}
+        """Start a host on each node that lives, with much patience."""
+        return self.hosts(*[{"mysql_config": node.config, "db_timeout": 20}
                             for node in self.servers.nodes if node.process])
 
     def test_hosts_on_all_nodes_share_one_limit_exactly(self) -> None:
@@ -2954,7 +3016,7 @@ class DatabaseFailureTest(NetTest):
             for _ in range(2):
                 start = time.monotonic()
                 self.assertEqual(daemon.ask(), AWAY)
-                self.assertLess(time.monotonic() - start, 1.7)
+                self.assertLess(time.monotonic() - start, 4)
             self.assertEqual(daemon.ask(recipient_count=989), REFUSED)
             self.assertEqual(daemon.ask(recipient_count=980), AWAY)
         wait_for(lambda: daemon.ask(sasl_username="ann") == PASS, "it")
@@ -3434,10 +3496,10 @@ class ServerTest(NetTest):
 
     def test_an_idle_connection_is_closed(self) -> None:
         with self.daemon("delay_to_close: 1\n").client() as client:
-            self.assertEqual(client.ask(), PASS)
             start = time.monotonic()
+            self.assertEqual(client.ask(), PASS)
             self.assertEqual(client.read(), "")
-        self.assertAlmostEqual(time.monotonic() - start, 1, delta=0.8)
+        self.assertGreater(time.monotonic() - start, 0.9)
 
     def test_a_request_that_trickles_in_for_ever_is_hung_up_on(self) -> None:
         with self.daemon("delay_to_close: 1\n").client() as client:
@@ -4040,7 +4102,7 @@ class AlertTest(ReportsTest):
         with daemon.client() as client:
             for n in range(200):
                 self.assertEqual(client.ask(sasl_username=n), REFUSED)
-        self.assertLess(time.monotonic() - began, 5)
+        self.assertLess(time.monotonic() - began, prl.MAIL_PATIENCE / 2)
 
     def test_the_next_window_tells_how_many_were_refused(self) -> None:
         sink = self.sink()
@@ -4401,7 +4463,10 @@ class StatusTest(ReportsTest):
         self.spend("joe", 10)
         config = self.write("test.yaml", self.config)
         for extra, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
-            ours, theirs = pty.openpty()
+            try:
+                ours, theirs = pty.openpty()
+            except OSError as error:
+                skip(f"no terminals: {error}")
             run("--standalone", self.folder, "-f", config, "--status",
                 stdout=theirs, check=True, env={
                     **os.environ, "NO_COLOR": "", "TERM": "xterm", **extra})
@@ -4425,17 +4490,24 @@ class StatusTest(ReportsTest):
             self.assertEqual((result.returncode, result.stdout), (2, ""))
             self.assertIn("usage:", result.stderr)
 
-    def test_a_hundred_thousand_identities_take_two_seconds(self) -> None:
+    def test_five_times_the_identities_take_five_times_as_long(self) -> None:
+        took = [self.cpu_seconds_with(count) for count in (20_000, 100_000)]
+        self.assertLess(took[1], 10 * took[0])
+
+    identities = 0  # in the table
+
+    def cpu_seconds_with(self, identities: int) -> float:
+        """Return what --status takes with so many identities."""
         now = int(time.time())
-        self.spend("joe", 1)
         self.ledger.database.transact(lambda work: work.cursor.executemany(
             "INSERT INTO mail_count VALUES (?, ?, 1, '', 'DATA', ?)",
-            ((f"user{n}@example.org", now - 40 + i * 20, i + 1)
-             for n in range(100000) for i in range(3))))
-        began = time.monotonic()
-        self.assertIn("and 99991 more", self.show(
+            ((f"user{n}@{identities}.org", now - 40 + i * 20, i + 1)
+             for n in range(identities - self.identities) for i in range(3))))
+        self.identities = identities
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        self.assertIn(f"and {identities - 9} more", self.show(
             "--status", env={**os.environ, "LINES": "24"}))
-        self.assertLess(time.monotonic() - began, 2)
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
 
 
 YAML_READ: list[tuple[str, Any]] = [
@@ -4659,8 +4731,9 @@ class TestReader(unittest.TestCase):
                     self.assertTrue(pattern.fullmatch(taken))
                     self.assertFalse(pattern.fullmatch(refused))
 
-    @unittest.skipIf(yaml is None, "PyYAML is missing")
     def test_what_is_read_is_read_as_pyyaml_reads_it(self) -> None:
+        if yaml is None:
+            skip("PyYAML is missing")
         rng, read = random.Random(1), 0
         for _ in range(6000):
             text = document(rng)
@@ -4980,7 +5053,7 @@ class ProcessTest(NetTest):
                     client.socket.sendall(request_text())
                 start = time.monotonic()
                 self.assertEqual(daemon.stop(), 0)
-                self.assertLess(time.monotonic() - start, 5)  # at once
+                self.assertLess(time.monotonic() - start, 10)  # at once
                 self.assertEqual({c.read() for c in clients}, {PASS})
             self.assertEqual(counted(daemon.database), {"joe": 40})
 
@@ -5124,7 +5197,8 @@ class ProcessTest(NetTest):
         new = self.daemon(WIDE, "-o", f"SOCKET={old.socket}", name="new")
         self.assertEqual(old.stop(), 0)
         self.assertTrue(os.path.exists(old.socket))
-        self.assertEqual(Client(old.socket).ask(), PASS)
+        with Client(old.socket) as client:
+            self.assertEqual(client.ask(), PASS)
         self.assertEqual(new.stop(), 0)
 
     def test_a_socket_between_bind_and_listen_is_not_stolen(self) -> None:
@@ -5403,9 +5477,13 @@ class CommandLineTest(FolderTest):
 
     def contents(self) -> dict[str, bytes]:
         """Return the files in the folder."""
-        return {entry.name: b"" if entry.is_dir() else
-                open(entry.path, "rb").read()  # noqa: SIM115
-                for entry in os.scandir(self.folder)}
+        found = {}
+        for name in os.listdir(self.folder):
+            found[name] = b""
+            if not os.path.isdir(self.path(name)):
+                with open(self.path(name), "rb") as file:
+                    found[name] = file.read()
+        return found
 
     def test_check_says_what_is_wrong(self) -> None:
         os.mkdir(self.path("locked"), 0o555)
