@@ -1406,8 +1406,11 @@ class SQLite(Backend):
     def connect(self, timeout: int) -> Connection:
         """Open the file, so that a commit outlives a power cut."""
         connection = self.driver.connect(**self.config)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
+        with contextlib.ExitStack() as undo:
+            undo.callback(connection.close)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            undo.pop_all()
         self._file = self._identify()
         return connection
 
@@ -4000,7 +4003,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         options = parse_options(argv)
-        options.command(options)
+        with contextlib.ExitStack() as options.at_end:
+            options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as head(1) does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -4175,8 +4179,6 @@ def clean(options: argparse.Namespace) -> None:
             time.sleep(0.005)
     except LedgerError as error:
         raise CleanError(str(error)) from error
-    finally:
-        ledger.database.close()
     print(f"{deleted} records deleted")
     if settings.report:
         tell_doubts(settings, strict=False)
@@ -4191,6 +4193,7 @@ def enter(options: argparse.Namespace,
     if make:
         make_folders(settings, owner)
     ledger = open_ledger(settings)
+    options.at_end.callback(ledger.database.close)
     become(owner)
     return settings, ledger
 
