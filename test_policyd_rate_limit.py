@@ -5735,6 +5735,27 @@ class CommandLineTest(FolderTest):
                        "--file", "-f", "-o", "--standalone", "--version"):
             self.assertRegex(command("-h")[1], rf"(?<![\w-]){option}\b")
 
+    def test_what_readme_says_to_try_works(self) -> None:
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            section = file.read().partition("\n## Try it\n")[2]
+        blocks = [re.sub("(?m)^    ", "", block).replace(
+            "/tmp/policyd", self.path("try")) for block in re.findall(
+                r"(?:^    .*\n)+", section.partition("\n## ")[0], re.M)]
+        start, ask, refused = blocks
+        with subprocess.Popen(
+                ["sh", "-c", f"exec {start}"], cwd=HERE, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as daemon:
+            self.addCleanup(daemon.kill)
+            assert daemon.stdout is not None
+            self.assertIn(self.path("try/policy"), daemon.stdout.readline())
+            for answer in "action=dunno\n", refused:
+                done = subprocess.run(
+                    ["sh", "-c", ask], timeout=PATIENCE, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                self.assertEqual(done.stdout.rstrip(), answer.rstrip())
+            daemon.send_signal(signal.SIGINT)  # Ctrl-C
+            self.assertEqual(daemon.wait(PATIENCE), 0)
+
     def test_old_ways_to_write_options_work(self) -> None:
         path = self.write("test.yaml", "debug: no\n")
         for line in (f"--file={path} --get-config=debug",
