@@ -1358,6 +1358,19 @@ class UnitTest(FolderTest):
         self.assertEqual((done.returncode, done.stdout + done.stderr),
                          (0, ""))
 
+    def test_it_is_started_again_unless_that_cannot_help(self) -> None:
+        with open(os.path.join(HERE, "policyd-rate-limit.service"),
+                  encoding="utf-8") as file:
+            lines = file.read().splitlines()
+        fatal = sorted(error.exit_code for error in (
+            prl.UnknownUser, prl.AlreadyRunning, prl.SocketMalformed,
+            prl.ConfigError))
+        self.assertEqual(fatal, [2, 3, 4, 5])
+        for line in ("Restart=on-failure", "RestartSec=5s",
+                     "RestartPreventExitStatus=2 3 4 5",
+                     "StartLimitIntervalSec=0"):
+            self.assertIn(line, lines)
+
     def test_its_exposure_is_1_5_at_most(self) -> None:
         done = self.analyze("security", "--offline=yes", "--threshold=15")
         self.assertEqual(done.returncode, 0, done.stdout[-200:])
@@ -1753,8 +1766,8 @@ class ProtocolTest(unittest.TestCase):
         for text, count in (
                 ("", 0), ("0", 0), ("7", 7), ("007", 7), ("-1", 0), ("+1", 0),
                 ("x", 0), ("²", 0), ("٣", 0), ("1 ", 0), ("1.5", 0),
-                ("9" * 9, 999999999), ("9" * 10, prl.MAX_NUMBER),
-                ("9" * 400, prl.MAX_NUMBER), ("0" * 5000 + "1", 1)):
+                ("9" * 9, 999999999), ("9" * 10, 2147483647),
+                ("9" * 400, 2147483647), ("0" * 5000 + "1", 1)):
             self.assertEqual(prl.parse_count(text), count, text[:20])
 
 
@@ -1986,12 +1999,22 @@ class StoreContract:
     assertEqual: Any
     assertLess: Any
     assertLessEqual: Any
+    assertIn: Any
     assertIsNone: Any
+    assertIsNotNone: Any
+    assertTrue: Any
     assertNotIn: Any
     subTest: Any
 
+    explain = "EXPLAIN "
+    analyze: tuple[str, ...] = ()  # what it needs to know before
+
     def open(self, query: str | None = None) -> prl.Ledger:
         """Open a ledger on the database of the test."""
+        raise NotImplementedError
+
+    def assert_indexed(self, plan: list[str]) -> None:
+        """Check that a plan has no scan of mail_count but by the index."""
         raise NotImplementedError
 
     def execute(self, ledger: prl.Ledger, statement: str,
@@ -2369,6 +2392,59 @@ class StoreContract:
         self.execute(ledger, "DROP TABLE rules")
         self.assertEqual(self.passes(ledger, 1000), False)
 
+    def test_a_note_that_fails_costs_no_verdict(self) -> None:
+        ledger = self.open()
+        ledger.noted = (60,)
+        self.assertTrue(self.passes(ledger, 1000, cost=9))
+        self.execute(ledger, "ALTER TABLE limit_report RENAME TO missing")
+        both = [prl.Charge([prl.Claim("joe", cost, self.LIMITS)], 1000)
+                for cost in (5, 1)]
+        with quiet() as said:
+            refused, passed = ledger.database.transact(
+                prl.settle, both, None, ledger.noted)
+        self.assertIn("missing in the report", said[0])
+        self.assertIsNone(passed.broken)
+        self.assertIsNotNone(refused.broken)
+        self.assertEqual(self.used(ledger, 1000), 10)
+
+    def test_who_no_longer_waits_is_not_counted(self) -> None:
+        ledger = self.open()
+        self.assertEqual(self.used(ledger, 1000), 0)
+        gone, here = [prl.Charge([prl.Claim(
+            "joe", cost, self.LIMITS)], 1000) for cost in (7, 2)]
+        gone.abandoned = True  # as when its time is up
+        ledger._open.charges.append(gone)
+        self.assertIsNone(ledger.charge(here).broken)
+        self.assertEqual(self.used(ledger, 1000), 2)
+
+    def test_a_reset_forgets_all_mails_of_an_identity(self) -> None:
+        ledger = self.open()
+        for who, cost in (("joe", 2), ("joe", 5), ("ann", 1)):
+            self.assertTrue(self.passes(ledger, 1000, who, cost))
+        self.assertEqual([ledger.database.transact(prl.forget, "joe")
+                          for _ in range(2)], [7, 0])
+        self.assertEqual([self.used(ledger, 1000, who)
+                          for who in ("joe", "ann")], [0, 1])
+
+    def test_the_last_mail_is_the_newest(self) -> None:
+        ledger = self.open()
+        for now in (1000, 1300):
+            self.assertTrue(self.passes(ledger, now))
+        [standing] = ledger.database.look(
+            prl.survey, prl.Settings(limits=self.LIMITS), 1310, "joe")
+        self.assertEqual(standing.last_mail, 1300)
+
+    def test_a_window_is_read_through_the_index(self) -> None:
+        ledger = self.open()
+        mails = [("user", n, 1, "", "DATA", n) for n in range(1, 1500)]
+        mails += [(f"u{n}", 1, 1, "", "DATA", 1) for n in range(1500)]
+        ledger.database.transact(prl.Transaction.write, prl.INSERT, mails)
+        for statement in self.analyze:
+            self.execute(ledger, statement)
+        plan = self.execute(ledger, self.explain + prl.usage_statement(
+            1, 2, ledger.database.backend.text), "user", 1400, 1300)
+        self.assert_indexed([" ".join(map(str, row)) for row in plan])
+
     def test_threads_share_a_limit_exactly(self) -> None:
         ledger = self.open()
         passed = at_once(lambda _: [self.passes(ledger, 1000)
@@ -2445,12 +2521,26 @@ class SQLiteTest(StoreContract, FolderTest):
         self.assertIn("[##########]  1/1", run("--status", *daemon.options
                                               ).stdout)
 
-    def test_a_window_is_read_through_the_index(self) -> None:
+    explain = "EXPLAIN QUERY PLAN "
+
+    def assert_indexed(self, plan: list[str]) -> None:
+        """Check that all look-ups are by id (and date)."""
+        using = [line for line in plan if "mail_count" in line]
+        self.assertEqual(len(using), 4, plan)
+        for line in using:
+            self.assertRegex(line, r"SEARCH .*mail_count_total \(id=\?")
+
+    def test_what_is_committed_outlives_a_power_cut(self) -> None:
         ledger = self.open()
-        plan = self.execute(ledger, "EXPLAIN QUERY PLAN "
-                            + prl.usage_statement(1, 2), *"a012")
-        for *_, detail in plan:
-            self.assertNotIn("SCAN mail_", detail)
+        for pragma, value in (("synchronous", 2), ("journal_mode", "wal")):
+            self.assertEqual(self.execute(ledger, f"PRAGMA {pragma}"),
+                             [(value,)])
+
+    def test_the_timeout_of_sqlite_config_wins(self) -> None:
+        for more, timeout in (({}, 7), ({"timeout": 0.5}, 0.5)):
+            backend = prl.SQLite(prl.Settings(db_timeout=7, sqlite_config={
+                "database": self.path("db"), **more}))
+            self.assertEqual(backend.config["timeout"], timeout)
 
 
 class DatabaseTest(FolderTest):
@@ -2876,6 +2966,15 @@ class MySQLdbTest(HostsTest):
         " CHARACTER SET utf8 COLLATE utf8_general_ci",
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
 
+    analyze = ("ANALYZE TABLE mail_count",)
+
+    def assert_indexed(self, plan: list[str]) -> None:
+        """Check that all look-ups are by id (and date)."""
+        using = [line for line in plan if " mail_count " in line]
+        self.assertEqual(len(using), 4, plan)
+        for line in using:
+            self.assertRegex(line, " mail_count (ref|range) .*_total")
+
     @slow
     def test_the_first_start_needs_no_rights_but_those_in_readme(self) -> None:
         self.execute_all(*self.original)
@@ -2899,6 +2998,8 @@ class PyMySQLTest(DriverTest):
     """MariaDB through pymysql."""
 
     kind = MariaDB
+    analyze = MySQLdbTest.analyze
+    assert_indexed = MySQLdbTest.assert_indexed
     driver = "pymysql"
     before = ("MySQLdb",)
 
@@ -2926,6 +3027,15 @@ class Psycopg2Test(HostsTest):
             self.assertEqual((done.returncode, done.stdout), (6, ""))
             self.assertIn("codec can't encode", done.stderr)
 
+    analyze = ("ANALYZE mail_count",)
+
+    def assert_indexed(self, plan: list[str]) -> None:
+        """Check that all look-ups are by id (and date)."""
+        text = "\n".join(plan)
+        self.assertEqual(text.count("using mail_count_total"), 4, text)
+        self.assertEqual(len(re.findall(r"Index Cond: \(+id =", text)), 4)
+        self.assertNotIn("Seq Scan on mail_count", text)
+
     def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
         self.execute_all(
             *self.original,
@@ -2943,6 +3053,8 @@ class PsycopgTest(DriverTest):
     """PostgreSQL through psycopg (3)."""
 
     kind = PostgreSQL
+    analyze = Psycopg2Test.analyze
+    assert_indexed = Psycopg2Test.assert_indexed
     driver = "psycopg"
     before = ("psycopg2",)
 
@@ -3595,6 +3707,75 @@ class ServerTest(NetTest):
                                protocol_state=states[word[0]])
                     for word in dialogue.split()])
                 self.assertEqual(counted(daemon.database)[f"user{n}"], used)
+
+
+class DaemonTest(NetTest):
+    """What the daemon does by itself, at a quicker pace than it has."""
+
+    def hurried(self, config: str = WIDE, *options: str) -> Daemon:
+        """Start a daemon that cleans all the time."""
+        self.assertLessEqual(prl.CLEAN_PAUSE, 10)
+        program = self.write("hurried.py", (
+            "import sys\n"
+            f"sys.path.insert(0, {HERE!r})\n"
+            "import policyd_rate_limit\n"
+            "policyd_rate_limit.CLEAN_PAUSE = 0.05\n"
+            "sys.exit(policyd_rate_limit.main())\n"))
+        return self.daemon(config, *options, program=program)
+
+    def test_it_cleans_the_whole_table_step_by_step(self) -> None:
+        daemon = self.hurried("limits: [[9, 3600]]\n")
+        now = int(time.time())
+        rows = [(f"{kind}{n:04}", now - age, 1, "", "DATA", 1)
+                for kind, age in (("new", 0), ("old", 9000))
+                for n in range(2 * prl.CLEAN_STEP)]
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.executemany(prl.INSERT.format("(?, ?, ?, ?, ?, ?)"), rows)
+            other.commit()
+        wait_for(lambda: "old1999" not in counted(daemon.database),
+                 "the last to be cleaned")
+        self.assertEqual(len(counted(daemon.database)), 2 * prl.CLEAN_STEP)
+
+    def test_it_publishes_what_it_counted_time_and_again(self) -> None:
+        daemon = self.hurried()
+        tally = prl.Tally(daemon.pidfile)
+        daemon.ask()
+        wait_for(lambda: tally.read().get("requests") == 1, "the tally")
+        daemon.ask()
+        wait_for(lambda: tally.read().get("requests") == 2, "the next")
+
+    def test_a_tally_that_cannot_be_written_ends_nothing(self) -> None:
+        daemon = self.hurried()
+        os.makedirs(daemon.pidfile + ".tally.new/full")
+        daemon.ask(sasl_username="ann")
+        daemon.send(signal.SIGUSR2)
+        daemon.wait_log("1 requests")
+        self.passes(daemon)
+
+    def test_it_keeps_to_one_processor(self) -> None:
+        daemon = self.daemon()
+        self.assertEqual(len(os.sched_getaffinity(daemon.process.pid)), 1)
+
+    def test_a_tcp_port_can_be_had_again_at_once(self) -> None:
+        address = ("127.0.0.1", free_port())
+        daemon = self.daemon(WIDE, "-o", f"SOCKET={list(address)}")
+        with Client(address) as client:
+            self.assertEqual(client.ask(), PASS)
+            self.assertEqual(daemon.stop(), 0)  # it closes first: TIME_WAIT
+            self.assertEqual(client.read(), "")
+        daemon.start()
+        self.assertEqual(asks(address, 1), [PASS])
+
+    def test_a_client_that_never_reads_is_hung_up_on(self) -> None:
+        daemon = self.daemon(WIDE + "delay_to_close: 1\n")
+        threads = status(daemon, "Threads")
+        with daemon.client() as deaf:
+            deaf.socket.settimeout(0.3)
+            with contextlib.suppress(OSError):
+                while True:  # until all buffers are full, and it waits
+                    deaf.socket.sendall(request_text(protocol_state="RCPT"))
+            wait_for(lambda: status(daemon, "Threads") == threads,
+                     "its thread to end")
 
 
 class HostileTest(NetTest):
@@ -5277,6 +5458,59 @@ class ProcessTest(NetTest):
             self.assertEqual(manager.recv(99), b"READY=1")
             daemon.stop()
             self.assertEqual(manager.recv(99), b"STOPPING=1")
+
+    def test_systemd_is_told_in_the_abstract_namespace_too(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.settimeout(PATIENCE)
+            manager.bind(f"\0{self.folder}")
+            with patch.dict(os.environ, NOTIFY_SOCKET=f"@{self.folder}"):
+                self.daemon(WIDE)
+            self.assertEqual(manager.recv(99), b"READY=1")
+
+    def test_what_a_reload_cannot_change_is_told(self) -> None:
+        changes = {
+            "user": "joe", "group": "joe", "socket_permission": 0o600,
+            "mysql_config": {}, "pgsql_config": {}, "db_timeout": 7}
+        self.assertLessEqual(set(changes), set(prl.FIXED))
+        daemon = self.daemon("limits: [[1, 600]]\n")
+        self.write("daemon/test.yaml", json.dumps(
+            {**changes, "limits": [[2, 600]]}))
+        daemon.send(signal.SIGHUP)
+        log = daemon.wait_log("configuration reloaded")
+        for name in prl.FIXED:
+            self.assertEqual(
+                log.count(f"warning: {name}: a change takes effect at the"
+                          " next start"), name in changes, name)
+        self.assertEqual([daemon.ask() for _ in range(3)],
+                         [PASS, PASS, REFUSED])
+
+    def test_a_path_of_107_bytes_is_the_longest(self) -> None:
+        room = 107 - len(os.fsencode(self.path("")))
+        for name, status_ in (("x" * room, 0), ("x" * (room + 1), 6)):
+            path = self.path(name)
+            done = run("--check", "--standalone", self.folder,
+                       "-o", f"SOCKET={path}")
+            self.assertEqual(done.returncode, status_, done.stderr)
+        self.assertIn("too long a path", done.stderr)
+        self.daemon(WIDE, "-o", f"SOCKET={self.path('x' * room)}")
+        self.assertEqual(asks(self.path("x" * room), 1), [PASS])
+
+    def test_home_is_the_user_s_that_root_becomes(self) -> None:
+        if not is_root():
+            skip("root")
+        out = self.path("out")
+        os.chmod(self.folder, 0o777)
+        group = grp.getgrgid(pwd.getpwnam("nobody").pw_gid).gr_name
+        daemon = SystemDaemon(self.path("daemon"), (
+            f"user: nobody\ngroup: {group}\nlimits: [[0, 60]]\nalert: True\n"
+            "alert_command: [/bin/sh, -c, 'echo $HOME >"
+            f"{out}.new; mv {out}.new {out}']\n"))
+        self.addCleanup(daemon.stop)
+        daemon.ask()
+        wait_for(lambda: os.path.exists(out), "the alert")
+        with open(out, encoding="utf-8") as file:
+            self.assertEqual(file.read().strip(),
+                             pwd.getpwnam("nobody").pw_dir)
 
     def test_root_makes_the_folders_and_becomes_the_user(self) -> None:
         if not is_root():
