@@ -2442,7 +2442,8 @@ class StoreContract:
         for statement in self.analyze:
             self.execute(ledger, statement)
         plan = self.execute(ledger, self.explain + prl.usage_statement(
-            1, 2, ledger.database.backend.text), "user", 1400, 1300)
+            2, 2, ledger.database.backend.text),
+            "user", 1400, 1400, 1300, "u12", 1400, 1400, 1300)
         self.assert_indexed([" ".join(map(str, row)) for row in plan])
 
     def test_threads_share_a_limit_exactly(self) -> None:
@@ -4465,6 +4466,8 @@ class StatusTest(ReportsTest):
         self.assertIn(f"limits, from limits_by_id ({place}):\n    1h", shown)
         self.assertIn(f"limits, from limits ({place}):",
                       self.show("--status", "new"))
+        self.assertIn("last mail: 2", shown)
+        self.assertIn("last mail: none\n", self.show("--status", "new"))
         self.assertNotIn("[", self.show("--status", "free"))
         shown = self.show(
             "--status", "boss", "-o",
