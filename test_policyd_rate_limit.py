@@ -2397,25 +2397,16 @@ class StoreContract:
         ledger.noted = (60,)
         self.assertTrue(self.passes(ledger, 1000, cost=9))
         self.execute(ledger, "ALTER TABLE limit_report RENAME TO missing")
-        both = [prl.Charge([prl.Claim("joe", cost, self.LIMITS)], 1000)
-                for cost in (5, 1)]
+        both = prl.Batch([prl.Charge(
+            [prl.Claim("joe", cost, self.LIMITS)], 1000) for cost in (5, 1)])
         with quiet() as said:
-            refused, passed = ledger.database.transact(
-                prl.settle, both, None, ledger.noted)
+            ledger.database.transact(
+                prl.settle, both, None, ledger.noted, ledger.standby)
+        refused, passed = both.verdicts
         self.assertIn("missing in the report", said[0])
         self.assertIsNone(passed.broken)
         self.assertIsNotNone(refused.broken)
         self.assertEqual(self.used(ledger, 1000), 10)
-
-    def test_who_no_longer_waits_is_not_counted(self) -> None:
-        ledger = self.open()
-        self.assertEqual(self.used(ledger, 1000), 0)
-        gone, here = [prl.Charge([prl.Claim(
-            "joe", cost, self.LIMITS)], 1000) for cost in (7, 2)]
-        gone.abandoned = True  # as when its time is up
-        ledger._open.charges.append(gone)
-        self.assertIsNone(ledger.charge(here).broken)
-        self.assertEqual(self.used(ledger, 1000), 2)
 
     def test_a_reset_forgets_all_mails_of_an_identity(self) -> None:
         ledger = self.open()
