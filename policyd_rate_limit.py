@@ -1123,7 +1123,7 @@ class Transaction:
         For what must not cost the verdicts of the transaction.  No warning
         if that is empty.
         """
-        self.run("SAVEPOINT attempt")
+        self.later("SAVEPOINT attempt")
         try:
             result = work(self, *given)
             self.flush()
