@@ -2130,8 +2130,11 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
         deleted += transaction.run(
             "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
             now - max(keep, 2 * longest)).rowcount
-    transaction.run(f"DELETE FROM mail_value WHERE {these} AND date <= ?",
-                    *ids, now - keep)
+    transaction.run(
+        f"DELETE FROM mail_value WHERE {these} AND date <= ? AND NOT EXISTS"
+        " (SELECT 1 FROM mail_limit WHERE mail_limit.id = mail_value.id"
+        " AND ends > ?)",
+        *ids, now - keep, now)
     if transaction.backend.turn:
         transaction.run(
             f"DELETE FROM mail_turn WHERE {these} AND NOT EXISTS"

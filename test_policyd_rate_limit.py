@@ -2248,11 +2248,13 @@ class StoreContract:
             self.passes(ledger, 1000, who)
             self.override(ledger, who, prl.Limit(9, 5000),
                           ends=2000 if who == "ann" else 9000)
+            self.execute(ledger, "INSERT INTO mail_value (id, value, date)"
+                         " VALUES (?, 'x', 1000)", who)
         for now in (3000, 9000):
             ledger.database.transact(prl.clean_some, None, "", now, 60)
             ledger.database.transact(
                 prl.clean_refused, prl.Settings(), "", now)
-            for table in ("mail_count", "mail_limit"):
+            for table in ("mail_count", "mail_limit", "mail_value"):
                 self.assertEqual(self.execute(
                     ledger, f"SELECT id FROM {table}"),
                     [("joe",)] * (now == 3000))
