@@ -1123,7 +1123,7 @@ class Transaction:
         For what must not cost the verdicts of the transaction.  No warning
         if that is empty.
         """
-        self.run("SAVEPOINT attempt")
+        self.later("SAVEPOINT attempt")
         try:
             result = work(self, *given)
             self.flush()
@@ -2120,12 +2120,12 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
     more = transaction.run(
         "SELECT id FROM mail_count WHERE id > ? ORDER BY id"
         f" LIMIT 1 OFFSET {CLEAN_STEP}", after).fetchone()
-    [last] = more or transaction.run(
-        "SELECT max(id) FROM mail_count").fetchone()
+    these, ids = "id > ? AND id <= ?" if more else "id > ?", (
+        after, *(more or ()))
     deleted, overrides = 0, read_overrides(transaction, now)
     for [identity] in transaction.run(
-            "SELECT DISTINCT id FROM mail_count WHERE id > ? AND id <= ?"
-            " AND date <= ?", after, last or "", now - keep).fetchall():
+            f"SELECT DISTINCT id FROM mail_count WHERE {these} AND date <= ?",
+            *ids, now - keep).fetchall():
         own = query and transaction.attempt(
             QUERY_FAILED, ask_limits, query, identity)
         own = overrides.get(identity, (own,))[0]
@@ -2133,13 +2133,15 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
         deleted += transaction.run(
             "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
             now - max(keep, 2 * longest)).rowcount
-    transaction.run("DELETE FROM mail_value WHERE id > ? AND id <= ?"
-                    " AND date <= ?", after, last or "", now - keep)
+    transaction.run(
+        f"DELETE FROM mail_value WHERE {these} AND date <= ? AND NOT EXISTS"
+        " (SELECT 1 FROM mail_limit WHERE mail_limit.id = mail_value.id"
+        " AND ends > ?)",
+        *ids, now - keep, now)
     if transaction.backend.turn:
         transaction.run(
-            "DELETE FROM mail_turn WHERE id > ? AND id <= ? AND NOT EXISTS"
-            " (SELECT 1 FROM mail_count c WHERE c.id = mail_turn.id)",
-            after, last or "")
+            f"DELETE FROM mail_turn WHERE {these} AND NOT EXISTS"
+            " (SELECT 1 FROM mail_count c WHERE c.id = mail_turn.id)", *ids)
     return more[0] if more else None, deleted
 
 

@@ -2223,6 +2223,18 @@ class StoreContract:
                 identity, 9, (prl.Limit(0, 60),))], 1109))
             self.assertEqual(verdict.usage[0].used, 50)
 
+    def test_what_comes_after_the_last_counted_identity_is_cleaned(
+            self) -> None:
+        ledger = self.open()
+        self.passes(ledger, 9000, "ann")
+        self.passes(ledger, 1000, "zoe", limits=(prl.Limit(0, 60),))
+        self.execute(ledger, "INSERT INTO mail_value (id, value, date)"
+                     " VALUES ('zz=joe', '192.0.2.7', 1000)")
+        ledger.database.transact(prl.clean_some, None, "", 9000, 60)
+        for table in ("mail_value", "mail_turn"):
+            self.assertEqual(self.execute(
+                ledger, f"SELECT id FROM {table} WHERE id <> 'ann'"), [])
+
     def test_many_identities_are_cleaned_in_small_steps(self) -> None:
         ledger = self.open()
         charges = [prl.Charge([prl.Claim(f"u{i:05}", 1, self.LIMITS)], 1000)
@@ -2334,11 +2346,13 @@ class StoreContract:
             self.passes(ledger, 1000, who)
             self.override(ledger, who, prl.Limit(9, 5000),
                           ends=2000 if who == "ann" else 9000)
+            self.execute(ledger, "INSERT INTO mail_value (id, value, date)"
+                         " VALUES (?, 'x', 1000)", who)
         for now in (3000, 9000):
             ledger.database.transact(prl.clean_some, None, "", now, 60)
             ledger.database.transact(
                 prl.clean_refused, prl.Settings(), "", now)
-            for table in ("mail_count", "mail_limit"):
+            for table in ("mail_count", "mail_limit", "mail_value"):
                 self.assertEqual(self.execute(
                     ledger, f"SELECT id FROM {table}"),
                     [("joe",)] * (now == 3000))
