@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import bisect
 import contextlib
 import copy
 import difflib
@@ -1085,13 +1084,15 @@ class Transaction:
         """
         if not self._waiting:
             self.cursor.execute(
-                statement.replace("?", self.backend.placeholder), values)
+                statement.replace("?", self.backend.placeholder),
+                self.backend.fit(values))
         else:
             ahead, self._waiting = self._waiting, []
             texts = [text for text, _ in ahead] + [statement]
             self.cursor.execute(
                 "; ".join(texts).replace("?", self.backend.placeholder),
-                [*itertools.chain(*(given for _, given in ahead)), *values])
+                self.backend.fit([*itertools.chain(
+                    *(given for _, given in ahead)), *values]))
             self.backend.skip_results(self.cursor, len(ahead))
         self.answered = True
         return self.cursor
@@ -1363,6 +1364,10 @@ class Backend:
         for _ in range(count):
             cursor.nextset()
 
+    def fit(self, values: Sequence[object]) -> Sequence[object]:
+        """Return values as the database can hold them."""
+        return values
+
     def is_conflict(self, error: Exception) -> bool:
         """Say whether another transaction was first, so try again."""
         codes = {*error.args[:1], getattr(error, "pgcode", None),
@@ -1408,6 +1413,7 @@ class SQLite(Backend):
         connection = self.driver.connect(**self.config)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA journal_size_limit = {2**24}")  # else all
         self._file = self._identify()
         return connection
 
@@ -1482,7 +1488,7 @@ class MySQL(Backend):
             " client = VALUES(client)")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
-    conflicts = (1213,)  # deadlock, or on Galera another node was first
+    conflicts = (1020, 1213)  # changed since it was read; deadlock
     text = "? COLLATE utf8mb4_bin"
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
@@ -1500,6 +1506,8 @@ class MySQL(Backend):
             "connect_timeout": self.timeout, "read_timeout": timeout,
             "write_timeout": timeout, **self.config})
         connection.autocommit(False)
+        with contextlib.closing(connection.cursor()) as cursor:  # an empty
+            cursor.execute("SET sql_mode = 'STRICT_ALL_TABLES'")  # text is one
         return connection
 
 
@@ -1517,7 +1525,8 @@ class PostgreSQL(Backend):
     try_total = Backend.add_total[0]  # it is rolled back
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
-    conflicts = ("40001", "40P01")  # serialization failure, deadlock
+    conflicts = (  # serialization failure, deadlock, lock_timeout
+        "40001", "40P01", "55P03")
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
@@ -1534,13 +1543,32 @@ class PostgreSQL(Backend):
     def connect(self, timeout: int) -> Connection:
         """Connect; if timeout is that of the setting, cut what hangs."""
         connection = self.driver.connect(**{
-            "connect_timeout": self.timeout, **self.config})
+            "connect_timeout": self.timeout, **self.config,
+            "client_encoding": "UTF8"})
         connection.autocommit = True
+        connection.cursor().execute(  # or each cut leaves one that waits on
+            f"SET lock_timeout = {timeout * 900}")
+        self.encoding = connection.info.parameter_status("server_encoding")
         if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
             connection.cursor_factory = self.driver.ClientCursor
         if timeout == self.timeout:
             self._watched = connection
         return connection
+
+    def fit(self, values: Sequence[object]) -> Sequence[object]:
+        """Return values with a hash for what the encoding cannot hold."""
+        if self.encoding == "UTF8":
+            return values
+        return [hashed(value, self.encoding) if isinstance(value, str)
+                and not value.isascii() else value for value in values]
+
+    def probe(self, examine: Callable[[Transaction], None]) -> str:
+        """Examine the database, changing nothing; return what it is."""
+        found = super().probe(examine)
+        if self.encoding != "UTF8":
+            log.warning("the database is in %s: what that cannot hold is"
+                        " counted under a hash", self.encoding)
+        return found
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
         """Go on to the last result; psycopg2 has no other."""
@@ -1556,6 +1584,17 @@ class PostgreSQL(Backend):
             with contextlib.suppress(Exception), socket.socket(
                     fileno=os.dup(self._watched.fileno())) as line:
                 line.shutdown(socket.SHUT_RDWR)
+
+
+def hashed(text: str, encoding: str) -> str:
+    """Return a text if an encoding of PostgreSQL's holds it, else its hash."""
+    if encoding == "SQL_ASCII":  # any bytes, each counted as a character
+        encoding = "UTF8"
+    with contextlib.suppress(LookupError, UnicodeEncodeError):
+        if len(text.encode(encoding.replace("WIN", "cp"))) <= MAX_IDENTITY:
+            return text
+    return (text.encode("ascii", "ignore").decode()[:100] + "#"
+            + hashlib.sha256(text.encode()).hexdigest())
 
 
 BACKENDS = (SQLite, MySQL, PostgreSQL)
@@ -1876,8 +1915,7 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
 
     A row that has a total was sent before: it may be there.
     """
-    rows = sorted(rows, key=operator.itemgetter(1))
-    identity, first = rows[0][:2]
+    identity, first = min(row[:2] for row in rows)
     query = (f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ? AND"
              " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
              " AND date <= ?), 0) ORDER BY date, total")
@@ -1885,21 +1923,23 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
     if None in (row[-1] for row in there):  # the original's
         retotal(transaction, identity, there[-1][1])
         there = transaction.run(query, identity, identity, first).fetchall()
-    dates, known = [row[1] for row in there], {row[1:] for row in there}
-    merged, added = [], 0
-    for row in rows:
+    known, sent = {row[1:] for row in there}, {row[1:] for row in rows}
+    new = [row for row in rows if row[1:] not in known]
+    total = there[0][-1] - there[0][2] if there else 0
+    if new and there and there[-1][1] > first:  # another host was quicker
+        transaction.later("DELETE FROM mail_count WHERE id = ? AND date >= ?",
+                          identity, there[0][1])
+        known = set()
+    ours, written = [], []
+    for row in sorted([*there, *new], key=operator.itemgetter(1)):
+        total += row[2]
+        row_with_total = (*row[:-1], total)
+        if row[1:] in sent:
+            ours.append(row_with_total)
         if row[1:] not in known:
-            place = bisect.bisect(dates, row[1])
-            added += row[2]
-            row = (*row[:-1], added + (there[place - 1][-1] if place else 0))
-            if place < len(there):
-                transaction.later("UPDATE mail_count SET total = total + ?"
-                                  " WHERE id = ? AND date > ?",
-                                  row[2], identity, row[1])
-        merged.append(row)
-    transaction.write(INSERT, [
-        row for row in merged if row[1:] not in known])
-    return merged
+            written.append(row_with_total)
+    transaction.write(INSERT, written)
+    return ours
 
 
 def ask_all_limits(transaction: Transaction, query: str,
@@ -1983,22 +2023,20 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
                ) -> Limits | None:
     """Return the limits that the query sql_limits_by_id has, or None."""
     transaction.flush()
-    transaction.cursor.execute(query, (identity,))
+    transaction.cursor.execute(query, transaction.backend.fit((identity,)))
     row = transaction.cursor.fetchone()
     return None if row is None or row[0] is None else parse_limits(row[0])
 
 
 def check_counting(transaction: Transaction, query: str | None) -> None:
     """Raise an error where mails could not be counted; for --check."""
-    name = "Zoë дима 😀"  # a database of another encoding refuses this
-    transaction.run("SELECT ?", name)
     present = columns_of(transaction, "mail_count")
     if present and "total" not in present and transaction.backend.try_total:
         transaction.run(transaction.backend.try_total)
     if query and (columns_of(transaction, "rate_limits")
                   or "rate_limits" not in query):  # else a start makes it
         try:
-            ask_limits(transaction, query, name)
+            ask_limits(transaction, query, "Zoë дима 😀")
         except Exception as error:
             raise LedgerError(f"sql_limits_by_id: {error}") from error
 
@@ -2040,6 +2078,10 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                 continue
             if date is not None and (total is None
                                      or date > now + CLOCK_SKEW):
+                if date > now + CLOCK_SKEW:
+                    log.warning("mails are dated %d seconds ahead: see that"
+                                " all clocks are right", date - now,
+                                extra=SELDOM)
                 retotal(transaction, account.identity, date_now)
                 read_accounts(transaction, [account], now)
             elif date is not None and date > date_now:
@@ -2106,38 +2148,72 @@ def retotal(transaction: Transaction, identity: str, now: int) -> None:
     transaction.write(INSERT, rows)
 
 
+def kept_for(longest: int) -> int:
+    """Return how long rows are kept for windows, in seconds.
+
+    Longer than any clock is ahead; twice the window, as the original does.
+    """
+    return max(2 * longest, longest + CLOCK_SKEW)
+
+
 def clean_some(transaction: Transaction, query: str | None, after: str,
                now: int, keep: int) -> tuple[str | None, int]:
     """Delete rows that no limit sees, of the identities after one.
 
-    Looks at some CLEAN_STEP rows.  Rows of the last keep seconds stay, as do
+    Looks at some CLEAN_STEP / 10 identities, and deletes some CLEAN_STEP
+    rows, whoever they belong to.  Rows of the last keep seconds stay, as do
     those that a limit of the query or of --limit may still see.  Returns the
-    last identity looked at, None if that was all, and the rows deleted.
+    identity after which to go on, None if that was all, and the rows deleted.
     """
-    more = transaction.run(
-        "SELECT id FROM mail_count WHERE id > ? ORDER BY id"
-        f" LIMIT 1 OFFSET {CLEAN_STEP}", after).fetchone()
-    [last] = more or transaction.run(
-        "SELECT max(id) FROM mail_count").fetchone()
-    deleted, overrides = 0, read_overrides(transaction, now)
-    for [identity] in transaction.run(
-            "SELECT DISTINCT id FROM mail_count WHERE id > ? AND id <= ?"
-            " AND date <= ?", after, last or "", now - keep).fetchall():
-        own = query and transaction.attempt(
-            QUERY_FAILED, ask_limits, query, identity)
-        own = overrides.get(identity, (own,))[0]
-        longest = max((limit.seconds for limit in own or ()), default=0)
-        deleted += transaction.run(
-            "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
-            now - max(keep, 2 * longest)).rowcount
-    transaction.run("DELETE FROM mail_value WHERE id > ? AND id <= ?"
-                    " AND date <= ?", after, last or "", now - keep)
-    if transaction.backend.turn:
-        transaction.run(
-            "DELETE FROM mail_turn WHERE id > ? AND id <= ? AND NOT EXISTS"
-            " (SELECT 1 FROM mail_count c WHERE c.id = mail_turn.id)",
-            after, last or "")
-    return more[0] if more else None, deleted
+    before = after
+    looked, deleted, overrides = 0, 0, read_overrides(transaction, now)
+    while deleted < CLEAN_STEP and looked < CLEAN_STEP:
+        looked += 10  # identities take longer than rows
+        last, oldest = transaction.run(
+            "SELECT id, date FROM mail_count WHERE id > ?"
+            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
+        if last is not None and oldest <= now - keep:
+            own = query and transaction.attempt(
+                QUERY_FAILED, ask_limits, query, last)
+            own = overrides.get(last, (own,))[0]
+            rows = delete_old(transaction, last, now - max([keep, *(
+                kept_for(limit.seconds) for limit in own or ())]))
+            deleted += rows
+            if rows >= CLEAN_STEP:  # it may have more
+                last = before
+        if last is None:
+            break
+        before = last
+    more = clean_others(transaction, after, last, now - keep)
+    return after if more else last, deleted
+
+
+def delete_old(transaction: Transaction, identity: str, until: int) -> int:
+    """Delete some rows of an identity, up to a date; return how many."""
+    step = transaction.run(
+        "SELECT date FROM mail_count WHERE id = ? AND date <= ? ORDER BY date"
+        " LIMIT 1 OFFSET ?", identity, until, CLEAN_STEP - 1).fetchone()
+    return int(transaction.run(
+        "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
+        step[0] if step else until).rowcount)
+
+
+def clean_others(transaction: Transaction, after: str, last: str | None,
+                 until: int) -> bool:
+    """Delete values and turns that are no longer needed, between two names.
+
+    Returns whether there may be more.
+    """
+    between, names = "id > ?", [after]
+    if last is not None:
+        between, names = "id > ? AND id <= ?", [after, last]
+    transaction.run(f"DELETE FROM mail_value WHERE {between} AND date <= ?",
+                    *names, until)
+    return bool(transaction.backend.turn) and transaction.run(
+        "DELETE FROM mail_turn WHERE id IN (SELECT id FROM (SELECT id FROM"
+        f" mail_turn WHERE {between} AND NOT EXISTS (SELECT 1 FROM"
+        " mail_count c WHERE c.id = mail_turn.id) LIMIT ?) useless)",
+        *names, CLEAN_STEP).rowcount == CLEAN_STEP
 
 
 def clean_refused(transaction: Transaction, settings: Settings, after: str,
@@ -2333,11 +2409,17 @@ class Service:
         self._ledger.catch_up(now)
         transact = self._ledger.database.transact
         try:
+<<<<<<< HEAD
             last, deleted = transact(
                 clean_some, settings.sql_limits_by_id, self._cleaned,
                 now, 2 * settings.longest_window)
             self._cleaned_refused = transact(
                 clean_refused, settings, self._cleaned_refused, now) or ""
+=======
+            last, deleted = self._ledger.database.transact(
+                clean_some, self.settings.sql_limits_by_id, self._cleaned,
+                now, kept_for(self.settings.longest_window))
+>>>>>>> a46fec3 (x)
         except LedgerError as error:
             self._tell_database(error)
             return
@@ -4165,7 +4247,7 @@ def clean(options: argparse.Namespace) -> None:
         while after is not None:
             after, some = ledger.database.transact(
                 clean_some, settings.sql_limits_by_id, after,
-                int(time.time()), 2 * settings.longest_window)
+                int(time.time()), kept_for(settings.longest_window))
             deleted += some
             time.sleep(0.005)  # the daemon's turn
         after = ""
