@@ -1053,6 +1053,9 @@ TABLES = (
     " made bigint NOT NULL)",
 )
 NEWEST = "mail_limit"  # the table that an update makes last
+INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
+MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
+LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
 INDEX = ("CREATE INDEX mail_count_total"
@@ -1099,7 +1102,7 @@ class Transaction:
 
     def later(self, statement: str, *values: object) -> None:
         """Let a statement wait for the next, if the driver joins them."""
-        if self.backend.joins:
+        if self.backend.joins and len(self._waiting) < MAX_JOINED:
             self._waiting.append((statement, values))
         else:
             self.run(statement, *values)
@@ -1309,6 +1312,27 @@ def update_tables(transaction: Transaction) -> None:
                             fold(identity), identity)
     for statement in backend.add_total:
         transaction.run(statement)
+    for [identity] in transaction.run(
+            "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
+            LARGE).fetchall():
+        retotal(transaction, identity, math.inf)
+
+
+def retotal(transaction: Transaction, identity: str, now: float) -> None:
+    """Write an identity's rows anew: with totals, none after now.
+
+    The original wrote them, or the clock has been set back far.
+    """
+    rows, total = [], 0
+    for date, count, *origin in transaction.run(
+            "SELECT date, recipient_count, instance, protocol_state"
+            " FROM mail_count WHERE id = ? ORDER BY date, total",
+            identity).fetchall():
+        count = 1 if count is None else count
+        total += count
+        rows.append((identity, min(date, now), count, *origin, total))
+    transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
+    transaction.write(INSERT, rows)
 
 
 class Backend:
@@ -1627,7 +1651,6 @@ MERGE_STEP = 50  # identities whose mails one transaction brings from memory
 MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
 BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
           " AND date > {} ORDER BY date, total LIMIT 1")
-INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 
 
 class Batch:
@@ -1823,8 +1846,9 @@ class Ledger:
         """
         for some in chunks(self.standby.claims(), MERGE_STEP):
             left = len(self.standby.claims())
-            self._settle(Batch((), now, some))
-            if self._hung is not None or len(self.standby.claims()) >= left:
+            if self._hung is None:
+                self._settle(Batch((), now, some))
+            if len(self.standby.claims()) >= left:
                 return
 
     def _settle(self, batch: Batch) -> None:
@@ -2131,23 +2155,6 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
             f" AS ({asked}) SELECT n, {columns} FROM asked")
 
 
-def retotal(transaction: Transaction, identity: str, now: int) -> None:
-    """Write an identity's rows anew: with totals, none after now.
-
-    The original wrote them, or the clock has been set back far.
-    """
-    rows, total = [], 0
-    for date, count, *origin in transaction.run(
-            "SELECT date, recipient_count, instance, protocol_state"
-            " FROM mail_count WHERE id = ? ORDER BY date, total",
-            identity).fetchall():
-        count = 1 if count is None else count
-        total += count
-        rows.append((identity, min(date, now), count, *origin, total))
-    transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
-    transaction.write(INSERT, rows)
-
-
 def kept_for(longest: int) -> int:
     """Return how long rows are kept for windows, in seconds.
 
@@ -2409,17 +2416,11 @@ class Service:
         self._ledger.catch_up(now)
         transact = self._ledger.database.transact
         try:
-<<<<<<< HEAD
             last, deleted = transact(
                 clean_some, settings.sql_limits_by_id, self._cleaned,
-                now, 2 * settings.longest_window)
+                now, kept_for(settings.longest_window))
             self._cleaned_refused = transact(
                 clean_refused, settings, self._cleaned_refused, now) or ""
-=======
-            last, deleted = self._ledger.database.transact(
-                clean_some, self.settings.sql_limits_by_id, self._cleaned,
-                now, kept_for(self.settings.longest_window))
->>>>>>> a46fec3 (x)
         except LedgerError as error:
             self._tell_database(error)
             return
@@ -3969,6 +3970,7 @@ def serve(settings: Settings, owner: Owner | None,
         obey(signals, ended, service, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
+        ledger.catch_up(time.time())
         service.tally.close()
 
 

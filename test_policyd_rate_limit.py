@@ -2732,6 +2732,18 @@ class HostsTest(DriverTest):
         self.assertEqual(sum(map(sum, passed)), 10)
 
     @slow
+    def test_large_counts_of_the_original_have_totals_at_once(self) -> None:
+        self.execute_all(*self.original)
+        for begin in range(0, 24000, 1000):
+            self.execute_all("INSERT INTO mail_count VALUES " + ", ".join(
+                f"('{'joe' if n % 2 else f'u{n}'}', {n}, 1, '1.{n}', 'DATA')"
+                for n in range(begin, begin + 1000)))
+        self.open().database.transact(lambda _: None)
+        self.assertEqual(self.execute_all(
+            "SELECT id, count(*), max(total) FROM mail_count"
+            " WHERE total IS NOT NULL GROUP BY id"), [("joe", 12000, 12000)])
+
+    @slow
     def test_the_originals_tables_are_taken_over_by_all_at_once(self) -> None:
         now = int(time.time())
         names = [("Joe", 50), ("JOE", 30), ("joe", 15), ("José", 7),
@@ -3036,6 +3048,8 @@ class GaleraTest(DatabaseTest):
         self.assertEqual(self.counted(), 100)
         self.assertLessEqual(passed, 100)
         self.assertGreater(passed, 100 - 16)  # who asked the dead node
+        self.assertLessEqual(  # it counts on in memory
+            sum(action != REFUSED for _, action in lost), 100)
 
 
 del DriverTest, HostsTest  # their subclasses run the tests
@@ -3203,6 +3217,15 @@ class DatabaseFailureTest(NetTest):
                       " 4 judged_in_memory", daemon.wait_log("in 0 minutes"))
         wait_for(lambda: counted(daemon.database).get("joe") == 3,
                  "the rows, without another mail")
+
+    def test_a_stop_writes_what_is_in_memory_alone(self) -> None:
+        daemon = self.daemon(self.config)
+        with moved_away(daemon.database):
+            os.mkdir(daemon.database)
+            self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
+            os.rmdir(daemon.database)
+        self.assertEqual(daemon.stop(), 0)
+        self.assertEqual(counted(daemon.database), {"joe": 2})
 
     def test_a_mail_s_rows_are_written_once_whatever_a_commit_said(
             self) -> None:
