@@ -1188,7 +1188,7 @@ class Database:
         undone = self._roll_back(keep=conflict)
         if conflict and now <= self.backend.deadline:
             time.sleep(random.uniform(0, 0.01))
-        elif undone or not dead:
+        elif not dead:
             raise LedgerError(self.backend.explain(error), undone) from error
 
     def look(self, work: Callable[..., T], *given: Any) -> T:
@@ -1771,11 +1771,10 @@ class Standby:
         known = self._accounts.get(claim.identity, Account("", ()))
         tab = self._tabs.get(claim.identity, Tab(claim, [], {}))
         limits = known.limits if query and known.identity else claim.limits
-        variety = Variety(claim.identity, limits)
-        variety.seen = {**getattr(known, "seen", {}), **tab.new}
         account = Account(claim.identity, limits)
         if claim.value is not None:
-            account = variety
+            account = Variety(claim.identity, limits)
+            account.seen = {**getattr(known, "seen", {}), **tab.new}
         now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
         account.now, account.date = math.floor(now), math.ceil(now)
         used = {limit.seconds: known.total - before for limit, before
@@ -1835,7 +1834,7 @@ class Ledger:
         with self.standby.lock:
             if self._hung is None or time.monotonic() < self._try_at:
                 return self._hung is None
-            self._try_at = math.inf  # for others
+            self._try_at += 5 * self.database.backend.timeout  # for others
         self._settle(Batch((), now, self.standby.claims()[:MERGE_STEP]))
         return self._hung is None
 
