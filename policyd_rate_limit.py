@@ -849,7 +849,7 @@ class Account:
 
     def __init__(self, identity: str, limits: Limits) -> None:
         self.identity = identity
-        self.limits = limits
+        self.limits = self.given = limits  # the claim's, unless others hold
         self.now = 0  # the second in which windows end
         self.date = 0  # of the mails to come: rounded up
         self.total = 0
@@ -1331,6 +1331,9 @@ def retotal(transaction: Transaction, identity: str, now: float) -> None:
         count = 1 if count is None else count
         total += count
         rows.append((identity, min(date, now), count, *origin, total))
+        if date > now + CLOCK_SKEW:
+            log.warning("mails are dated %d seconds ahead: see that all"
+                        " clocks are right", date - now, extra=SELDOM)
     transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
     transaction.write(INSERT, rows)
 
@@ -1702,12 +1705,12 @@ class Standby:
         self._tabs: OrderedDict[str, Tab] = OrderedDict()
         self._size = 0  # rows of all tabs
 
-    def judge(self, charge: Charge, query: str | None) -> Verdict:
+    def judge(self, charge: Charge) -> Verdict:
         """Judge a mail, and keep its rows for the table."""
         batch = Batch([charge])
         with self.lock:
             batch.accounts = {
-                claim.identity: self._account(claim, charge.now, query)
+                claim.identity: self._account(claim, charge.now)
                 for claim in charge.claims}
             [verdict], rows = decide([charge], batch.accounts)
             batch.rows = [(*row[:-1], None) for row in rows]
@@ -1766,11 +1769,12 @@ class Standby:
                 if not tab.rows and not tab.new:
                     self._tabs.pop(tab.claim.identity, None)
 
-    def _account(self, claim: Claim, now: float, query: str | None) -> Account:
+    def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
         known = self._accounts.get(claim.identity, Account("", ()))
         tab = self._tabs.get(claim.identity, Tab(claim, [], {}))
-        limits = known.limits if query and known.identity else claim.limits
+        limits = (claim.limits if known.limits == known.given
+                  else known.limits)  # of the query, or of --limit
         account = Account(claim.identity, limits)
         if claim.value is not None:
             account = Variety(claim.identity, limits)
@@ -1820,7 +1824,7 @@ class Ledger:
                 with self.standby.lock:
                     if self._hung is not None:  # nobody was quicker
                         charge.error = self._hung
-                        charge.verdict = self.standby.judge(charge, self.query)
+                        charge.verdict = self.standby.judge(charge)
                 continue
             batch = self._open
             batch.charges.append(charge)
@@ -1901,7 +1905,7 @@ class Ledger:
             self._try_at = time.monotonic() + self.database.backend.timeout
             self.standby.keep(batch)
             for charge in batch.charges[len(batch.verdicts):]:
-                batch.verdicts.append(self.standby.judge(charge, self.query))
+                batch.verdicts.append(self.standby.judge(charge))
         for charge, verdict in zip(batch.charges, batch.verdicts):
             charge.error, charge.verdict = error, verdict
 
@@ -2101,10 +2105,6 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                 continue
             if date is not None and (total is None
                                      or date > now + CLOCK_SKEW):
-                if date > now + CLOCK_SKEW:
-                    log.warning("mails are dated %d seconds ahead: see that"
-                                " all clocks are right", date - now,
-                                extra=SELDOM)
                 retotal(transaction, account.identity, date_now)
                 read_accounts(transaction, [account], now)
             elif date is not None and date > date_now:

@@ -3221,6 +3221,16 @@ class DatabaseFailureTest(NetTest):
         wait_for(lambda: counted(daemon.database).get("joe") == 3,
                  "the rows, without another mail")
 
+    def test_who_is_blocked_stays_so_in_an_outage(self) -> None:
+        daemon = self.daemon(self.config)
+        self.assertEqual(run(*daemon.options, "--block", "joe").returncode, 0)
+        self.assertEqual(daemon.ask(), REFUSED)
+        with moved_away(daemon.database):
+            os.mkdir(daemon.database)
+            self.assertEqual(daemon.ask(), REFUSED)
+            self.assertEqual(daemon.ask(sasl_username="ann"), AWAY)
+            os.rmdir(daemon.database)
+
     def test_a_stop_writes_what_is_in_memory_alone(self) -> None:
         daemon = self.daemon(self.config)
         with moved_away(daemon.database):
@@ -3263,7 +3273,7 @@ class DatabaseFailureTest(NetTest):
 
         def passes(name: str) -> bool:
             verdict = standby.judge(prl.Charge(
-                [prl.Claim(name, 1, limits)], 1000), None)
+                [prl.Claim(name, 1, limits)], 1000))
             return verdict.broken is None
 
         with patch.object(prl, "MAX_KEPT", 100):
