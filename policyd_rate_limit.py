@@ -225,7 +225,7 @@ Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Wrong(ValueError):
-    """Says why, and at which entries of a setting: names that lead there."""
+    """Says why, and where: for each place the names that lead there."""
 
 
 def show(value: object) -> str:
@@ -234,6 +234,17 @@ def show(value: object) -> str:
         return reprlib.repr(value)
     except ValueError:  # Python refuses to write out so long a number
         return "a huge number"
+
+
+def check_entry(check: Callable[[Any], T], value: object, *names: str) -> T:
+    """Check the value that the names lead to, or raise Wrong."""
+    try:
+        return check(value)
+    except Wrong as error:
+        why, *entries = error.args
+    except (KeyError, OverflowError, TypeError, ValueError):
+        why, *entries = f"found {show(value)}, expected {check.__doc__}", ()
+    raise Wrong(f"{names[-1]}: {why}", *((*names, *one) for one in entries))
 
 
 def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
@@ -299,7 +310,7 @@ def as_permission(value: object) -> int:
     if mode > 0o777:  # 666 is 01232
         meant = f"0{value}" if re.fullmatch("[1-7]..", str(value)) else "0666"
         raise Wrong(f"found {show(value)}, expected a file mode such as"
-                    f" {meant}")
+                    f" {meant}", ())
     return mode
 
 
@@ -322,10 +333,9 @@ class Patterns(NamedTuple):
     texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
     networks: tuple[tuple[Network, Any], ...] = ()  # the longest first
 
-    def entries(self) -> Iterator[Any]:
-        """Yield all entries."""
-        yield from self.texts.values()
-        yield from dict(self.networks).values()
+    def entries(self) -> list[Any]:
+        """Return all entries."""
+        return [*self.texts.values(), *dict(self.networks).values()]
 
     def find(self, value: str) -> Any:
         """Return the entry of the pattern that fits best, or None.
@@ -380,19 +390,18 @@ def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
     """Sort entries by the kind of their patterns."""
     texts: dict[str, Any] = {}
     networks: dict[Network, Any] = {}
-    names: dict[str | Network, str] = {}
+    names: dict[object, str] = {}
     for key, entry in entries.items():
         if isinstance(key, (bool, type(None))):  # a user called yes
             raise Wrong(f"put quotes around {key}", (str(key),))
         name = str(key)
-        if re.fullmatch(r"[0-9A-Fa-f.:]+/[0-9]+", name):
-            network = ipaddress.ip_network(name, strict=False)
-            networks[network] = entry
-            other = names.setdefault(network, name)
+        pattern: Any = fold(name) if name else ""
+        if re.fullmatch(r"[0-9a-f.:]+/[0-9]+", pattern):
+            pattern = ipaddress.ip_network(pattern, strict=False)
+            networks[pattern] = entry
         else:
-            text = fold(name) if name else ""
-            texts[text] = entry
-            other = names.setdefault(text, name)
+            texts[pattern] = entry
+        other = names.setdefault(pattern, name)
         if other != name:
             raise Wrong(f"{name} and {other} are the same", (name,), (other,))
     return Patterns(texts, tuple(sorted(
@@ -404,21 +413,16 @@ def as_choice(value: object) -> Choice:
     texts = list(map(str, value if isinstance(value, list) else [value]))
     if not texts:
         raise ValueError
-    wanted = as_patterns({text: True for text in texts if text[:1] != "!"})
-    return Choice(wanted if wanted != Patterns({}) else None, as_patterns(
-        {text[1:]: True for text in texts if text[:1] == "!"}))
+    unwanted = {text[1:]: True for text in texts if text.startswith("!")}
+    wanted = {text: True for text in texts if not text.startswith("!")}
+    return Choice(as_patterns(wanted) if wanted else None,
+                  as_patterns(unwanted))
 
 
 def as_limits_by_id(value: object) -> Patterns:
     """identities or patterns, each with a list of [mails, seconds]"""
-    limits = {}
-    for key, item in as_mapping(value).items():
-        try:
-            limits[key] = as_limits(item)
-        except (TypeError, ValueError):
-            raise Wrong(f"{key}: found {show(item)}, expected"
-                        f" {as_limits.__doc__}", (str(key),)) from None
-    return as_patterns(limits)
+    return as_patterns({key: check_entry(as_limits, limits, str(key))
+                        for key, limits in as_mapping(value).items()})
 
 
 def as_networks(value: object) -> Choice | None:
@@ -469,10 +473,7 @@ def as_name(value: object) -> str:
 def as_fail_action(value: object) -> str:
     """an action, in which $identity, $used, ... stand for what was found"""
     action = as_action(value)
-    try:
-        string.Template(action).substitute(dict.fromkeys(FACTS, ""))
-    except KeyError:
-        raise ValueError from None
+    string.Template(action).substitute(dict.fromkeys(FACTS, ""))  # or raise
     return action
 
 
@@ -490,12 +491,7 @@ def as_quotas(value: object) -> tuple[Rule, ...]:
         for name, item in as_mapping(quota).items():
             if name not in QUOTA:
                 raise Wrong(f"{name}: no such entry", (str(number), str(name)))
-            try:
-                parts[name] = QUOTA[name](item)
-            except (TypeError, ValueError) as error:
-                why = (f"found {show(item)}, expected {QUOTA[name].__doc__}"
-                       if not isinstance(error, Wrong) else error.args[0])
-                raise Wrong(f"{name}: {why}", (str(number), name)) from None
+            parts[name] = check_entry(QUOTA[name], item, str(number), name)
         if "by" not in parts or not {"limits", "limits_by_id"} & {*parts}:
             raise Wrong("a quota needs by and limits", (str(number),))
         rule = Rule(**{"name": "+".join(parts["by"]), **parts})
@@ -3397,8 +3393,7 @@ def read_config(path: str | None) -> Config:
     values, lines = parse(text, path)
     if "limited_netword" in values:  # as the original once spelt it
         values.setdefault("limited_networks", values.pop("limited_netword"))
-        lines.setdefault(("limited_networks",),
-                         lines.get(("limited_netword",), 1))
+        lines.setdefault(("limited_networks",), lines["limited_netword",])
     config = Config(path, values, {
         names: f"{path}:{line}" for names, line in lines.items()})
     known = default_values()
@@ -3524,24 +3519,25 @@ def override(config: Config, text: str) -> None:
     """Apply -o NAME=VALUE to a configuration; the value is YAML."""
     name, equals, value = text.partition("=")
     top = name.split(".")[0]
-    defaults = default_values()
-    if not equals or top not in defaults:
-        raise ConfigError(f"-o {text}: expected NAME=VALUE"
-                          " with the name of a setting")
+    place = f"-o {text}"
+    if not equals or top not in default_values():
+        raise ConfigError(
+            f"{place}: expected NAME=VALUE with the name of a setting")
     try:
         parsed, _ = parse_yaml(value)
     except YamlError as error:
-        raise ConfigError(f"-o {text}: {error}") from None
+        raise ConfigError(f"{place}: {error}") from None
     if config.values.get(top) is None:
-        config.values[top] = defaults[top]
+        config.values[top] = default_values()[top]
     mapping, key = descend(config.values, name)
     if mapping is config.values and key != top:
-        raise ConfigError(f"-o {text}: {top} holds no names")
+        raise ConfigError(f"{place}: {top} holds no names")
     mapping[key] = parsed
     changed = (top,) if key == top else (top, key)
-    for names in [(top,), changed, *config.places]:
-        if names == (top,) or names[:len(changed)] == changed:
-            config.places[names] = f"-o {text}"
+    for names in config.places:
+        if names[:len(changed)] == changed:
+            config.places[names] = place
+    config.places[top,] = config.places[changed] = place
 
 
 def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
@@ -3562,23 +3558,22 @@ def check_settings(config: Config) -> Settings:
     """Return the settings, or raise what says which one is wrong."""
     values = {}
     for one in fields(Settings):
-        value, check = config.values.get(one.name), one.metadata["check"]
+        value = config.values.get(one.name)
         if value is None:
             continue  # left out or left empty: the default holds
         try:
-            values[one.name] = check(value)
-        except (OverflowError, TypeError, ValueError) as error:
-            why, *entries = error.args if isinstance(error, Wrong) else (
-                f"found {show(value)}, expected {check.__doc__}",)
-            place, *others = [config.place(one.name, *names)
-                              for names in entries or [()]]
+            values[one.name] = check_entry(
+                one.metadata["check"], value, one.name)
+        except Wrong as error:
+            place, *others = [config.place(*names) for names in error.args[1:]]
             also = "".join(f" ({other})" for other in others)
             raise one.metadata["error"](
-                f"{place}: {one.name}: {why}{also}") from None
+                f"{place}: {error.args[0]}{also}") from None
     return Settings(**values)
 
 
 YAML_DEPTH = 50  # levels of nesting
+YAML_DASH = ("- ", "-\t", "-\n")  # starts an item
 YAML_KEY = 1024  # characters in a key, PyYAML's own bound
 YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
               "false": False, "off": False, "null": None, "~": None}
@@ -3672,7 +3667,7 @@ class YamlReader:
         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
         text = YAML_START.sub(r"\g<before>\n", text.rstrip("\n") + "\n")
         self.text = YAML_END.sub("\n", text)
-        self.pos, self.line, self.depth = 0, 1, 0
+        self.pos, self.line = 0, 1
         self.indent = -1  # the column of the keys or dashes around
         self.names: list[str] = []  # the keys of what is being read
         self.lines: Lines = {}
@@ -3687,10 +3682,6 @@ class YamlReader:
         found = gap.match(self.text, self.pos)
         if not found:
             self.refuse("cannot read this (no quotes?):")
-        self.go_over(found)
-
-    def go_over(self, found: re.Match[str]) -> None:
-        """Go to the end of what was found."""
         self.line += found[0].count("\n")
         self.pos = found.end()
 
@@ -3703,79 +3694,71 @@ class YamlReader:
         """Tell whether one of the signs comes next."""
         return self.text.startswith(signs, self.pos)
 
-    def at_dash(self) -> bool:
-        """Tell whether a dash comes next that starts an item."""
-        return self.at("- ", "-\t", "-\n")
-
     def at_text(self, flow: bool) -> re.Match[str] | None:
         """Return the text that comes next, with the colon behind it."""
         return text_pattern(flow, self.indent).match(self.text, self.pos)
 
     def read(self, flow: bool = False, nest: bool = False) -> Any:
         """Read a value and, if it may nest, all lines that belong to it."""
-        self.depth += 1
-        if self.depth > YAML_DEPTH:
+        if len(self.names) == YAML_DEPTH:
             self.refuse(f"more than {YAML_DEPTH} levels of nesting:")
         text = self.at_text(flow)
-        block = nest and bool(self.at_dash() or text and text["colon"])
-        if block:
-            value = self.read_block()
-        elif self.at("[", "{"):
+        if nest and (self.at(*YAML_DASH) or text and text["colon"]):
+            return self.read_block()
+        if self.at("[", "{"):
             value = self.read_flow()
         elif text and not text["colon"]:
             value = self.read_text(text["text"])
-            self.go_over(text)
+            self.skip(text.re)
         else:
             self.refuse("put quotes around")
-        if not flow and not block:
+        if not flow:
             self.skip(YAML_EOL)
-        self.depth -= 1
         return value
 
     def read_block(self) -> Any:
         """Read the lines that start with a dash, or a key, in this column."""
-        pairs: list[tuple[Any, Any]] = []  # a dash is a key of None
-        column, dash = self.column(), self.at_dash()
+        found: dict[Any, Any] = {}  # the keys of a list are its places
+        column, dash = self.column(), self.at(*YAML_DASH)
         around, self.indent = self.indent, column
-        while self.column() == column and self.at_dash() == dash:
-            key = None if dash else self.read_key(flow=False)
-            self.names.append(str(len(pairs) if dash else key))
+        while self.column() == column and self.at(*YAML_DASH) == dash:
+            key = len(found) if dash else self.read_key(flow=False)
+            self.names.append(str(key))
             self.pos += 1  # over the dash or colon
-            line, value = self.line, None
+            line = self.line
             self.skip(YAML_GAP)
-            least = column if self.at_dash() and not dash else column + 1
-            if self.line == line:
-                value = self.read(nest=dash)
-            elif self.column() >= least:
-                value = self.read(nest=True)
-            pairs.append((key, value))
+            below = self.line > line
+            least = column + (dash or not self.at(*YAML_DASH))
+            empty = below and self.column() < least
+            found[key] = None if empty else self.read(nest=dash or below)
             self.names.pop()
         self.indent = around
-        return [value for _, value in pairs] if dash else dict(pairs)
+        return list(found.values()) if dash else found
 
     def read_flow(self) -> Any:
         """Read [a, b] or {a: b, c: d}, on one line or more."""
-        pairs: list[tuple[Any, Any]] = []  # in [a, b], the keys are None
-        close, key, more = "]" if self.at("[") else "}", None, True
+        found: dict[Any, Any] = {}
+        close, more = "]" if self.at("[") else "}", True
         while more:
             self.pos += 1  # over the bracket or comma
             self.skip(YAML_GAP)
             if self.at(close):
                 break
+            key, empty = len(found), False
             if close == "}":
                 key = self.read_key(flow=True)
                 self.pos += 1
                 self.skip(YAML_GAP)
-            self.names.append(str(len(pairs) if close == "]" else key))
-            empty = close == "}" and self.at(",", "}")
-            pairs.append((key, None if empty else self.read(flow=True)))
+                empty = self.at(",", "}")
+            self.names.append(str(key))
+            found[key] = None if empty else self.read(flow=True)
             self.names.pop()
             self.skip(YAML_GAP)
             more = self.at(",")
         if not self.at(close):
             self.refuse(f"no , or {close} before")
         self.pos += 1
-        return [value for _, value in pairs] if close == "]" else dict(pairs)
+        return list(found.values()) if close == "]" else found
 
     def read_key(self, flow: bool) -> Any:
         """Read a key, up to its colon."""
