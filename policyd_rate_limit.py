@@ -350,13 +350,13 @@ class Patterns(NamedTuple):
             if address in network:
                 return entry
         _, at, domain = value.rpartition("@")
-        if at and "@" + domain in self.texts:
-            return self.texts["@" + domain]
-        while domain:
+        pattern = at + domain
+        while pattern not in self.texts:
             domain = domain.partition(".")[2]
-            if domain and f"{at}.{domain}" in self.texts:
-                return self.texts[f"{at}.{domain}"]
-        return None
+            if not domain:
+                return None
+            pattern = f"{at}.{domain}"
+        return self.texts[pattern]
 
 
 class Choice(NamedTuple):
