@@ -333,10 +333,6 @@ class Patterns(NamedTuple):
     texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
     networks: tuple[tuple[Network, Any], ...] = ()  # the longest first
 
-    def entries(self) -> list[Any]:
-        """Return all entries."""
-        return [*self.texts.values(), *dict(self.networks).values()]
-
     def find(self, value: str) -> Any:
         """Return the entry of the pattern that fits best, or None.
 
@@ -586,9 +582,8 @@ class Settings:
          "db": "database", "host": "localhost", "charset": "utf8"}, as_mapping,
         "how to connect to MariaDB or MySQL")
     pgsql_config: Mapping[str, Any] = setting(
-        {"database": "database", "user": "username",
-         "password": "*****", "host": "localhost"}, as_mapping,
-        "how to connect to PostgreSQL")
+        {"database": "database", "user": "username", "password": "*****",
+         "host": "localhost"}, as_mapping, "how to connect to PostgreSQL")
     db_timeout: int = setting(
         10, as_seconds, "seconds to wait for the database")
     limits: Limits = setting(
@@ -658,7 +653,8 @@ class Settings:
     def windows(self) -> set[int]:
         """Return the windows of the file's limits, in seconds."""
         return {limit.seconds for rule in self.rules for limits in (
-            rule.limits, *rule.limits_by_id.entries()) for limit in limits}
+            rule.limits, *rule.limits_by_id.texts.values(),
+            *dict(rule.limits_by_id.networks).values()) for limit in limits}
 
     @property
     def longest_window(self) -> int:
@@ -3357,13 +3353,9 @@ def term(ends: int) -> str:
 # then -o; then the checks of the Settings table.
 # ---------------------------------------------------------------------------
 
-
 CONFIG_FILES = (
-    "~/.config/policyd-rate-limit.conf",
-    "~/.config/policyd-rate-limit.yaml",
-    "/etc/policyd-rate-limit.conf",
-    "/etc/policyd-rate-limit.yaml",
-)
+    "~/.config/policyd-rate-limit.conf", "~/.config/policyd-rate-limit.yaml",
+    "/etc/policyd-rate-limit.conf", "/etc/policyd-rate-limit.yaml")
 Lines = dict[tuple[str, ...], int]  # of a setting, or of an entry in one
 
 
@@ -3422,10 +3414,7 @@ def read_first(paths: Sequence[str]) -> tuple[str, str]:
 
 
 def read_yaml(text: str, path: str) -> tuple[dict[str, Any], Lines]:
-    """Read settings from YAML, and the line of each.
-
-    What our reader refuses is read with PyYAML, if that is installed.
-    """
+    """Read YAML; what our reader refuses, PyYAML reads if it is there."""
     try:
         values, lines = parse_yaml(text)
     except YamlError as refused:
@@ -3492,8 +3481,7 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
 ARITHMETIC: Mapping[type, Callable[..., Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
     ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
-    ast.USub: operator.neg,
-}
+    ast.USub: operator.neg}
 
 
 def evaluate(node: Any, known: Mapping[str, Any]) -> Any:
