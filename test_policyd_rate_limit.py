@@ -29,6 +29,7 @@ import pwd
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import smtplib
@@ -1271,8 +1272,8 @@ class UnitTest(FolderTest):
             skip("systemd-analyze is missing")
         with open(os.path.join(HERE, "policyd-rate-limit.service"),
                   encoding="utf-8") as file:
-            unit = re.sub("(?m)=/usr/local/bin/policyd-rate-limit",
-                          "=/bin/true", file.read())
+            unit = file.read().replace(
+                "/usr/local/bin/policyd-rate-limit", "/bin/true")
         return subprocess.run(
             ["systemd-analyze", *what,
              self.write("policyd-rate-limit.service", unit)],
@@ -1286,6 +1287,28 @@ class UnitTest(FolderTest):
     def test_its_exposure_is_1_5_at_most(self) -> None:
         done = self.analyze("security", "--offline=yes", "--threshold=15")
         self.assertEqual(done.returncode, 0, done.stdout[-200:])
+
+    def test_a_reload_fails_with_a_bad_file_but_not_without_database(self
+                                                                     ) -> None:
+        with open(os.path.join(HERE, "policyd-rate-limit.service")) as file:
+            line, = re.findall("(?m)^ExecReload=(/bin/sh .*)$", file.read())
+        program = self.write("program", "")
+        os.chmod(program, 0o755)
+        words = shlex.split(line.replace("$$", "$").replace(
+            "/usr/local/bin/policyd-rate-limit", program))
+        for override, status, failed in (
+                ("count_mode=1", 0, 0), ("limits=5", 5, 5),
+                ("SOCKET=[x,1]", 4, 5),
+                (f"sqlite_config.database={self.folder}", 6, 0)):
+            self.write("program", (
+                f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"'
+                f" --standalone {self.path('daemon')} -o '{override}'\n"))
+            with self.subTest(override):
+                self.assertEqual(
+                    [subprocess.run(command, check=False, timeout=PATIENCE,
+                                    capture_output=True).returncode
+                     for command in ([program, "--check"], words)],
+                    [status, failed])
 
 
 class SettingsTest(FolderTest):
