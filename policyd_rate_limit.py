@@ -2342,6 +2342,8 @@ class Seldom(logging.Filter):
 log.addFilter(Seldom())
 
 
+COUNTED = ("requests", "passed", "refused", "database_errors",
+           "judged_in_memory", "decision_seconds")
 MAX_ACTION = 400  # characters; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
 
 
@@ -2353,13 +2355,13 @@ class Service:
                  alarm: Callable[..., int] = lambda *_: 1) -> None:
         """Take a clock, and an alarm, which counts the refusals."""
         self.settings = settings
-        self.tally = Tally(settings.pidfile)
+        self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._ledger = ledger
         self._clock = clock
         self._alarm = alarm
         self._counted = -math.inf  # when a mail was last counted
         self._away = False  # the database
-        self._news = threading.Lock()  # for _away, when that changes
+        self._lock = threading.Lock()  # of counts, and a change of _away
         self._cleaned = self._cleaned_refused = ""  # where cleaning goes on
 
     def answer(self, request: Request, last: Last) -> str:
@@ -2369,7 +2371,7 @@ class Service:
         """
         settings = self.settings  # the same ones from here to the answer
         now, queue_id = self._clock(), printable(request.queue_id) or "NOQUEUE"
-        self.tally.count("requests")
+        self._count("requests")
         if settings.log_requests:
             log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
                 f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
@@ -2430,17 +2432,23 @@ class Service:
         """Return the ledger's verdict, and the action if the mail passes."""
         began = time.perf_counter()
         verdict = self._ledger.charge(charge)
-        self.tally.count("refused" if verdict.broken is not None else
-                         "passed" if charge.error is None else
-                         "database_errors", time.perf_counter() - began)
+        self._count("refused" if verdict.broken is not None else
+                    "passed" if charge.error is None else
+                    "database_errors", time.perf_counter() - began)
         if charge.error is not None:
-            self.tally.count("judged_in_memory")
+            self._count("judged_in_memory")
             self._tell_database(charge.error)
             if verdict.usage or settings.sql_limits_by_id:
                 return verdict, settings.db_error_action
         elif self._away and verdict.charged:
             self._tell_database(None)  # what writes nothing tells nothing
         return verdict, settings.success_action
+
+    def _count(self, name: str, seconds: float = 0) -> None:
+        """Count a request, or a decision and the time it took."""
+        with self._lock:
+            self.counts[name] += 1
+            self.counts["decision_seconds"] += seconds
 
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
@@ -2458,7 +2466,7 @@ class Service:
     def _tell_database(self, error: LedgerError | None) -> None:
         """Say once that the database is away, and once that it is back."""
         away = error is not None
-        with self._news:
+        with self._lock:
             if away == self._away:
                 return
             self._away = away
@@ -2501,63 +2509,6 @@ class Last:
         self.counted = passed or self.is_counted(request)
         self.instance, self.state, self.action = (
             request.instance, request.protocol_state, action)
-
-
-class Tally:
-    """What the daemon has done since its start; any thread may count.
-
-    --prometheus finds it in a file beside the pidfile: that needs no
-    database, whose errors it counts, and no protocol for strangers to ask by.
-    """
-
-    def __init__(self, pidfile: str) -> None:
-        self._path = pidfile + ".tally"
-        self._lock = threading.Lock()
-        self._counts: dict[str, float] = dict.fromkeys((
-            "requests", "passed", "refused", "database_errors",
-            "judged_in_memory", "decision_seconds"), 0)
-        self._last = self._counts.copy()  # an hour ago
-        self._began = time.monotonic()  # the hour
-
-    def count(self, name: str, seconds: float = 0) -> None:
-        """Count a request, or a decision and the time it took."""
-        with self._lock:
-            self._counts[name] += 1
-            self._counts["decision_seconds"] += seconds
-
-    def publish(self, asked: bool = False) -> None:
-        """Write the file, and log a summary each hour or when asked."""
-        with self._lock:
-            counts = self._counts.copy()
-        with contextlib.suppress(OSError):  # the daemon must go on
-            with open(self._path + ".new", "w", encoding="utf-8") as file:
-                json.dump(counts, file)
-            os.replace(self._path + ".new", self._path)
-        past = time.monotonic() - self._began
-        new = {name: counts[name] - self._last[name] for name in counts}
-        if asked or (past >= 3600 and new["requests"]):
-            seconds = new.pop("decision_seconds")
-            decided = new["passed"] + new["refused"] + new["database_errors"]
-            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
-                    ", ".join(f"{new[name]} {name}" for name in new),
-                    1000 * seconds / (decided or 1))
-        if past >= 3600:
-            self._last, self._began = counts, time.monotonic()
-
-    def read(self) -> dict[str, float]:
-        """Return what a running daemon has written, nothing if none runs."""
-        try:
-            with open(self._path, encoding="utf-8") as file:
-                written = os.fstat(file.fileno()).st_mtime
-                return json.load(file) if time.time() < written + 60 else {}
-        except (OSError, ValueError) as error:
-            log.warning("no counters of the daemon: %s", error)
-            return {}
-
-    def close(self) -> None:
-        """Remove the file."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
 
 
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
@@ -2704,7 +2655,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 4096  # where it is full, Postfix is refused
-    most = 4000  # connections; Postfix's default_process_limit is 100
+    max_connections = 4000  # Postfix's default_process_limit is 100
     path: str | None = None  # of the unix socket, once it is ours
 
     def __init__(self, service: Service) -> None:
@@ -2738,7 +2689,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; make room where there is none."""
-        if len(self.handlers) >= self.most and not self.evict():
+        if len(self.handlers) >= self.max_connections and not self.evict():
             raise OSError("all are busy")  # it waits where it is
         try:
             return super().get_request()
@@ -2864,6 +2815,7 @@ def remove_stale_socket(path: str) -> None:
 
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
+ALERT_PAUSE = 3  # seconds before one that failed is tried again
 ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
 
 
@@ -2885,7 +2837,7 @@ def send_reports(database: Database, settings: Settings) -> None:
                 database.transact(tell, [
                     (*row[:2], key, row.hits) for row, _ in some])
         except Exception as error:  # a strange address raises many kinds
-            failed.setdefault(reason(error), []).append(address)
+            failed.setdefault(smtp_reason(error), []).append(address)
     if failed:
         raise CleanError("no report to " + "; ".join(
             f"{', '.join(some)}: {why}" for why, some in failed.items()))
@@ -2969,13 +2921,13 @@ def mail(settings: Settings, address: str, subject: str, text: str) -> None:
     message.set_content(text, cte="quoted-printable")
     with contextlib.closing(smtplib.SMTP(
             *settings.smtp_server, timeout=MAIL_PATIENCE)) as smtp:
-        secure(smtp, settings)
+        start_tls_and_login(smtp, settings)
         smtp.send_message(message)
         with contextlib.suppress(OSError):  # it has the mail already
             smtp.quit()
 
 
-def secure(smtp: smtplib.SMTP, settings: Settings) -> None:
+def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
     """Encrypt and log in as the settings say; no password in the clear."""
     assert smtp.sock is not None
     peer = parse_address(smtp.sock.getpeername()[0].partition("%")[0])
@@ -2993,7 +2945,7 @@ def secure(smtp: smtplib.SMTP, settings: Settings) -> None:
         smtp.login(*settings.smtp_credentials)
 
 
-def reason(error: Exception) -> str:
+def smtp_reason(error: Exception) -> str:
     """Return in one line why a mail was not taken."""
     text: Any = getattr(error, "smtp_error", "") or str(error) or repr(error)
     if isinstance(error, smtplib.SMTPRecipientsRefused):
@@ -3008,8 +2960,9 @@ class Alarm:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._queue: queue.Queue[tuple[Settings, dict[str, str]]] = (
-            queue.Queue(2 * ALERTS_AN_HOUR))
+        self._queue: queue.Queue[tuple[
+            Settings, tuple[str, int], dict[str, str]]] = queue.Queue(
+                2 * ALERTS_AN_HOUR)
         self._lock = threading.Lock()
         # Of an identity and window: when refused last, how often since there
         # was a whole window without; when alerted, how often since then.
@@ -3021,29 +2974,27 @@ class Alarm:
 
         By a look-up only, for mail waits.
         """
-        identity, limit = broken.claim.identity, broken.limit
-        window = limit.seconds
-        named = settings.report_limits
-        key = identity, window
+        (mails, window), named = broken.limit, settings.report_limits
+        key = broken.claim.identity, window
         with self._lock:
-            last, count, told, since = self._known.pop(
+            last, count, alerted, since = self._known.pop(
                 key, (-math.inf, 0, -math.inf, 0))
             count = count + 1 if abs(now - last) < window else 1
             due = (settings.alert and (named is None or window in named)
-                   and abs(now - told) >= window)  # it may be set back
+                   and abs(now - alerted) >= window)  # it may be set back
             self._known[key] = (now, count, *(
-                (now, 0) if due else (told, since + 1)))
+                (now, 0) if due else (alerted, since + 1)))
             if len(self._known) > ALERTS_KNOWN:
                 del self._known[next(iter(self._known))]
         if not due:
             return count
-        facts = {"identity": printable(identity),
-                 "limit": f"{limit.mails} mails in {window} s",
+        facts = {"identity": printable(broken.claim.identity),
+                 "limit": f"{mails} mails in {window} s",
                  "since": moment(now),
                  "client_address": printable(client),
                  "refused_since_last_alert": str(since + 1)}
         with contextlib.suppress(queue.Full):  # the report will tell
-            self._queue.put_nowait((settings, facts))
+            self._queue.put_nowait((settings, key, facts))
         return count
 
     def run(self) -> None:
@@ -3051,32 +3002,54 @@ class Alarm:
         sent = deque([-math.inf] * ALERTS_AN_HOUR, ALERTS_AN_HOUR)
         silent = -math.inf  # when it was told that no more come
         while True:
-            settings, facts = self._queue.get()
+            settings, key, facts = self._queue.get()
             now = self._clock()
             if now >= sent[0] + 3600:
                 sent.append(now)
+                if not send_alert(settings, facts):
+                    self._take_back(key, facts)
             elif now >= silent + 3600:
                 silent = now
-                facts = {"notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
-                                   " the rest is left to the report"}
-            else:
-                continue
-            send_alert(settings, facts)
+                send_alert(settings, {
+                    "notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
+                              " the rest is left to the report"})
+
+    def _take_back(self, key: tuple[str, int],
+                   facts: Mapping[str, str]) -> None:
+        """Let the next refusal alert, since nobody was told of these."""
+        with self._lock:
+            if key in self._known:
+                last, count, _, since = self._known[key]
+                since += int(facts["refused_since_last_alert"])
+                self._known[key] = last, count, -math.inf, since
 
 
-def send_alert(settings: Settings, facts: Mapping[str, str]) -> None:
-    """Run alert_command, or mail an alert to each address; never raise."""
+def send_alert(settings: Settings, facts: Mapping[str, str]) -> bool:
+    """Alert all, once more whom it did not reach; say if it reached any."""
+    targets = settings.alert_command[:1] or settings.report_to
+    missed = [target for target in targets
+              if not reach(target, settings, facts)]
+    if missed:
+        time.sleep(ALERT_PAUSE)
+        missed = [target for target in missed
+                  if not reach(target, settings, facts)]
+    return len(missed) < len(targets) or not targets
+
+
+def reach(target: str, settings: Settings, facts: Mapping[str, str]) -> bool:
+    """Run alert_command, or mail an address; say whether that worked."""
     subject = f"{PROGRAM} alert: {next(iter(facts.values()))}"
     text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
-    for target in settings.alert_command[:1] or settings.report_to:
-        try:
-            if settings.alert_command:
-                run_program(settings.alert_command, facts)
-            else:
-                mail(settings, target, subject, text)
-        except Exception as error:  # the next one may take it
-            log.warning("no alert to %s: %s", target, reason(error),
-                        extra=SELDOM)
+    try:
+        if settings.alert_command:
+            run_program(settings.alert_command, facts)
+        else:
+            mail(settings, target, subject, text)
+    except Exception as error:  # the next one may take it
+        log.warning("no alert to %s: %s", target, smtp_reason(error),
+                    extra=SELDOM)
+        return False
+    return True
 
 
 def run_program(command: Sequence[str], facts: Mapping[str, str],
@@ -3220,23 +3193,76 @@ def room_at(transaction: Transaction, count: str, identity: str, limit: Limit,
     return None
 
 
-def show_metrics(settings: Settings, ledger: Ledger) -> Iterator[str]:
+class Tally:
+    """Tells what the daemon counts: in the log, and in a file.
+
+    --prometheus finds that beside the pidfile: it needs no database, whose
+    errors it tells, and no protocol for strangers to ask by.
+    """
+
+    def __init__(self, pidfile: str, counts: Mapping[str, float]) -> None:
+        """Take counts that go on."""
+        self.path = pidfile + ".tally"
+        self._counts = counts
+        self._last = dict(counts)  # an hour ago
+        self._began = time.monotonic()  # the hour
+
+    def publish(self, asked: bool = False) -> None:
+        """Write the file, and log a summary each hour or when asked."""
+        counts, new = dict(self._counts), self.path + ".new"
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        with contextlib.suppress(OSError):  # the daemon must go on
+            with open(new, "x", encoding="utf-8") as file:  # follows no link
+                json.dump(counts, file)
+            os.replace(new, self.path)
+        past = time.monotonic() - self._began
+        done = {name: counts[name] - self._last[name] for name in counts}
+        if asked or (past >= 3600 and done["requests"]):
+            seconds = done.pop("decision_seconds")
+            decided = (done["passed"] + done["refused"]
+                       + done["database_errors"])
+            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
+                    ", ".join(f"{done[name]} {name}" for name in done),
+                    1000 * seconds / (decided or 1))
+        if past >= 3600:
+            self._last, self._began = counts, time.monotonic()
+
+
+def read_counts(pidfile: str) -> dict[str, float]:
+    """Return what a running daemon has written, nothing if none runs."""
+    try:
+        with open(pidfile + ".tally", encoding="utf-8") as file:
+            written = os.fstat(file.fileno()).st_mtime
+            return json.load(file) if time.time() < written + 60 else {}
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("no counters of the daemon: %s", error)
+        return {}
+
+
+def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
     """Yield the lines of --prometheus: of the daemon, then of identities."""
-    counts = Tally(settings.pidfile).read()
+    counts = read_counts(settings.pidfile)
     yield from show_metric("up", {"": int(bool(counts))})
     for name, value in counts.items():
         yield from show_metric(f"{name}_total", {"": value})
     used, limit, refusals, ends, tried = {}, {}, {}, {}, {}
-    for one in ledger.database.look(survey, settings, int(time.time())):
-        for window in sorted(one.limits, reverse=True):  # the narrowest last
-            labels = labels_of(one, window.seconds)
+    standings = []
+    try:
+        standings = database.look(survey, settings, int(time.time()))
+    except LedgerError as error:
+        log.warning("only the daemon's counters: %s", error)
+    for standing in standings:
+        for window in sorted(standing.limits, reverse=True):  # narrowest last
+            labels = labels_of(standing, window.seconds)
             used[labels], limit[labels] = window.used, window.mails
-        for row in one.refusals:
-            refusals[labels_of(one, row.seconds)] = row.hits
-        if one.until:
-            ends[labels_of(one)] = one.until
-        if one.dry_run:
-            tried[labels_of(one)] = 1
+        for row in standing.refusals:
+            refusals[labels_of(standing, row.seconds)] = row.hits
+        if standing.until:
+            ends[labels_of(standing)] = standing.until
+        if standing.dry_run:
+            tried[labels_of(standing)] = 1
     for metric, values in (("used", used), ("limit", limit),
                            ("refusals_total", refusals), ("limit_ends", ends),
                            ("dry_run", tried)):
@@ -3830,7 +3856,7 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner | None:
     return Owner(settings.user, user.pw_uid, group.gr_gid, user.pw_dir)
 
 
-def become(owner: Owner | None) -> None:
+def drop_root(owner: Owner | None) -> None:
     """Give up root's rights for good, and check that they are gone."""
     os.umask(0o077)
     if owner is None:
@@ -3924,6 +3950,7 @@ def serve(settings: Settings, owner: Owner | None,
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, alarm=alarm.refused)
+    tally = Tally(settings.pidfile, service.counts)
     ended: list[int] = []  # by which signals
     with catch_signals() as signals, \
             contextlib.closing(ledger.database), \
@@ -3931,9 +3958,10 @@ def serve(settings: Settings, owner: Owner | None,
             hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
             os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
-        become(owner)
+        drop_root(owner)
         keep_to_one_processor()
-        server.most = max(16, min(server.most, raise_file_limit() - 64))
+        server.max_connections = max(16, min(
+            server.max_connections, raise_file_limit() - 64))
         service.clean()  # opens the ledger, and says so if it cannot
         for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
             signal.signal(number, lambda number, _: ended.append(number))
@@ -3943,11 +3971,12 @@ def serve(settings: Settings, owner: Owner | None,
         threading.Thread(target=alarm.run, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        obey(signals, ended, service, read)
+        run_until_signal(signals, ended, service, tally, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.catch_up(time.time())
-        service.tally.close()
+        with contextlib.suppress(OSError):
+            os.unlink(tally.path)
 
 
 def catch_signals() -> socket.socket:
@@ -3985,18 +4014,19 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def obey(signals: socket.socket, ended: Sequence[int], service: Service,
-         read: Callable[[], Settings]) -> None:
+def run_until_signal(signals: socket.socket, ended: Sequence[int],
+                     service: Service, tally: Tally,
+                     read: Callable[[], Settings]) -> None:
     """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
     while not ended:
-        service.tally.publish()
+        tally.publish()
         try:
             numbers = signals.recv(4096)  # a storm of them is one
         except socket.timeout:
             service.clean()
             continue
         if signal.SIGUSR2 in numbers:
-            service.tally.publish(asked=True)
+            tally.publish(asked=True)
         if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
@@ -4219,7 +4249,7 @@ def run(options: argparse.Namespace) -> None:
 
 def clean(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
-    settings, ledger = enter(options)
+    settings, ledger = open_as_owner(options)
     after: str | None = ""
     deleted = 0
     try:
@@ -4242,8 +4272,8 @@ def clean(options: argparse.Namespace) -> None:
         send_reports(ledger.database, settings)
 
 
-def enter(options: argparse.Namespace,
-          make: bool = True) -> tuple[Settings, Ledger]:
+def open_as_owner(options: argparse.Namespace,
+                  make: bool = True) -> tuple[Settings, Ledger]:
     """Make the folders if so told, give up root's rights, open the ledger."""
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
@@ -4251,13 +4281,13 @@ def enter(options: argparse.Namespace,
         make_folders(settings, owner)
     ledger = open_ledger(settings)
     options.at_end.callback(ledger.database.close)
-    become(owner)
+    drop_root(owner)
     return settings, ledger
 
 
 def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
-    settings, ledger = enter(options, make=False)
+    settings, ledger = open_as_owner(options, make=False)
     now = int(time.time())
     identity = as_key(options.status) if options.status else None
     standings = sorted(
@@ -4278,16 +4308,16 @@ def show_status(options: argparse.Namespace) -> None:
 
 def show_prometheus(options: argparse.Namespace) -> None:
     """Show it for node_exporter's textfile collector, which reads UTF-8."""
-    settings, ledger = enter(options, make=False)
+    settings, ledger = open_as_owner(options, make=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    for line in show_metrics(settings, ledger):
+    for line in show_metrics(ledger.database, settings):
         print(line)
 
 
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
-    settings, ledger = enter(options)
+    settings, ledger = open_as_owner(options)
     identity = as_key(options.reset)
     warn_unknown(settings, ledger, identity)
     mails = ledger.database.transact(forget, identity)
@@ -4296,7 +4326,7 @@ def reset(options: argparse.Namespace) -> None:
 
 def set_limit(options: argparse.Namespace) -> None:
     """Give an identity other limits at once, on every host."""
-    settings, ledger = enter(options)
+    settings, ledger = open_as_owner(options)
     identity, limits = options.limit or (options.block, BLOCKED)
     key, now = as_key(identity), int(time.time())
     ends = now + options.term if options.term else FOR_GOOD
@@ -4308,7 +4338,7 @@ def set_limit(options: argparse.Namespace) -> None:
 
 def unlimit(options: argparse.Namespace) -> None:
     """Let the limits of file or query hold for an identity again."""
-    _, ledger = enter(options)
+    _, ledger = open_as_owner(options)
     key = as_key(options.unlimit)
     had = ledger.database.transact(drop_override, key)
     print(f"{printable(key)}:", "its usual limits hold again" if had
@@ -4341,7 +4371,7 @@ def check_start(options: argparse.Namespace) -> None:
         log.warning("any account of this host may connect to SOCKET, and use"
                     " up anybody's limits")
     backend = BACKENDS[settings.backend](settings)
-    become(owner)
+    drop_root(owner)
     unusable = [name for name in needed
                 if name not in makeable and not can_write(name)]
     if os.path.isdir(settings.pidfile):

@@ -31,6 +31,7 @@ import pwd
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import smtplib
@@ -1342,8 +1343,8 @@ class UnitTest(FolderTest):
         """Let systemd-analyze look at the unit, with a program that is."""
         with open(os.path.join(HERE, "policyd-rate-limit.service"),
                   encoding="utf-8") as file:
-            unit = re.sub("(?m)=/usr/local/bin/policyd-rate-limit",
-                          "=/bin/true", file.read())
+            unit = file.read().replace(
+                "/usr/local/bin/policyd-rate-limit", "/bin/true")
         for text in "[Service]\nExecStart=/bin/true\n", unit:
             path = self.write("policyd-rate-limit.service", text)
             try:
@@ -1377,6 +1378,28 @@ class UnitTest(FolderTest):
     def test_its_exposure_is_1_5_at_most(self) -> None:
         done = self.analyze("security", "--offline=yes", "--threshold=15")
         self.assertEqual(done.returncode, 0, done.stdout[-200:])
+
+    def test_a_reload_fails_with_a_bad_file_but_not_without_database(self
+                                                                     ) -> None:
+        with open(os.path.join(HERE, "policyd-rate-limit.service")) as file:
+            line, = re.findall("(?m)^ExecReload=(/bin/sh .*)$", file.read())
+        program = self.write("program", "")
+        os.chmod(program, 0o755)
+        words = shlex.split(line.replace("$$", "$").replace(
+            "/usr/local/bin/policyd-rate-limit", program))
+        for override, status, failed in (
+                ("count_mode=1", 0, 0), ("limits=5", 5, 5),
+                ("SOCKET=[x,1]", 4, 5),
+                (f"sqlite_config.database={self.folder}", 6, 0)):
+            self.write("program", (
+                f'#!/bin/sh\nexec {sys.executable} {PROGRAM} "$@"'
+                f" --standalone {self.path('daemon')} -o '{override}'\n"))
+            with self.subTest(override):
+                self.assertEqual(
+                    [subprocess.run(command, check=False, timeout=PATIENCE,
+                                    capture_output=True).returncode
+                     for command in ([program, "--check"], words)],
+                    [status, failed])
 
 
 class SettingsTest(FolderTest):
@@ -4392,18 +4415,19 @@ class ReportTest(ReportsTest):
     def test_a_certificate_is_checked_unless_told_otherwise(self) -> None:
         sink = self.sink(certificate=make_certificate(self.folder))
         with self.assertRaises(ssl.SSLCertVerificationError):
-            prl.secure(self.far(sink), prl.Settings(smtp_starttls=True))
-        prl.secure(self.far(sink), prl.Settings(
+            prl.start_tls_and_login(
+                self.far(sink), prl.Settings(smtp_starttls=True))
+        prl.start_tls_and_login(self.far(sink), prl.Settings(
             smtp_starttls=True, smtp_tls_verify=False))
 
     def test_no_password_goes_to_another_host_in_the_clear(self) -> None:
         sink = self.sink(login="joe:secret")
         given = prl.Settings(smtp_credentials=("joe", "secret"))
         with self.assertRaisesRegex(OSError, "encrypted only"):
-            prl.secure(self.far(sink), given)
+            prl.start_tls_and_login(self.far(sink), given)
         self.assertEqual(sink.said, [])
         with smtplib.SMTP(*sink.address) as near:
-            prl.secure(near, given)
+            prl.start_tls_and_login(near, given)
         self.assertTrue(sink.said[1].startswith("AUTH"))
 
 
@@ -4412,6 +4436,9 @@ class AlertTest(ReportsTest):
 
     def alarm(self, now: list[float]) -> prl.Alarm:
         """Start an alarm with a clock."""
+        for each in prl.log.filters:
+            if isinstance(each, prl.Seldom):
+                each.said.clear()  # what other tests made it say
         alarm = prl.Alarm(clock=lambda: now[0])
         in_background(alarm.run)
         return alarm
@@ -4507,6 +4534,27 @@ class AlertTest(ReportsTest):
                      "CLIENT_ADDRESS=::1", "REFUSED_SINCE_LAST_ALERT=1"):
             self.assertIn(f"POLICYD_{fact}\n", text)
 
+    def test_a_failed_alert_is_tried_once_more_and_not_counted(self) -> None:
+        runs = self.write("runs", "")
+        given = self.settings(self.sink(), alert_command=(
+            "/bin/sh", "-c", f"echo $POLICYD_REFUSED_SINCE_LAST_ALERT >>{runs}"
+            f"; [ $(wc -l <{runs}) -gt 3 ]"))  # only the fourth works
+
+        def lines() -> list[str]:
+            with open(runs) as file:
+                return file.read().split()
+
+        alarm = self.alarm([0.0])
+        with quiet(), patch.object(prl, "ALERT_PAUSE", 0):
+            alarm.refused(self.usage("joe"), "", given, 1000)
+            wait_for(lambda: alarm._known["joe", 86400][2] < 0, "two tries")
+            self.assertEqual(lines(), ["1", "1"])
+            alarm.refused(self.usage("joe"), "", given, 1001)
+            wait_for(lambda: len(lines()) == 4, "the one that works")
+            alarm.refused(self.usage("joe"), "", given, 1002)
+            wait_for(lambda: alarm._queue.empty(), "the queue's end")
+        self.assertEqual(lines(), ["1", "1", "2", "2"])
+
     def test_a_program_that_hangs_is_killed(self) -> None:
         with self.assertRaisesRegex(OSError, "exit status -9"):
             prl.run_program(["/bin/sh", "-c", "sleep 60 & wait"], {}, 0.1)
@@ -4525,15 +4573,46 @@ class AlertTest(ReportsTest):
             self.assertIn(f"\npolicyd_rate_limit_{line}\n", shown)
         self.assertEqual(daemon.stop(), 0)
         self.assertFalse(os.path.exists(path))
-        shown = run(*daemon.options, "--prometheus").stdout
-        self.assertIn("policyd_rate_limit_up 0\n", shown)
+        done = run(*daemon.options, "--prometheus")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("policyd_rate_limit_up 0\n", done.stdout)
+
+    def test_counts_are_shown_without_a_database(self) -> None:
+        daemon = self.daemon("{db_timeout: 1, db_error_action: dunno}")
+        daemon.ask()
+        os.unlink(daemon.database)
+        os.mkdir(daemon.database)  # no file can be opened there
+        daemon.ask()
+        daemon.send(signal.SIGUSR2)
+        daemon.wait_log("a decision")
+        done = run(*daemon.options, "--prometheus")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        for line in "up 1", "database_errors_total 1":
+            self.assertIn(f"\npolicyd_rate_limit_{line}\n", done.stdout)
+
+    def test_the_file_of_counts_follows_no_link(self) -> None:
+        tally = prl.Tally(self.path("pid"), dict.fromkeys(prl.COUNTED, 0))
+        precious = self.write("precious", "text")
+        for name in "pid.tally.new", "pid.tally":
+            os.symlink(precious, self.path(name))
+        tally.publish()
+        with open(precious) as file:
+            self.assertEqual(file.read(), "text")
+        self.assertEqual(list(prl.read_counts(self.path("pid"))),
+                         list(prl.COUNTED))
+        os.symlink(precious, self.path("pid.tally.new"))
+        with patch("os.unlink"):  # somebody made it just behind that
+            tally.publish()
+        with open(precious) as file:
+            self.assertEqual(file.read(), "text")
 
     def test_a_summary_each_hour_if_there_was_anything(self) -> None:
-        tally = prl.Tally(self.path("pid"))
+        counts = dict.fromkeys(prl.COUNTED, 0)
+        tally = prl.Tally(self.path("pid"), counts)
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
             for requests in (0, 2, 0):
-                for _ in range(requests):
-                    tally.count("requests")
+                counts["requests"] += requests
                 tally._began -= 3600
                 tally.publish()
         [said] = logged.output
@@ -4795,10 +4874,11 @@ class StatusTest(ReportsTest):
 
     def test_a_missing_database_is_not_made(self) -> None:
         os.makedirs(self.path("none"))
-        for command in ("--status", "--json", "--prometheus"):
+        for command, status in (
+                ("--status", 6), ("--json", 6), ("--prometheus", 0)):
             result = run("--standalone", self.path("none"), command)
-            self.assertEqual(result.returncode, 6)
-            self.assertNotIn("Traceback", result.stderr)
+            self.assertEqual(result.returncode, status)
+            self.assertEqual(result.stderr.count("\n"), 1, result.stderr)
         self.assertEqual(os.listdir(self.path("none")), [])
 
     def test_a_closed_pipe_is_no_traceback(self) -> None:
