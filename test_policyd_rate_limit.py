@@ -250,7 +250,6 @@ def request(**attributes: object) -> prl.Request:
     return requests_in(request_text(**attributes))[0]
 
 
-
 class Client:
     """A connection to the daemon, as Postfix holds it."""
 
@@ -551,6 +550,19 @@ class NetTest(FolderTest):
                        for _ in range(size)]
             self.addCleanup(stack.pop_all().close)
         return clients
+
+    def check_crowded(self, daemon: Daemon, size: int) -> None:
+        """Check that who asks is served while many others only connect."""
+        self.crowd(daemon, size)
+        self.passes(daemon)
+        used, start = cpu_seconds(daemon), time.monotonic()
+        wait_for(lambda: time.monotonic() > start + 1.1, "a while")
+        with daemon.client() as old:
+            self.assertEqual(old.ask(), PASS)
+            self.crowd(daemon, size // 8)
+            self.assertEqual(old.ask(), PASS)  # those who ask are kept
+        self.assertLess(cpu_seconds(daemon) - used, 0.25)
+        self.assertLess(len(daemon.log().splitlines()), 8, daemon.log())
 
     def few_files(self, files: int) -> str:
         """Write a program that runs the daemon with few descriptors."""
@@ -1182,7 +1194,6 @@ def make_certificate(folder: str) -> str:
     return path
 
 
-
 class ShapeTest(unittest.TestCase):
     """The file keeps the promises of its header and of its sections."""
 
@@ -1312,6 +1323,15 @@ class DocsTest(unittest.TestCase):
                 with self.subTest(text=text), \
                         self.assertRaises(prl.YamlError):
                     prl.parse_yaml(text)
+
+    def test_each_row_of_when_things_fail_has_its_test_in_order(self) -> None:
+        _, _, section = self.readme.partition("\n## When things fail\n")
+        rows = re.findall(r"^\| (\w[^|]*) \|", section.partition("\n## ")[0],
+                          re.MULTILINE)[1:]
+        tests = [" ".join(test.__doc__.split())
+                 for name, test in vars(FailuresTest).items()
+                 if name.startswith("test_")]
+        self.assertEqual(rows, tests)
 
     def test_readme_has_each_option_and_exit_code(self) -> None:
         for option in set(re.findall(
@@ -3293,8 +3313,8 @@ class NoDriverTest(FolderTest):
                 self.assertIn(packages, done.stderr)
 
 
-class DatabaseFailureTest(NetTest):
-    """While the database is away, limits hold, by what was seen here."""
+class AwayTest(NetTest):
+    """What the tests of a database that fails share."""
 
     config = (f"limits: [[1000, 600]]\ndb_timeout: 1\n"
               f"db_error_action: {AWAY}\ndebug: False\n")
@@ -3321,13 +3341,27 @@ class DatabaseFailureTest(NetTest):
         self.assertEqual(log.count("the database is back"), 1, log)
         self.assertNotIn("Traceback", log)
 
-    def test_a_locked_database(self) -> None:
-        daemon = self.daemon(self.config)
-        self.check_away(daemon, locked(daemon.database))
+    def service(self, path: str, limits: list[list[int]],
+                ) -> Callable[[float, str, int], str]:
+        """Return what answers (time, user, cost) from a database."""
+        clock = [0.0]
+        settings = settings_of(
+            {"limits": limits, "sqlite_config": {"database": path}})
+        ledger = prl.open_ledger(settings)
+        self.addCleanup(ledger.database.close)
+        service = prl.Service(settings, ledger, lambda: clock[0])
 
-    def test_a_full_disk(self) -> None:
-        daemon = self.daemon(self.config)
-        self.check_away(daemon, disk_full(daemon))
+        def ask(now: float, user: str = "joe", cost: int = 1) -> str:
+            clock[0] = now
+            head = request_text(sasl_username=user, recipient_count=cost,
+                                instance="")
+            return service.answer(prl.parse_request(head[:-2]), prl.Last())
+
+        return ask
+
+
+class DatabaseFailureTest(AwayTest):
+    """While the database is away, limits hold, by what was seen here."""
 
     def test_a_folder_that_is_missing_for_a_while(self) -> None:
         os.mkdir(self.path("lib"))
@@ -3348,17 +3382,6 @@ class DatabaseFailureTest(NetTest):
                 self.check_away(
                     daemon, replaced(daemon.database, content, mode))
 
-    def test_it_starts_without_a_database(self) -> None:
-        path = self.write("db", "rubbish" * 999)
-        daemon = self.daemon(
-            self.config, "-o", f"sqlite_config.database={path}")
-        daemon.database = path
-        self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
-        os.unlink(path)
-        self.assertEqual(daemon.ask(), PASS)
-        self.assertEqual(counted(path), {"joe": 3})
-        self.assertEqual(daemon.log().count("the database is away"), 1)
-
     def test_a_database_that_is_deleted_is_made_anew(self) -> None:
         daemon = self.daemon(self.config)
         self.passes(daemon)
@@ -3375,24 +3398,6 @@ class DatabaseFailureTest(NetTest):
         wait_for(lambda: daemon.ask() == PASS, "a table")
         self.passes(daemon)
 
-    def test_a_wait_of_many_for_a_lock_is_bounded(self) -> None:
-        daemon = self.daemon(self.config)
-        waits: list[float] = []
-
-        def ask(number: int) -> str:
-            with daemon.client() as client:
-                wait_for(lambda: time.monotonic() > start + number / 20, "")
-                asked = time.monotonic()
-                answer = client.ask()
-                waits.append(time.monotonic() - asked)
-            return answer
-
-        self.passes(daemon)
-        with locked(daemon.database):
-            start = time.monotonic()
-            self.assertEqual(set(at_once(ask, range(20))), {AWAY})
-        self.assertLess(max(waits), 1.7)
-
     def test_refusals_do_not_call_a_database_back(self) -> None:
         daemon = self.daemon(self.config.replace("1000", "1"))
         self.passes(daemon, "greedy")
@@ -3406,36 +3411,6 @@ class DatabaseFailureTest(NetTest):
                 pass
             self.assertEqual(daemon.ask(sasl_username="greedy"), REFUSED)
         self.assertLess(daemon.log().count("database is"), 4, daemon.log())
-
-    def test_one_mail_s_failure_is_no_other_s(self) -> None:
-        daemon = self.daemon(self.config.replace("1000", "30"))
-        self.passes(daemon)
-        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
-            other.execute(
-                "CREATE TRIGGER bad BEFORE INSERT ON mail_count"
-                " WHEN new.id = 'bad' BEGIN SELECT RAISE(ABORT, 'bad'); END")
-        mails = [{**mail, "sasl_username": name} for mail in numbered(20)
-                 for name in ("bad", "bad", "ann", "bob", "eve")]
-        told = collections.Counter(
-            (mail["sasl_username"], action)
-            for mail, action in flood([daemon], mails))
-        self.assertEqual(told, {
-            ("bad", AWAY): 30, ("bad", REFUSED): 10,
-            ("ann", PASS): 20, ("bob", PASS): 20, ("eve", PASS): 20})
-
-    def test_an_outage_s_mails_are_counted_and_its_requests_told(self) -> None:
-        daemon = self.daemon(self.config.replace("1000", "3"))
-        self.assertEqual(daemon.ask(), PASS)
-        with moved_away(daemon.database):
-            os.mkdir(daemon.database)
-            self.assertEqual([daemon.ask() for _ in range(4)],
-                             [AWAY, AWAY, REFUSED, REFUSED])
-            os.rmdir(daemon.database)
-        daemon.send(signal.SIGUSR2)
-        self.assertIn("1 passed, 2 refused, 2 database_errors,"
-                      " 4 judged_in_memory", daemon.wait_log("in 0 minutes"))
-        wait_for(lambda: counted(daemon.database).get("joe") == 3,
-                 "the rows, without another mail")
 
     def test_who_is_blocked_stays_so_in_an_outage(self) -> None:
         daemon = self.daemon(self.config)
@@ -3557,40 +3532,6 @@ class DatabaseFailureTest(NetTest):
                 self.assertEqual(ask(now, "2001:DB8:0::1", 1), PASS)
                 found = counted(path)
                 self.assertEqual(found["ann"], used["ann"] + 2)
-
-    def service(self, path: str, limits: list[list[int]],
-                ) -> Callable[[float, str, int], str]:
-        """Return what answers (time, user, cost) from a database."""
-        clock = [0.0]
-        settings = settings_of(
-            {"limits": limits, "sqlite_config": {"database": path}})
-        ledger = prl.open_ledger(settings)
-        self.addCleanup(ledger.database.close)
-        service = prl.Service(settings, ledger, lambda: clock[0])
-
-        def ask(now: float, user: str = "joe", cost: int = 1) -> str:
-            clock[0] = now
-            head = request_text(sasl_username=user, recipient_count=cost,
-                                instance="")
-            return service.answer(prl.parse_request(head[:-2]), prl.Last())
-
-        return ask
-
-    def test_a_clock_that_is_set_gains_no_room_and_locks_nobody(self) -> None:
-        start = 1_700_000_000
-        for step in 0, 1, 300, 599, 601, 86400, 10**8:
-            with self.subTest(step):
-                ask = self.service(self.path(f"back{step}"), [[3, 60]])
-                self.assertEqual([ask(start + step, "joe", 1) for _ in "abc"],
-                                 [PASS] * 3)
-                for later in range(0, 60, 20):  # set back: all still count
-                    self.assertEqual(ask(start + later, "joe", 1), REFUSED)
-                wait = step if step <= 600 else 0
-                self.assertEqual(ask(start + wait + 60, "joe", 3), PASS)
-                self.assertEqual(ask(start + wait + 61, "joe", 1), REFUSED)
-                late = start + wait + step + 200  # set forward
-                self.assertEqual(ask(late, "joe", 3), PASS)
-                self.assertEqual(ask(late + 59, "joe", 1), REFUSED)
 
 
 class ServiceTest(FolderTest):
@@ -3806,13 +3747,6 @@ class ServerTest(NetTest):
             self.assertEqual(client.ask(sasl_username="ann"), PASS)
         self.assertEqual(counted(daemon.database), {"joe": 1, "ann": 1})
 
-    def test_an_idle_connection_is_closed(self) -> None:
-        with self.daemon("delay_to_close: 1\n").client() as client:
-            start = time.monotonic()
-            self.assertEqual(client.ask(), PASS)
-            self.assertEqual(client.read(), "")
-        self.assertGreater(time.monotonic() - start, 0.9)
-
     def test_a_request_that_trickles_in_for_ever_is_hung_up_on(self) -> None:
         with self.daemon("delay_to_close: 1\n").client() as client:
             client.socket.settimeout(0.2)
@@ -3856,26 +3790,6 @@ class ServerTest(NetTest):
         self.assertEqual(answers.count(PASS), 100)
         self.assertEqual(answers.count(REFUSED), 100)
         self.assertEqual(counted(self.path("shared")), {"joe": 100})
-
-    def test_kill_9_forgets_no_mail_that_was_let_through(self) -> None:
-        daemon = self.daemon(WIDE)
-        passed: list[str] = []
-
-        def load(_: int) -> None:
-            with daemon.client() as client, contextlib.suppress(OSError):
-                while client.ask() == PASS:
-                    passed.append(PASS)
-                    if len(passed) == 1000:
-                        daemon.process.kill()
-
-        at_once(load, range(16))
-        daemon.process.wait()
-        self.assertGreaterEqual(len(passed), 1000)
-        found = counted(daemon.database)["joe"]
-        self.assertLessEqual(len(passed), found)
-        self.assertLessEqual(found, len(passed) + 16)  # those in flight
-        daemon.start()
-        self.passes(daemon)
 
     def test_data_and_end_of_message_count_a_mail_once(self) -> None:
         table = (  # requests as state, instance, recipients; who has used
@@ -3925,11 +3839,10 @@ class DaemonTest(NetTest):
 
     def test_it_publishes_what_it_counted_time_and_again(self) -> None:
         daemon = self.hurried()
-        tally = prl.Tally(daemon.pidfile)
-        daemon.ask()
-        wait_for(lambda: tally.read().get("requests") == 1, "the tally")
-        daemon.ask()
-        wait_for(lambda: tally.read().get("requests") == 2, "the next")
+        for number in (1, 2):
+            daemon.ask()
+            wait_for(lambda: prl.read_counts(daemon.pidfile).get("requests")
+                     == number, "the tally")  # noqa: B023
 
     def test_a_tally_that_cannot_be_written_ends_nothing(self) -> None:
         daemon = self.hurried()
@@ -3968,28 +3881,6 @@ class DaemonTest(NetTest):
 class HostileTest(NetTest):
     """What a stranger can send: it harms nobody else."""
 
-    def test_rubbish_is_hung_up_on_with_one_line_of_log(self) -> None:
-        head = b"request=smtpd_access_policy\nprotocol_state=DATA\n"
-        table = (
-            head + b"a=" + b"x" * 70000, b"a" * 10_000_000,
-            head + b"a=b\n" * 1000 + b"\n", b"a=b\n" * 100_000,
-            head + b"no equals sign\n\n", head + b"a=\0\n\n", b"\0" * 99999,
-            b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(range(256)),
-            b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", b"\n\n", b"\n",
-            b"request=other\n\n", b"=\n\n", b"sasl_username=joe\n\n")
-        daemon = self.daemon(WIDE)
-        start, log = status(daemon, "VmRSS")[0], daemon.log()
-        for rubbish in table:
-            with self.subTest(rubbish[:40]), daemon.client() as client:
-                with contextlib.suppress(ConnectionError):
-                    client.socket.sendall(rubbish)
-                    client.socket.shutdown(socket.SHUT_WR)
-                self.assertEqual(client.read(), "")
-                self.passes(daemon)
-        said = daemon.log()[len(log):].splitlines()
-        self.assertEqual(len(said), 1, said)
-        self.assertLess(status(daemon, "VmRSS")[0], start + 8000)
-
     def test_tls_and_http_hellos_end_with_the_patience(self) -> None:
         daemon = self.daemon("delay_to_close: 1\n")
         for hello in b"\x16\x03\x01\x02\0\x01", b"GET / HTTP/1.1\r\n\r\n":
@@ -4009,28 +3900,11 @@ class HostileTest(NetTest):
         self.assertEqual({client.ask() for client in clients}, {PASS})
         self.assertLess(status(daemon, "VmRSS")[0], 64_000)
 
-    def test_an_honest_client_gets_in_when_connections_run_out(self) -> None:
-        daemon = self.daemon(WIDE, program=self.few_files(128))
-        self.check_crowded(daemon, 300)
-
     def test_an_honest_client_gets_in_when_descriptors_run_out(self) -> None:
         daemon = self.daemon(WIDE)
         resource.prlimit(  # the cap on connections is far above it now
             daemon.process.pid, resource.RLIMIT_NOFILE, (60, 60))
         self.check_crowded(daemon, 80)
-
-    def check_crowded(self, daemon: Daemon, size: int) -> None:
-        """Check that who asks is served while many others only connect."""
-        self.crowd(daemon, size)
-        self.passes(daemon)
-        used, start = cpu_seconds(daemon), time.monotonic()
-        wait_for(lambda: time.monotonic() > start + 1.1, "a while")
-        with daemon.client() as old:
-            self.assertEqual(old.ask(), PASS)
-            self.crowd(daemon, size // 8)
-            self.assertEqual(old.ask(), PASS)  # those who ask are kept
-        self.assertLess(cpu_seconds(daemon) - used, 0.25)
-        self.assertLess(len(daemon.log().splitlines()), 8, daemon.log())
 
     def test_strangers_cost_nobody_a_mail(self) -> None:
         daemon = self.daemon(WIDE, program=self.few_files(192))
@@ -5397,33 +5271,6 @@ class ProcessTest(NetTest):
                 self.assertFalse(os.path.exists(daemon.pidfile))
                 self.assertFalse(os.path.exists(daemon.socket))
 
-    def start_that_waits(self, *options: str) -> subprocess.Popen[str]:
-        """Start a process and wait until it has opened its database."""
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", PROGRAM, "-o", "db_timeout=600",
-             "--standalone", self.path("daemon"), *options],
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-        self.addCleanup(process.communicate)
-        self.addCleanup(process.kill)
-        database = self.path("daemon/db.sqlite3")
-        wait_for(lambda: any(os.path.realpath(name) == database for name in
-                             glob.glob(f"/proc/{process.pid}/fd/*")),
-                 "the database to be opened")
-        return process
-
-    def test_a_signal_ends_a_start_or_a_cleaning_that_takes_long(self) -> None:
-        for options, number in itertools.product(
-                ((), ("--clean",)), (signal.SIGTERM, signal.SIGINT)):
-            self.daemon(WIDE).stop()
-            with self.subTest(options=options, number=number):
-                with locked(self.path("daemon/db.sqlite3")):
-                    process = self.start_that_waits(*options)
-                    process.send_signal(number)
-                    self.assertEqual(process.wait(PATIENCE), -number)
-                assert process.stderr is not None
-                self.assertEqual(process.stderr.read(), "")
-        self.passes(self.daemon(WIDE))
-
     def test_a_storm_of_hups_loses_no_term(self) -> None:
         daemon = self.daemon(WIDE + "limits_by_id:\n" + "".join(
             f"    user{n}: [[1, 60]]\n" for n in range(2000)))
@@ -5472,23 +5319,6 @@ class ProcessTest(NetTest):
             f"runpy.run_path({PROGRAM!r}, run_name='__main__')\n")))
         self.passes(daemon)
 
-    def test_requests_in_hand_are_answered_before_the_end(self) -> None:
-        for options in (), ("-o", 'SOCKET=["127.0.0.1", 0]'):
-            daemon = self.daemon(WIDE, *options, name=f"d{len(options)}")
-            address = tcp_address(daemon) if options else daemon.socket
-            with contextlib.ExitStack() as stack:
-                clients = [stack.enter_context(Client(address))
-                           for _ in range(20)]
-                self.assertEqual({c.ask() for c in clients}, {PASS})
-                daemon.send(signal.SIGSTOP)
-                for client in clients:
-                    client.socket.sendall(request_text())
-                start = time.monotonic()
-                self.assertEqual(daemon.stop(), 0)
-                self.assertLess(time.monotonic() - start, 10)  # at once
-                self.assertEqual({c.read() for c in clients}, {PASS})
-            self.assertEqual(counted(daemon.database), {"joe": 40})
-
     def test_a_request_that_waits_for_the_database_is_answered(self) -> None:
         daemon = self.daemon(WIDE)
         self.passes(daemon)
@@ -5511,38 +5341,6 @@ class ProcessTest(NetTest):
             daemon.send(signal.SIGHUP)
             daemon.wait_log("configuration reloaded")
             self.assertEqual([client.ask(), client.ask()], [PASS, "second"])
-
-    def test_hup_with_a_broken_file_keeps_the_settings(self) -> None:
-        daemon = self.daemon("limits: [[1, 600]]\n")
-        with daemon.client() as client:
-            for text in ("limits: [2, 500]\n", "limits: [[", "\0", "- 1",
-                         "[" * 5000, "user: {1: 2", "limits: 1:3"):
-                said = len(daemon.log())
-                self.write("daemon/test.yaml", text)
-                with self.subTest(text[:20]):
-                    daemon.send(signal.SIGHUP)
-                    wait_for(lambda said=said: "not reloaded"  # type: ignore
-                             in daemon.log()[said:], "a complaint")
-            os.unlink(daemon.config)
-            daemon.send(signal.SIGHUP)
-            daemon.wait_log("no configuration file found")
-            self.assertEqual([client.ask(), client.ask()], [PASS, REFUSED])
-
-    def test_another_instance_does_the_first_no_harm(self) -> None:
-        daemon = self.daemon(WIDE)
-        for options in (), ("-o", "pidfile=" + self.path("other.pid")):
-            with self.subTest(options), open(daemon.pidfile) as file:
-                inode = os.stat(daemon.socket).st_ino
-                done = run("--standalone", daemon.folder, *options)
-                self.assertEqual(done.returncode, 3, done.stderr)
-                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
-                self.assertEqual(file.read(), f"{daemon.process.pid}\n")
-                self.assertTrue(os.path.samestat(
-                    os.stat(daemon.pidfile), os.fstat(file.fileno())))
-                self.assertTrue(os.path.exists(daemon.socket))
-                self.assertEqual(os.stat(daemon.socket).st_ino, inode)
-                self.passes(daemon)
-        self.assertFalse(os.path.exists(self.path("other.pid")))
 
     def test_an_original_that_runs_keeps_its_pidfile(self) -> None:
         os.mkdir(self.path("daemon"))
@@ -5703,23 +5501,6 @@ class ProcessTest(NetTest):
             with patch.dict(os.environ, NOTIFY_SOCKET=f"@{self.folder}"):
                 self.daemon(WIDE)
             self.assertEqual(manager.recv(99), b"READY=1")
-
-    def test_what_a_reload_cannot_change_is_told(self) -> None:
-        changes = {
-            "user": "joe", "group": "joe", "socket_permission": 0o600,
-            "mysql_config": {}, "pgsql_config": {}, "db_timeout": 7}
-        self.assertLessEqual(set(changes), set(prl.FIXED))
-        daemon = self.daemon("limits: [[1, 600]]\n")
-        self.write("daemon/test.yaml", json.dumps(
-            {**changes, "limits": [[2, 600]]}))
-        daemon.send(signal.SIGHUP)
-        log = daemon.wait_log("configuration reloaded")
-        for name in prl.FIXED:
-            self.assertEqual(
-                log.count(f"warning: {name}: a change takes effect at the"
-                          " next start"), name in changes, name)
-        self.assertEqual([daemon.ask() for _ in range(3)],
-                         [PASS, PASS, REFUSED])
 
     def test_a_path_of_107_bytes_is_the_longest(self) -> None:
         room = 107 - len(os.fsencode(self.path("")))
@@ -6271,6 +6052,302 @@ class CommandLineTest(FolderTest):
         daemon.send(signal.SIGHUP)
         wait_for(lambda: "reloaded" in daemon.log(), "the reload")
         self.assertIn("configuration reloaded", daemon.log())
+
+
+class FailuresTest(AwayTest):
+    """README's table "When things fail": a test a row, in its order."""
+
+    def start_that_waits(self, *options: str) -> subprocess.Popen[str]:
+        """Start a process and wait until it has opened its database."""
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", PROGRAM, "-o", "db_timeout=600",
+             "--standalone", self.path("daemon"), *options],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        database = self.path("daemon/db.sqlite3")
+        wait_for(lambda: any(os.path.realpath(name) == database for name in
+                             glob.glob(f"/proc/{process.pid}/fd/*")),
+                 "the database to be opened")
+        return process
+
+    def test_limits_hold_while_the_database_is_away(self) -> None:
+        """The database is away, locked, full, unreadable or corrupt"""
+        for name, broken in (
+                ("locked", lambda daemon: locked(daemon.database)),
+                ("full", disk_full)):
+            with self.subTest(name):
+                daemon = self.daemon(self.config, name=name)
+                self.check_away(daemon, broken(daemon))
+
+    def test_it_starts_without_a_database(self) -> None:
+        """The database fails at once"""
+        path = self.write("db", "rubbish" * 999)
+        daemon = self.daemon(
+            self.config, "-o", f"sqlite_config.database={path}")
+        daemon.database = path
+        self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
+        os.unlink(path)
+        self.assertEqual(daemon.ask(), PASS)
+        self.assertEqual(counted(path), {"joe": 3})
+        self.assertEqual(daemon.log().count("the database is away"), 1)
+
+    def test_a_wait_of_many_for_a_lock_is_bounded(self) -> None:
+        """The database hangs"""
+        daemon = self.daemon(self.config)
+        waits: list[float] = []
+
+        def ask(number: int) -> str:
+            with daemon.client() as client:
+                wait_for(lambda: time.monotonic() > start + number / 20, "")
+                asked = time.monotonic()
+                answer = client.ask()
+                waits.append(time.monotonic() - asked)
+            return answer
+
+        self.passes(daemon)
+        with locked(daemon.database):
+            start = time.monotonic()
+            self.assertEqual(set(at_once(ask, range(20))), {AWAY})
+        self.assertLess(max(waits), 4)
+
+    def test_an_outage_s_mails_are_counted_and_its_requests_told(self) -> None:
+        """The database is back"""
+        daemon = self.daemon(self.config.replace("1000", "3"))
+        self.assertEqual(daemon.ask(), PASS)
+        with moved_away(daemon.database):
+            os.mkdir(daemon.database)
+            self.assertEqual([daemon.ask() for _ in range(4)],
+                             [AWAY, AWAY, REFUSED, REFUSED])
+            os.rmdir(daemon.database)
+        daemon.send(signal.SIGUSR2)
+        self.assertIn("1 passed, 2 refused, 2 database_errors,"
+                      " 4 judged_in_memory", daemon.wait_log("in 0 minutes"))
+        wait_for(lambda: counted(daemon.database).get("joe") == 3,
+                 "the rows, without another mail")
+
+    def test_what_was_counted_in_memory_ends_with_the_daemon(self) -> None:
+        """The daemon ends while the database is away"""
+        daemon = self.daemon(self.config)
+        self.passes(daemon)
+        with locked(daemon.database):
+            self.assertEqual(daemon.ask(), AWAY)
+            self.assertEqual(daemon.stop(), 0)
+        daemon.start()
+        self.passes(daemon)
+        self.assertEqual(counted(daemon.database), {"honest": 2})
+
+    def test_one_mail_s_failure_is_no_other_s(self) -> None:
+        """The database refuses one mail"""
+        daemon = self.daemon(self.config.replace("1000", "30"))
+        self.passes(daemon)
+        with contextlib.closing(sqlite3.connect(daemon.database)) as other:
+            other.execute(
+                "CREATE TRIGGER bad BEFORE INSERT ON mail_count"
+                " WHEN new.id = 'bad' BEGIN SELECT RAISE(ABORT, 'bad'); END")
+        mails = [{**mail, "sasl_username": name} for mail in numbered(20)
+                 for name in ("bad", "bad", "ann", "bob", "eve")]
+        told = collections.Counter(
+            (mail["sasl_username"], action)
+            for mail, action in flood([daemon], mails))
+        self.assertEqual(told, {
+            ("bad", AWAY): 30, ("bad", REFUSED): 10,
+            ("ann", PASS): 20, ("bob", PASS): 20, ("eve", PASS): 20})
+
+    def test_a_query_that_fails_leaves_the_limits_of_the_file(self) -> None:
+        """The query of sql_limits_by_id fails, or yields nonsense"""
+        for name, query in (("fails", "SELECT limits FROM nosuch"),
+                            ("nonsense", "SELECT 'rubbish' WHERE ? <> ''")):
+            with self.subTest(name):
+                daemon = self.daemon("limits: [[2, 600]]\n", "-o",
+                                     f"sql_limits_by_id={query}", name=name)
+                self.assertEqual([daemon.ask() for _ in "abc"],
+                                 [PASS, PASS, REFUSED])
+                self.assertIn("warning: sql_limits_by_id: ", daemon.log())
+
+    def test_requests_in_hand_are_answered_before_the_end(self) -> None:
+        """The daemon is stopped"""
+        for options in (), ("-o", 'SOCKET=["127.0.0.1", 0]'):
+            daemon = self.daemon(WIDE, *options, name=f"d{len(options)}")
+            address = tcp_address(daemon) if options else daemon.socket
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(Client(address))
+                           for _ in range(20)]
+                self.assertEqual({c.ask() for c in clients}, {PASS})
+                daemon.send(signal.SIGSTOP)
+                for client in clients:
+                    client.socket.sendall(request_text())
+                start = time.monotonic()
+                self.assertEqual(daemon.stop(), 0)
+                self.assertLess(time.monotonic() - start, 10)  # at once
+                self.assertEqual({c.read() for c in clients}, {PASS})
+            self.assertEqual(counted(daemon.database), {"joe": 40})
+
+    def test_kill_9_forgets_no_mail_that_was_let_through(self) -> None:
+        """It is killed, or the power fails"""
+        daemon = self.daemon(WIDE)
+        passed: list[str] = []
+
+        def load(_: int) -> None:
+            with daemon.client() as client, contextlib.suppress(OSError):
+                while client.ask() == PASS:
+                    passed.append(PASS)
+                    if len(passed) == 1000:
+                        daemon.process.kill()
+
+        at_once(load, range(16))
+        daemon.process.wait()
+        self.assertGreaterEqual(len(passed), 1000)
+        found = counted(daemon.database)["joe"]
+        self.assertLessEqual(len(passed), found)
+        self.assertLessEqual(found, len(passed) + 16)  # those in flight
+        daemon.start()
+        self.passes(daemon)
+
+    def test_a_clock_that_is_set_gains_no_room_and_locks_nobody(self) -> None:
+        """The clock is set back"""
+        start = 1_700_000_000
+        for step in 0, 1, 300, 599, 601, 86400, 10**8:
+            with self.subTest(step):
+                ask = self.service(self.path(f"back{step}"), [[3, 60]])
+                self.assertEqual([ask(start + step, "joe", 1) for _ in "abc"],
+                                 [PASS] * 3)
+                for later in range(0, 60, 20):  # set back: all still count
+                    self.assertEqual(ask(start + later, "joe", 1), REFUSED)
+                wait = step if step <= 600 else 0
+                self.assertEqual(ask(start + wait + 60, "joe", 3), PASS)
+                self.assertEqual(ask(start + wait + 61, "joe", 1), REFUSED)
+
+    def test_windows_empty_sooner_when_the_clock_is_set_forward(self) -> None:
+        """The clock is set forward"""
+        start = 1_700_000_000
+        for step in 1, 300, 86400:
+            with self.subTest(step):
+                ask = self.service(self.path(f"on{step}"), [[3, 60]])
+                self.assertEqual(ask(start, "joe", 3), PASS)
+                late = start + step + 60
+                self.assertEqual(ask(late, "joe", 3), PASS)
+                self.assertEqual(ask(late + 59, "joe", 1), REFUSED)
+
+    def test_rubbish_is_hung_up_on_with_one_line_of_log(self) -> None:
+        """A request cannot be read (not Postfix's, over 32 kB, over 1,000
+        lines)
+        """
+        head = b"request=smtpd_access_policy\nprotocol_state=DATA\n"
+        table = (
+            head + b"a=" + b"x" * 70000, b"a" * 10_000_000,
+            head + b"a=b\n" * 1000 + b"\n", b"a=b\n" * 100_000,
+            head + b"no equals sign\n\n", head + b"a=\0\n\n", b"\0" * 99999,
+            b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + bytes(range(256)),
+            b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n", b"\n\n", b"\n",
+            b"request=other\n\n", b"=\n\n", b"sasl_username=joe\n\n")
+        daemon = self.daemon(WIDE)
+        start, log = status(daemon, "VmRSS")[0], daemon.log()
+        for rubbish in table:
+            with self.subTest(rubbish[:40]), daemon.client() as client:
+                with contextlib.suppress(ConnectionError):
+                    client.socket.sendall(rubbish)
+                    client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.read(), "")
+                self.passes(daemon)
+        said = daemon.log()[len(log):].splitlines()
+        self.assertEqual(len(said), 1, said)
+        self.assertLess(status(daemon, "VmRSS")[0], start + 8000)
+
+    def test_an_honest_client_gets_in_when_connections_run_out(self) -> None:
+        """More than 4,000 connections, or than the limits on open files and
+        threads allow
+        """
+        daemon = self.daemon(WIDE, program=self.few_files(128))
+        self.check_crowded(daemon, 300)
+
+    def test_an_idle_connection_is_closed(self) -> None:
+        """A client is silent"""
+        with self.daemon("delay_to_close: 1\n").client() as client:
+            start = time.monotonic()
+            self.assertEqual(client.ask(), PASS)
+            self.assertEqual(client.read(), "")
+        self.assertGreater(time.monotonic() - start, 0.9)
+
+    def test_a_broken_configuration_is_told_at_the_start(self) -> None:
+        """The configuration is broken at a start"""
+        for text, status_, place in (
+                ("limits: [[1, 60]\n", 5, "test.yaml:1: "),
+                ("\n\nlimits: 5\n", 5, "test.yaml:3: limits: "),
+                ("SOCKET: [1, 2, 3]\n", 4, "test.yaml:1: SOCKET: ")):
+            with self.subTest(text):
+                done = run("-f", self.write("test.yaml", text))
+                self.assertEqual(done.returncode, status_)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertIn(place, done.stderr)
+
+    def test_hup_with_a_broken_file_keeps_the_settings(self) -> None:
+        """The configuration is broken at a reload"""
+        daemon = self.daemon("limits: [[1, 600]]\n")
+        with daemon.client() as client:
+            for text in ("limits: [2, 500]\n", "limits: [[", "\0", "- 1",
+                         "[" * 5000, "user: {1: 2", "limits: 1:3"):
+                said = len(daemon.log())
+                self.write("daemon/test.yaml", text)
+                with self.subTest(text[:20]):
+                    daemon.send(signal.SIGHUP)
+                    wait_for(lambda said=said: "not reloaded"  # type: ignore
+                             in daemon.log()[said:], "a complaint")
+            os.unlink(daemon.config)
+            daemon.send(signal.SIGHUP)
+            daemon.wait_log("no configuration file found")
+            self.assertEqual([client.ask(), client.ask()], [PASS, REFUSED])
+
+    def test_what_a_reload_cannot_change_is_told(self) -> None:
+        """A setting is changed that a reload cannot change (user, group,
+        pidfile, SOCKET, database)
+        """
+        changes = {
+            "user": "joe", "group": "joe", "socket_permission": 0o600,
+            "mysql_config": {}, "pgsql_config": {}, "db_timeout": 7}
+        self.assertLessEqual(set(changes), set(prl.FIXED))
+        daemon = self.daemon("limits: [[1, 600]]\n")
+        self.write("daemon/test.yaml", json.dumps(
+            {**changes, "limits": [[2, 600]]}))
+        daemon.send(signal.SIGHUP)
+        log = daemon.wait_log("configuration reloaded")
+        for name in prl.FIXED:
+            self.assertEqual(
+                log.count(f"warning: {name}: a change takes effect at the"
+                          " next start"), name in changes, name)
+        self.assertEqual([daemon.ask() for _ in range(3)],
+                         [PASS, PASS, REFUSED])
+
+    def test_another_instance_does_the_first_no_harm(self) -> None:
+        """A second daemon is started"""
+        daemon = self.daemon(WIDE)
+        for options in (), ("-o", "pidfile=" + self.path("other.pid")):
+            with self.subTest(options), open(daemon.pidfile) as file:
+                inode = os.stat(daemon.socket).st_ino
+                done = run("--standalone", daemon.folder, *options)
+                self.assertEqual(done.returncode, 3, done.stderr)
+                self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+                self.assertEqual(file.read(), f"{daemon.process.pid}\n")
+                self.assertTrue(os.path.samestat(
+                    os.stat(daemon.pidfile), os.fstat(file.fileno())))
+                self.assertTrue(os.path.exists(daemon.socket))
+                self.assertEqual(os.stat(daemon.socket).st_ino, inode)
+                self.passes(daemon)
+        self.assertFalse(os.path.exists(self.path("other.pid")))
+
+    def test_a_signal_ends_a_start_or_a_cleaning_that_takes_long(self) -> None:
+        """It is stopped while it starts or updates an old table"""
+        for options, number in itertools.product(
+                ((), ("--clean",)), (signal.SIGTERM, signal.SIGINT)):
+            self.daemon(WIDE).stop()
+            with self.subTest(options=options, number=number):
+                with locked(self.path("daemon/db.sqlite3")):
+                    process = self.start_that_waits(*options)
+                    process.send_signal(number)
+                    self.assertEqual(process.wait(PATIENCE), -number)
+                assert process.stderr is not None
+                self.assertEqual(process.stderr.read(), "")
+        self.passes(self.daemon(WIDE))
 
 
 SENDERS = (
