@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import bisect
 import contextlib
 import copy
 import difflib
@@ -850,7 +849,7 @@ class Account:
 
     def __init__(self, identity: str, limits: Limits) -> None:
         self.identity = identity
-        self.limits = limits
+        self.limits = self.given = limits  # the claim's, unless others hold
         self.now = 0  # the second in which windows end
         self.date = 0  # of the mails to come: rounded up
         self.total = 0
@@ -1054,6 +1053,9 @@ TABLES = (
     " made bigint NOT NULL)",
 )
 NEWEST = "mail_limit"  # the table that an update makes last
+INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
+MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
+LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
 INDEX = ("CREATE INDEX mail_count_total"
@@ -1085,20 +1087,22 @@ class Transaction:
         """
         if not self._waiting:
             self.cursor.execute(
-                statement.replace("?", self.backend.placeholder), values)
+                statement.replace("?", self.backend.placeholder),
+                self.backend.fit(values))
         else:
             ahead, self._waiting = self._waiting, []
             texts = [text for text, _ in ahead] + [statement]
             self.cursor.execute(
                 "; ".join(texts).replace("?", self.backend.placeholder),
-                [*itertools.chain(*(given for _, given in ahead)), *values])
+                self.backend.fit([*itertools.chain(
+                    *(given for _, given in ahead)), *values]))
             self.backend.skip_results(self.cursor, len(ahead))
         self.answered = True
         return self.cursor
 
     def later(self, statement: str, *values: object) -> None:
         """Let a statement wait for the next, if the driver joins them."""
-        if self.backend.joins:
+        if self.backend.joins and len(self._waiting) < MAX_JOINED:
             self._waiting.append((statement, values))
         else:
             self.run(statement, *values)
@@ -1184,7 +1188,7 @@ class Database:
         undone = self._roll_back(keep=conflict)
         if conflict and now <= self.backend.deadline:
             time.sleep(random.uniform(0, 0.01))
-        elif undone or not dead:
+        elif not dead:
             raise LedgerError(self.backend.explain(error), undone) from error
 
     def look(self, work: Callable[..., T], *given: Any) -> T:
@@ -1308,6 +1312,30 @@ def update_tables(transaction: Transaction) -> None:
                             fold(identity), identity)
     for statement in backend.add_total:
         transaction.run(statement)
+    for [identity] in transaction.run(
+            "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
+            LARGE).fetchall():
+        retotal(transaction, identity, math.inf)
+
+
+def retotal(transaction: Transaction, identity: str, now: float) -> None:
+    """Write an identity's rows anew: with totals, none after now.
+
+    The original wrote them, or the clock has been set back far.
+    """
+    rows, total = [], 0
+    for date, count, *origin in transaction.run(
+            "SELECT date, recipient_count, instance, protocol_state"
+            " FROM mail_count WHERE id = ? ORDER BY date, total",
+            identity).fetchall():
+        count = 1 if count is None else count
+        total += count
+        rows.append((identity, min(date, now), count, *origin, total))
+        if date > now + CLOCK_SKEW:
+            log.warning("mails are dated %d seconds ahead: see that all"
+                        " clocks are right", date - now, extra=SELDOM)
+    transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
+    transaction.write(INSERT, rows)
 
 
 class Backend:
@@ -1363,6 +1391,10 @@ class Backend:
         for _ in range(count):
             cursor.nextset()
 
+    def fit(self, values: Sequence[object]) -> Sequence[object]:
+        """Return values as the database can hold them."""
+        return values
+
     def is_conflict(self, error: Exception) -> bool:
         """Say whether another transaction was first, so try again."""
         codes = {*error.args[:1], getattr(error, "pgcode", None),
@@ -1410,6 +1442,8 @@ class SQLite(Backend):
             undo.callback(connection.close)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(  # else its log keeps its peak size
+                f"PRAGMA journal_size_limit = {2**24}")
             undo.pop_all()
         self._file = self._identify()
         return connection
@@ -1485,7 +1519,7 @@ class MySQL(Backend):
             " client = VALUES(client)")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
-    conflicts = (1213,)  # deadlock, or on Galera another node was first
+    conflicts = (1020, 1213)  # changed since it was read; deadlock
     text = "? COLLATE utf8mb4_bin"
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
@@ -1503,6 +1537,8 @@ class MySQL(Backend):
             "connect_timeout": self.timeout, "read_timeout": timeout,
             "write_timeout": timeout, **self.config})
         connection.autocommit(False)
+        with contextlib.closing(connection.cursor()) as cursor:  # an empty
+            cursor.execute("SET sql_mode = 'STRICT_ALL_TABLES'")  # text is one
         return connection
 
 
@@ -1520,7 +1556,8 @@ class PostgreSQL(Backend):
     try_total = Backend.add_total[0]  # it is rolled back
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
-    conflicts = ("40001", "40P01")  # serialization failure, deadlock
+    conflicts = (  # serialization failure, deadlock, lock_timeout
+        "40001", "40P01", "55P03")
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
@@ -1537,13 +1574,32 @@ class PostgreSQL(Backend):
     def connect(self, timeout: int) -> Connection:
         """Connect; if timeout is that of the setting, cut what hangs."""
         connection = self.driver.connect(**{
-            "connect_timeout": self.timeout, **self.config})
+            "connect_timeout": self.timeout, **self.config,
+            "client_encoding": "UTF8"})
         connection.autocommit = True
+        connection.cursor().execute(  # or each cut leaves one that waits on
+            f"SET lock_timeout = {timeout * 900}")
+        self.encoding = connection.info.parameter_status("server_encoding")
         if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
             connection.cursor_factory = self.driver.ClientCursor
         if timeout == self.timeout:
             self._watched = connection
         return connection
+
+    def fit(self, values: Sequence[object]) -> Sequence[object]:
+        """Return values with a hash for what the encoding cannot hold."""
+        if self.encoding == "UTF8":
+            return values
+        return [hashed(value, self.encoding) if isinstance(value, str)
+                and not value.isascii() else value for value in values]
+
+    def probe(self, examine: Callable[[Transaction], None]) -> str:
+        """Examine the database, changing nothing; return what it is."""
+        found = super().probe(examine)
+        if self.encoding != "UTF8":
+            log.warning("the database is in %s: what that cannot hold is"
+                        " counted under a hash", self.encoding)
+        return found
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
         """Go on to the last result; psycopg2 has no other."""
@@ -1559,6 +1615,17 @@ class PostgreSQL(Backend):
             with contextlib.suppress(Exception), socket.socket(
                     fileno=os.dup(self._watched.fileno())) as line:
                 line.shutdown(socket.SHUT_RDWR)
+
+
+def hashed(text: str, encoding: str) -> str:
+    """Return a text if an encoding of PostgreSQL's holds it, else its hash."""
+    if encoding == "SQL_ASCII":  # any bytes, each counted as a character
+        encoding = "UTF8"
+    with contextlib.suppress(LookupError, UnicodeEncodeError):
+        if len(text.encode(encoding.replace("WIN", "cp"))) <= MAX_IDENTITY:
+            return text
+    return (text.encode("ascii", "ignore").decode()[:100] + "#"
+            + hashlib.sha256(text.encode()).hexdigest())
 
 
 BACKENDS = (SQLite, MySQL, PostgreSQL)
@@ -1591,7 +1658,6 @@ MERGE_STEP = 50  # identities whose mails one transaction brings from memory
 MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
 BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
           " AND date > {} ORDER BY date, total LIMIT 1")
-INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 
 
 class Batch:
@@ -1643,12 +1709,12 @@ class Standby:
         self._tabs: OrderedDict[str, Tab] = OrderedDict()
         self._size = 0  # rows of all tabs
 
-    def judge(self, charge: Charge, query: str | None) -> Verdict:
+    def judge(self, charge: Charge) -> Verdict:
         """Judge a mail, and keep its rows for the table."""
         batch = Batch([charge])
         with self.lock:
             batch.accounts = {
-                claim.identity: self._account(claim, charge.now, query)
+                claim.identity: self._account(claim, charge.now)
                 for claim in charge.claims}
             [verdict], rows = decide([charge], batch.accounts)
             batch.rows = [(*row[:-1], None) for row in rows]
@@ -1678,7 +1744,7 @@ class Standby:
         with self.lock:
             return [tab.claim for tab in self._tabs.values()]
 
-    def merge(self, transaction: Transaction, batch: Batch) -> None:
+    def bring(self, transaction: Transaction, batch: Batch) -> None:
         """Write what is kept of a batch's identities."""
         with self.lock:
             tabs = map(self._tabs.get, batch.accounts if self._tabs else ())
@@ -1699,24 +1765,25 @@ class Standby:
             while len(self._accounts) > MAX_KEPT:
                 self._accounts.popitem(last=False)
             for tab, count, new in batch.merged:
+                if self._tabs.get(tab.claim.identity) is not tab:
+                    continue  # it has been forgotten
                 del tab.rows[:count]
                 self._size -= count
-                for value, date in new.items():
-                    if tab.new[value] == date:
-                        del tab.new[value]
+                if tab.new == new:
+                    tab.new.clear()
                 if not tab.rows and not tab.new:
-                    self._tabs.pop(tab.claim.identity, None)
+                    del self._tabs[tab.claim.identity]
 
-    def _account(self, claim: Claim, now: float, query: str | None) -> Account:
+    def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
         known = self._accounts.get(claim.identity, Account("", ()))
         tab = self._tabs.get(claim.identity, Tab(claim, [], {}))
-        limits = known.limits if query and known.identity else claim.limits
-        variety = Variety(claim.identity, limits)
-        variety.seen = {**getattr(known, "seen", {}), **tab.new}
+        limits = (claim.limits if known.limits == known.given
+                  else known.limits)  # of the query, or of --limit
         account = Account(claim.identity, limits)
         if claim.value is not None:
-            account = variety
+            account = Variety(claim.identity, limits)
+            account.seen = {**getattr(known, "seen", {}), **tab.new}
         now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
         account.now, account.date = math.floor(now), math.ceil(now)
         used = {limit.seconds: known.total - before for limit, before
@@ -1762,7 +1829,7 @@ class Ledger:
                 with self.standby.lock:
                     if self._hung is not None:  # nobody was quicker
                         charge.error = self._hung
-                        charge.verdict = self.standby.judge(charge, self.query)
+                        charge.verdict = self.standby.judge(charge)
                 continue
             batch = self._open
             batch.charges.append(charge)
@@ -1776,7 +1843,7 @@ class Ledger:
         with self.standby.lock:
             if self._hung is None or time.monotonic() < self._try_at:
                 return self._hung is None
-            self._try_at = math.inf  # for others
+            self._try_at = time.monotonic() + 5 * self.database.backend.timeout
         self._settle(Batch((), now, self.standby.claims()[:MERGE_STEP]))
         return self._hung is None
 
@@ -1787,8 +1854,9 @@ class Ledger:
         """
         for some in chunks(self.standby.claims(), MERGE_STEP):
             left = len(self.standby.claims())
-            self._settle(Batch((), now, some))
-            if self._hung is not None or len(self.standby.claims()) >= left:
+            if self._hung is None:
+                self._settle(Batch((), now, some))
+            if len(self.standby.claims()) >= left:
                 return
 
     def _settle(self, batch: Batch) -> None:
@@ -1842,7 +1910,7 @@ class Ledger:
             self._try_at = time.monotonic() + self.database.backend.timeout
             self.standby.keep(batch)
             for charge in batch.charges[len(batch.verdicts):]:
-                batch.verdicts.append(self.standby.judge(charge, self.query))
+                batch.verdicts.append(self.standby.judge(charge))
         for charge, verdict in zip(batch.charges, batch.verdicts):
             charge.error, charge.verdict = error, verdict
 
@@ -1855,7 +1923,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
         kind = Account if claim.value is None else Variety
         accounts[claim.identity] = kind(claim.identity, claim.limits)
     take_turns(transaction, accounts)
-    standby.merge(transaction, batch)
+    standby.bring(transaction, batch)
     if query:
         ask_all_limits(transaction, query, batch.claims(), accounts)
     now = max((charge.now for charge in charges), default=batch.now)
@@ -1879,8 +1947,7 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
 
     A row that has a total was sent before: it may be there.
     """
-    rows = sorted(rows, key=operator.itemgetter(1))
-    identity, first = rows[0][:2]
+    identity, first = min(row[:2] for row in rows)
     query = (f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ? AND"
              " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
              " AND date <= ?), 0) ORDER BY date, total")
@@ -1888,21 +1955,23 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
     if None in (row[-1] for row in there):  # the original's
         retotal(transaction, identity, there[-1][1])
         there = transaction.run(query, identity, identity, first).fetchall()
-    dates, known = [row[1] for row in there], {row[1:] for row in there}
-    merged, added = [], 0
-    for row in rows:
+    known, sent = {row[1:] for row in there}, {row[1:] for row in rows}
+    new = [row for row in rows if row[1:] not in known]
+    total = there[0][-1] - there[0][2] if there else 0
+    if new and there and there[-1][1] > first:  # another host was quicker
+        transaction.later("DELETE FROM mail_count WHERE id = ? AND date >= ?",
+                          identity, there[0][1])
+        known = set()
+    ours, written = [], []
+    for row in sorted([*there, *new], key=operator.itemgetter(1)):
+        total += row[2]
+        row_with_total = (*row[:-1], total)
+        if row[1:] in sent:
+            ours.append(row_with_total)
         if row[1:] not in known:
-            place = bisect.bisect(dates, row[1])
-            added += row[2]
-            row = (*row[:-1], added + (there[place - 1][-1] if place else 0))
-            if place < len(there):
-                transaction.later("UPDATE mail_count SET total = total + ?"
-                                  " WHERE id = ? AND date > ?",
-                                  row[2], identity, row[1])
-        merged.append(row)
-    transaction.write(INSERT, [
-        row for row in merged if row[1:] not in known])
-    return merged
+            written.append(row_with_total)
+    transaction.write(INSERT, written)
+    return ours
 
 
 def ask_all_limits(transaction: Transaction, query: str,
@@ -1986,22 +2055,20 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
                ) -> Limits | None:
     """Return the limits that the query sql_limits_by_id has, or None."""
     transaction.flush()
-    transaction.cursor.execute(query, (identity,))
+    transaction.cursor.execute(query, transaction.backend.fit((identity,)))
     row = transaction.cursor.fetchone()
     return None if row is None or row[0] is None else parse_limits(row[0])
 
 
 def check_counting(transaction: Transaction, query: str | None) -> None:
     """Raise an error where mails could not be counted; for --check."""
-    name = "Zoë дима 😀"  # a database of another encoding refuses this
-    transaction.run("SELECT ?", name)
     present = columns_of(transaction, "mail_count")
     if present and "total" not in present and transaction.backend.try_total:
         transaction.run(transaction.backend.try_total)
     if query and (columns_of(transaction, "rate_limits")
                   or "rate_limits" not in query):  # else a start makes it
         try:
-            ask_limits(transaction, query, name)
+            ask_limits(transaction, query, "Zoë дима 😀")
         except Exception as error:
             raise LedgerError(f"sql_limits_by_id: {error}") from error
 
@@ -2092,57 +2159,79 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
             f" AS ({asked}) SELECT n, {columns} FROM asked")
 
 
-def retotal(transaction: Transaction, identity: str, now: int) -> None:
-    """Write an identity's rows anew: with totals, none after now.
+def kept_for(longest: int) -> int:
+    """Return how long rows are kept for windows, in seconds.
 
-    The original wrote them, or the clock has been set back far.
+    Longer than any clock is ahead; twice the window, as the original does.
     """
-    rows, total = [], 0
-    for date, count, *origin in transaction.run(
-            "SELECT date, recipient_count, instance, protocol_state"
-            " FROM mail_count WHERE id = ? ORDER BY date, total",
-            identity).fetchall():
-        count = 1 if count is None else count
-        total += count
-        rows.append((identity, min(date, now), count, *origin, total))
-    transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
-    transaction.write(INSERT, rows)
+    return max(2 * longest, longest + CLOCK_SKEW)
 
 
 def clean_some(transaction: Transaction, query: str | None, after: str,
                now: int, keep: int) -> tuple[str | None, int]:
     """Delete rows that no limit sees, of the identities after one.
 
-    Looks at some CLEAN_STEP rows.  Rows of the last keep seconds stay, as do
+    Looks at some CLEAN_STEP / 10 identities, and deletes some CLEAN_STEP
+    rows, whoever they belong to.  Rows of the last keep seconds stay, as do
     those that a limit of the query or of --limit may still see.  Returns the
-    last identity looked at, None if that was all, and the rows deleted.
+    identity after which to go on, None if that was all, and the rows deleted.
     """
-    more = transaction.run(
-        "SELECT id FROM mail_count WHERE id > ? ORDER BY id"
-        f" LIMIT 1 OFFSET {CLEAN_STEP}", after).fetchone()
-    these, ids = "id > ? AND id <= ?" if more else "id > ?", (
-        after, *(more or ()))
-    deleted, overrides = 0, read_overrides(transaction, now)
-    for [identity] in transaction.run(
-            f"SELECT DISTINCT id FROM mail_count WHERE {these} AND date <= ?",
-            *ids, now - keep).fetchall():
-        own = query and transaction.attempt(
-            QUERY_FAILED, ask_limits, query, identity)
-        own = overrides.get(identity, (own,))[0]
-        longest = max((limit.seconds for limit in own or ()), default=0)
-        deleted += transaction.run(
-            "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
-            now - max(keep, 2 * longest)).rowcount
+    before = after
+    looked, deleted, overrides = 0, 0, read_overrides(transaction, now)
+    while deleted < CLEAN_STEP and looked < CLEAN_STEP:
+        looked += 10  # identities take longer than rows
+        last, oldest = transaction.run(
+            "SELECT id, date FROM mail_count WHERE id > ?"
+            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
+        if last is not None and oldest <= now - keep:
+            own = query and transaction.attempt(
+                QUERY_FAILED, ask_limits, query, last)
+            own = overrides.get(last, (own,))[0]
+            rows, more = delete_old(transaction, last, now - max([keep, *(
+                kept_for(limit.seconds) for limit in own or ())]))
+            deleted += rows
+            if more:
+                last = before
+                break
+        if last is None:
+            break
+        before = last
+    more = clean_others(transaction, after, last, now, keep)
+    return after if more else last, deleted
+
+
+def delete_old(transaction: Transaction, identity: str, until: int,
+               ) -> tuple[int, bool]:
+    """Delete some rows up to a date; return how many, and if there is more."""
+    step = transaction.run(
+        "SELECT date FROM mail_count WHERE id = ? AND date <= ? ORDER BY date"
+        " LIMIT 1 OFFSET ?", identity, until, CLEAN_STEP - 1).fetchone()
+    return int(transaction.run(
+        "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
+        step[0] if step else until).rowcount), step is not None
+
+
+def clean_others(transaction: Transaction, after: str, last: str | None,
+                 now: int, keep: int) -> bool:
+    """Delete values and turns that are no longer needed, between two names.
+
+    Returns whether there may be more.
+    """
+    between, names = "id > ?", [after]
+    if last is not None:
+        between, names = "id > ? AND id <= ?", [after, last]
     transaction.run(
-        f"DELETE FROM mail_value WHERE {these} AND date <= ? AND NOT EXISTS"
+        f"DELETE FROM mail_value WHERE {between} AND date <= ? AND NOT EXISTS"
         " (SELECT 1 FROM mail_limit WHERE mail_limit.id = mail_value.id"
-        " AND ends > ?)",
-        *ids, now - keep, now)
-    if transaction.backend.turn:
-        transaction.run(
-            f"DELETE FROM mail_turn WHERE {these} AND NOT EXISTS"
-            " (SELECT 1 FROM mail_count c WHERE c.id = mail_turn.id)", *ids)
-    return more[0] if more else None, deleted
+        " AND ends > ?)", *names, now - keep, now)
+    if not transaction.backend.turn:
+        return False
+    useless = transaction.run(  # first, since a DELETE locks what it looks at
+        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
+        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
+        *names, CLEAN_STEP).fetchall()
+    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
+    return len(useless) == CLEAN_STEP
 
 
 def clean_refused(transaction: Transaction, settings: Settings, after: str,
@@ -2340,7 +2429,7 @@ class Service:
         try:
             last, deleted = transact(
                 clean_some, settings.sql_limits_by_id, self._cleaned,
-                now, 2 * settings.longest_window)
+                now, kept_for(settings.longest_window))
             self._cleaned_refused = transact(
                 clean_refused, settings, self._cleaned_refused, now) or ""
         except LedgerError as error:
@@ -3892,6 +3981,7 @@ def serve(settings: Settings, owner: Owner | None,
         obey(signals, ended, service, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
+        ledger.catch_up(time.time())
         service.tally.close()
 
 
@@ -4171,7 +4261,7 @@ def clean(options: argparse.Namespace) -> None:
         while after is not None:
             after, some = ledger.database.transact(
                 clean_some, settings.sql_limits_by_id, after,
-                int(time.time()), 2 * settings.longest_window)
+                int(time.time()), kept_for(settings.longest_window))
             deleted += some
             time.sleep(0.005)  # the daemon's turn
         after = ""
