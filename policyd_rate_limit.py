@@ -1434,8 +1434,8 @@ class SQLite(Backend):
             undo.callback(connection.close)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute(
-                f"PRAGMA journal_size_limit = {2**24}")  # else it keeps all
+            connection.execute(  # else its log keeps its peak size
+                f"PRAGMA journal_size_limit = {2**24}")
             undo.pop_all()
         self._file = self._identify()
         return connection
@@ -1736,7 +1736,7 @@ class Standby:
         with self.lock:
             return [tab.claim for tab in self._tabs.values()]
 
-    def merge(self, transaction: Transaction, batch: Batch) -> None:
+    def bring(self, transaction: Transaction, batch: Batch) -> None:
         """Write what is kept of a batch's identities."""
         with self.lock:
             tabs = map(self._tabs.get, batch.accounts if self._tabs else ())
@@ -1757,13 +1757,14 @@ class Standby:
             while len(self._accounts) > MAX_KEPT:
                 self._accounts.popitem(last=False)
             for tab, count, new in batch.merged:
+                if self._tabs.get(tab.claim.identity) is not tab:
+                    continue  # it has been forgotten
                 del tab.rows[:count]
                 self._size -= count
-                for value, date in new.items():
-                    if tab.new[value] == date:
-                        del tab.new[value]
+                if tab.new == new:
+                    tab.new.clear()
                 if not tab.rows and not tab.new:
-                    self._tabs.pop(tab.claim.identity, None)
+                    del self._tabs[tab.claim.identity]
 
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
@@ -1834,7 +1835,7 @@ class Ledger:
         with self.standby.lock:
             if self._hung is None or time.monotonic() < self._try_at:
                 return self._hung is None
-            self._try_at += 5 * self.database.backend.timeout  # for others
+            self._try_at = time.monotonic() + 5 * self.database.backend.timeout
         self._settle(Batch((), now, self.standby.claims()[:MERGE_STEP]))
         return self._hung is None
 
@@ -1914,7 +1915,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
         kind = Account if claim.value is None else Variety
         accounts[claim.identity] = kind(claim.identity, claim.limits)
     take_turns(transaction, accounts)
-    standby.merge(transaction, batch)
+    standby.bring(transaction, batch)
     if query:
         ask_all_limits(transaction, query, batch.claims(), accounts)
     now = max((charge.now for charge in charges), default=batch.now)
@@ -2178,11 +2179,12 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
             own = query and transaction.attempt(
                 QUERY_FAILED, ask_limits, query, last)
             own = overrides.get(last, (own,))[0]
-            rows = delete_old(transaction, last, now - max([keep, *(
+            rows, more = delete_old(transaction, last, now - max([keep, *(
                 kept_for(limit.seconds) for limit in own or ())]))
             deleted += rows
-            if rows >= CLEAN_STEP:  # it may have more
+            if more:
                 last = before
+                break
         if last is None:
             break
         before = last
@@ -2190,14 +2192,15 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
     return after if more else last, deleted
 
 
-def delete_old(transaction: Transaction, identity: str, until: int) -> int:
-    """Delete some rows of an identity, up to a date; return how many."""
+def delete_old(transaction: Transaction, identity: str, until: int,
+               ) -> tuple[int, bool]:
+    """Delete some rows up to a date; return how many, and if there is more."""
     step = transaction.run(
         "SELECT date FROM mail_count WHERE id = ? AND date <= ? ORDER BY date"
         " LIMIT 1 OFFSET ?", identity, until, CLEAN_STEP - 1).fetchone()
     return int(transaction.run(
         "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
-        step[0] if step else until).rowcount)
+        step[0] if step else until).rowcount), step is not None
 
 
 def clean_others(transaction: Transaction, after: str, last: str | None,
@@ -2213,11 +2216,14 @@ def clean_others(transaction: Transaction, after: str, last: str | None,
         f"DELETE FROM mail_value WHERE {between} AND date <= ? AND NOT EXISTS"
         " (SELECT 1 FROM mail_limit WHERE mail_limit.id = mail_value.id"
         " AND ends > ?)", *names, now - keep, now)
-    return bool(transaction.backend.turn) and transaction.run(
-        "DELETE FROM mail_turn WHERE id IN (SELECT id FROM (SELECT id FROM"
-        f" mail_turn WHERE {between} AND NOT EXISTS (SELECT 1 FROM"
-        " mail_count c WHERE c.id = mail_turn.id) LIMIT ?) useless)",
-        *names, CLEAN_STEP).rowcount == CLEAN_STEP
+    if not transaction.backend.turn:
+        return False
+    useless = transaction.run(  # first, since a DELETE locks what it looks at
+        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
+        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
+        *names, CLEAN_STEP).fetchall()
+    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
+    return len(useless) == CLEAN_STEP
 
 
 def clean_refused(transaction: Transaction, settings: Settings, after: str,
@@ -3975,8 +3981,7 @@ def serve(settings: Settings, owner: Owner | None,
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.catch_up(time.time())
-        with contextlib.suppress(OSError):
-            os.unlink(tally.path)
+        service.tally.close()
 
 
 def catch_signals() -> socket.socket:
