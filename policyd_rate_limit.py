@@ -243,7 +243,7 @@ def check_entry(check: Callable[[Any], T], value: object, *names: str) -> T:
     except Wrong as error:
         why, *entries = error.args
     except (KeyError, OverflowError, TypeError, ValueError):
-        why, *entries = f"found {show(value)}, expected {check.__doc__}", ()
+        why, entries = f"found {show(value)}, expected {check.__doc__}", [()]
     raise Wrong(f"{names[-1]}: {why}", *((*names, *one) for one in entries))
 
 
@@ -3729,7 +3729,7 @@ class YamlReader:
             value = self.read_flow()
         elif text and not text["colon"]:
             value = self.read_text(text["text"])
-            self.skip(text.re)
+            self.skip(text.re)  # over this text
         else:
             self.refuse("put quotes around")
         if not flow:
