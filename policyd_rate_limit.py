@@ -3981,7 +3981,8 @@ def serve(settings: Settings, owner: Owner | None,
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.catch_up(time.time())
-        service.tally.close()
+        with contextlib.suppress(OSError):
+            os.unlink(tally.path)
 
 
 def catch_signals() -> socket.socket:

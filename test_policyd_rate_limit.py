@@ -3431,25 +3431,6 @@ class DatabaseFailureTest(AwayTest):
         self.assertEqual(daemon.stop(), 0)
         self.assertEqual(counted(daemon.database), {"joe": 2})
 
-    def test_who_is_blocked_stays_so_in_an_outage(self) -> None:
-        daemon = self.daemon(self.config)
-        self.assertEqual(run(*daemon.options, "--block", "joe").returncode, 0)
-        self.assertEqual(daemon.ask(), REFUSED)
-        with moved_away(daemon.database):
-            os.mkdir(daemon.database)
-            self.assertEqual(daemon.ask(), REFUSED)
-            self.assertEqual(daemon.ask(sasl_username="ann"), AWAY)
-            os.rmdir(daemon.database)
-
-    def test_a_stop_writes_what_is_in_memory_alone(self) -> None:
-        daemon = self.daemon(self.config)
-        with moved_away(daemon.database):
-            os.mkdir(daemon.database)
-            self.assertEqual([daemon.ask(), daemon.ask()], [AWAY, AWAY])
-            os.rmdir(daemon.database)
-        self.assertEqual(daemon.stop(), 0)
-        self.assertEqual(counted(daemon.database), {"joe": 2})
-
     def test_a_mail_s_rows_are_written_once_whatever_a_commit_said(
             self) -> None:
         """The commit comes in, but what says so does not."""
