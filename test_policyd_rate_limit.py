@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pty
 import pwd
@@ -3292,6 +3293,120 @@ class GaleraTest(DatabaseTest):
 
 
 del DriverTest, HostsTest  # their subclasses run the tests
+
+
+class Model:
+    """What the ledger has to do, with a list of (date, cost) for each key."""
+
+    limits: dict[str, list[tuple[int, int]]] = {
+        "": [(5, 60), (9, 600)], "sasl_domain": [(7, 60)],
+        "server": [(15, 100)], "tried": [(4, 60)]}
+    file = {"limits": limits[""], "quotas": [
+        {"by": "sasl_domain", "limits": limits["sasl_domain"]},
+        {"by": "server", "limits": limits["server"]},
+        {"by": "server", "name": "tried", "limits": limits["tried"],
+         "dry_run": True}]}
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[tuple[int, int]]] = {}
+
+    def keys(self, user: str) -> dict[str, str]:
+        """Return the keys of a user's mail, by the rule of each."""
+        return {"": user, "server": "server=all", "tried": "tried=all",
+                "sasl_domain": f"sasl_domain={user.split('@')[1]}"}
+
+    def has_room(self, key: str, rule: str, cost: int, now: float) -> bool:
+        """Say whether a mail keeps the limits of a rule."""
+        second, _ = self.times(key, now)
+        return all(cost + sum(
+            spent for date, spent in self.rows[key] if date > second - seconds)
+            <= mails for mails, seconds in self.limits[rule])
+
+    def times(self, key: str, now: float) -> tuple[int, int]:
+        """Return the second that ends windows, and the date of a new row."""
+        rows = self.rows.setdefault(key, [])
+        newest = max((date for date, _ in rows), default=0)
+        if newest > now + 600:  # the clock was set back
+            rows[:] = [(min(date, math.ceil(now)), cost)
+                       for date, cost in rows]
+        elif newest > math.ceil(now):  # it goes on from there
+            return newest - 1, newest
+        return math.floor(now), math.ceil(now)
+
+    def judge(self, user: str, cost: int, now: float) -> str:
+        """Count a mail where it has room, or nowhere; say what it is."""
+        keys = self.keys(user)
+        room = {rule: self.has_room(key, rule, cost, now)
+                for rule, key in keys.items()}
+        passed = all(room[rule] for rule in room if rule != "tried")
+        for rule, key in keys.items() if passed else ():
+            if room[rule]:
+                self.rows[key].append((self.times(key, now)[1], cost))
+        return ("refused" if not passed else
+                "passed" if room["tried"] else "tried")
+
+    def clean(self, now: int, keep: int) -> None:
+        """Forget what is older."""
+        for rows in self.rows.values():
+            rows[:] = [row for row in rows if row[0] > now - keep]
+
+
+class RandomTest(FolderTest):
+    """Whatever is done in whatever order, the ledger agrees with a model."""
+
+    seeds = 1000 if NO_SKIP else 100  # all of them where nothing is skipped
+
+    def test_random_work_agrees_with_the_model(self) -> None:
+        folder = tempfile.mkdtemp(prefix="policyd-", dir=memory_folder())
+        self.addCleanup(shutil.rmtree, folder)
+        settings = settings_of({**Model.file, "sqlite_config": {
+            "database": os.path.join(folder, "db")}})
+        ledgers = [prl.open_ledger(settings) for _ in range(2)]
+        for ledger in ledgers:
+            self.addCleanup(ledger.database.close)
+        for seed in range(self.seeds):
+            ledgers[0].database.transact(
+                prl.Transaction.run, "DELETE FROM mail_count")
+            with self.subTest(seed=seed):
+                self.work(random.Random(seed), ledgers, settings)
+
+    def work(self, chance: random.Random, ledgers: list[prl.Ledger],
+             settings: prl.Settings) -> None:
+        """Do this and that at times that go on and, at times, back."""
+        model, now, users = Model(), 1e6, ("a@x.org", "b@x.org", "c@y.org")
+        for step in range(25):
+            now += chance.choice((0, 0, .25, 1, 5, 30, 61, 400, 1200, -1, -20,
+                                  -2000) if step % 5 else (0, .5, 10))
+            database = chance.choice(ledgers).database
+            what = chance.random()
+            if what < .05:
+                user = chance.choice(users)
+                self.assertEqual(
+                    database.transact(prl.forget, user),
+                    sum(cost for _, cost in model.rows.pop(user, [])), step)
+            elif what < .1:
+                keep = chance.choice((1200, 4000))
+                model.clean(int(now), keep)
+                database.transact(prl.clean_some, None, "", int(now), keep)
+            else:
+                self.charge(chance, database, settings, model, now, [
+                    (chance.choice(users), chance.choice((1, 1, 2, 3, 10)))
+                    for _ in range(chance.choice((1, 1, 2, 5)))])
+
+    def charge(self, chance: random.Random, database: prl.Database,
+               settings: prl.Settings, model: Model, now: float,
+               mails: list[tuple[str, int]]) -> None:
+        """Settle some mails at once, and compare the verdicts."""
+        batch = prl.Batch([prl.Charge(prl.claims_of(request(
+            sasl_username=user, recipient_count=cost), settings),
+            now - chance.choice((0, 0, 3))) for user, cost in mails])
+        latest = max(charge.now for charge in batch.charges)
+        database.transact(prl.settle, batch, None, prl.Standby())
+        self.assertEqual(
+            ["refused" if verdict.broken else
+             "tried" if verdict.tried else "passed"
+             for verdict in batch.verdicts],
+            [model.judge(user, cost, latest) for user, cost in mails])
 
 
 class NoDriverTest(FolderTest):
