@@ -49,6 +49,7 @@ import logging
 import math
 import operator
 import os
+import pathlib
 import pwd
 import queue
 import random
@@ -2331,22 +2332,19 @@ def open_ledger(settings: Settings) -> Ledger:
 class Seldom(logging.Filter):
     """Lets each message that is marked SELDOM through once a minute."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: dict[str, float] = {}
+    said: dict[str, float] = {}  # when each was let through
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether to let a record through."""
-        if not hasattr(record, "seldom"):
-            return True
-        if 0 <= record.created - self.said.get(record.msg, 0) < 60:
+        seldom = hasattr(record, "seldom")
+        if seldom and 0 <= record.created - self.said.get(record.msg, 0) < 60:
             return False
-        self.said[record.msg] = record.created
+        if seldom:
+            self.said[record.msg] = record.created
         return True
 
 
 log.addFilter(Seldom())
-
 
 COUNTED = ("requests", "passed", "refused", "database_errors",
            "judged_in_memory", "decision_seconds")
@@ -2371,12 +2369,9 @@ class Service:
         self._cleaned = self._cleaned_refused = ""  # where cleaning goes on
 
     def answer(self, request: Request, last: Last) -> str:
-        """Return the action for a request, having counted its mail.
-
-        last is what this connection was told of its last mail.
-        """
-        settings = self.settings  # the same ones from here to the answer
-        now, queue_id = self._clock(), printable(request.queue_id) or "NOQUEUE"
+        """Return the action for a request, having counted its mail."""
+        settings, now = self.settings, self._clock()  # until the answer
+        queue_id = printable(request.queue_id) or "NOQUEUE"
         self._count("requests")
         if settings.log_requests:
             log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
@@ -2395,16 +2390,17 @@ class Service:
         verdict, action = self._charge(Charge(
             claims, now, request.instance, request.protocol_state, client),
             settings)
-        passed = verdict.broken is None
-        if verdict.broken is not None:
-            action = explain(verdict.broken, verdict.room_at, now)
+        broken, level = verdict.broken, logging.INFO
+        if broken is not None:
+            action = explain(broken, verdict.room_at, now)
             with contextlib.suppress(Exception):  # the answer comes first
-                refused = self._alarm(verdict.broken, client, settings, now)
-        level = logging.INFO if passed and not verdict.tried else NOTICE
+                refused = self._alarm(broken, client, settings, now)
+        if broken is not None or verdict.tried:
+            level = NOTICE
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id,
                     describe(verdict, client, refused), action)
-        last.note(request, passed, settings.success_action
+        last.note(request, broken is None, settings.success_action
                   if request.protocol_state == "RCPT" else action)
         return action
 
@@ -2496,14 +2492,12 @@ class Last:
 
     def covers(self, request: Request) -> bool:
         """Say whether a mail was counted at an earlier state."""
-        if (not request.instance or request.instance != self.instance
-                or request.protocol_state not in STATES
-                or STATES.index(request.protocol_state)
-                <= STATES.index(self.state)):
+        if not request.instance or request.instance != self.instance:
             return False
-        if request.protocol_state == STATES[-1]:
-            self.instance = ""
-        return True
+        earlier, state = STATES.index(self.state), request.protocol_state
+        if state == STATES[-1]:
+            self.instance = ""  # this was its end
+        return state in STATES[earlier + 1:]
 
     def is_counted(self, request: Request) -> bool:
         """Say whether another recipient of this mail was counted at RCPT."""
@@ -2537,17 +2531,15 @@ def format_address(address: str | tuple[str, int]) -> str:
 def describe(verdict: Verdict, client: str = "", refused: int = 0) -> str:
     """Return a verdict in Postfix's key=value style."""
     broken, parts = verdict.broken, []
-    for _, group in itertools.groupby(
-            verdict.usage, lambda usage: usage.claim.identity):
-        usage = list(group)
-        claim = usage[0].claim
+    for claim, group in itertools.groupby(
+            verdict.usage, operator.attrgetter("claim")):
         cost = 0 if broken else claim.cost
-        used = " ".join(f"{each.used + cost}/{ratio(each.limit)}"
-                        for each in usage)
+        used = " ".join(f"{usage.used + cost}/{ratio(usage.limit)}"
+                        for usage in group)
         parts.append(f"identity=<{printable(claim.identity)}>,"
                      f" cost={claim.cost}, used={used}")
-    parts += [f"would refuse for <{printable(each.claim.identity)}>"
-              f" {ratio(each.limit)}" for each in verdict.tried]
+    parts += [f"would refuse for <{printable(usage.claim.identity)}>"
+              f" {ratio(usage.limit)}" for usage in verdict.tried]
     if broken:
         parts.append(f"client={client}, broken={ratio(broken.limit)},"
                      f" refused={refused}")
@@ -2669,16 +2661,17 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service = service
         self.handlers: set[PolicyHandler] = set()
         address = service.settings.SOCKET
-        self.address_family = (
-            socket.AF_UNIX if isinstance(address, str) else
-            socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        with free_path(address):
+        self.address_family = family_of(address)
+        with (hold_lock(address) if isinstance(address, str)
+              else contextlib.nullcontext()):  # others judge it stale
             super().__init__(
                 address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
         settings = self.service.settings
+        if isinstance(settings.SOCKET, str):
+            remove_stale_socket(settings.SOCKET)
         before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
@@ -2728,8 +2721,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     extra=SELDOM)
         recent = time.monotonic() - 1
         idle = sorted(
-            (one for one in list(self.handlers) if one.active < math.inf),
-            key=lambda one: (one.asked or one.active > recent, one.active))
+            (handler for handler in list(self.handlers)
+             if handler.active < math.inf),
+            key=lambda handler: (handler.asked or handler.active > recent,
+                                 handler.active))
         for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
             handler.hang_up()
         if not idle:
@@ -2759,18 +2754,6 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 @contextlib.contextmanager
-def free_path(address: str | tuple[str, int]) -> Iterator[None]:
-    """Free a path; keep others from judging ours stale until it listens."""
-    if not isinstance(address, str):
-        yield
-        return
-    with hold_lock(address):
-        if os.path.lexists(address):
-            remove_stale_socket(address)
-        yield
-
-
-@contextlib.contextmanager
 def hold_lock(path: str) -> Iterator[None]:
     """Hold a path until the end, or raise AlreadyRunning.
 
@@ -2796,14 +2779,37 @@ def hold_lock(path: str) -> Iterator[None]:
                 os.unlink(file.name)
 
 
+def check_socket(address: str | tuple[str, int]) -> None:
+    """Raise OSError if a socket could not be bound to an address."""
+    if not isinstance(address, str):
+        try:
+            socket.create_server(
+                (address[0], 0), family=family_of(address)).close()
+        except OSError as error:  # which does not name it
+            raise PolicydError(f"{format_address(address)}: {error}") from None
+    elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
+        raise OSError(errno.ENAMETOOLONG, "too long a path", address)
+    elif (os.path.lexists(address)
+          and not stat.S_ISSOCK(os.lstat(address).st_mode)):
+        raise FileExistsError(errno.EEXIST, "is not a socket", address)
+
+
+def family_of(address: str | tuple[str, int]) -> socket.AddressFamily:
+    """Return the family of a socket's address."""
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
 def remove_stale_socket(path: str) -> None:
     """Remove a socket on which nobody listens; never one in use."""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise FileExistsError(errno.EEXIST, "is not a socket", path)
+    check_socket(path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
+        except FileNotFoundError:
+            return
         except ConnectionRefusedError:
             os.unlink(path)
             return
@@ -3834,7 +3840,6 @@ CLEAN_PAUSE = 10  # seconds between two steps of the daemon's cleaning
 FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
 
-
 FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
 
 
@@ -3908,11 +3913,10 @@ def is_open(settings: Settings) -> bool:
     """Say whether any account of this host may connect."""
     if not isinstance(settings.SOCKET, str):
         return True
-    path, way = os.path.abspath(settings.SOCKET), 0o1
-    while way and path != "/":
-        path = os.path.dirname(path)
-        way = os.path.isdir(path) and os.stat(path).st_mode & 0o1
-    return bool(way and settings.socket_permission & 0o2)
+    folders_above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
+    return bool(settings.socket_permission & 0o2) and all(
+        os.path.isdir(folder) and os.stat(folder).st_mode & 0o1
+        for folder in folders_above)
 
 
 def is_volume(folder: str) -> bool:
@@ -4003,9 +4007,8 @@ def catch_signals() -> socket.socket:
 def keep_to_one_processor() -> None:
     """Keep all threads on one processor, where the system lets us.
 
-    Python runs one of them at a time; to hand over to a thread on another
-    processor takes longer than most of them work: a third to a half of the
-    speed at 16 connections.  Many daemons on a host take different ones.
+    Python runs one of them at a time; to hand over to another processor costs
+    a third to a half of the speed at 16 connections.
     """
     with contextlib.suppress(AttributeError, OSError):  # Linux has it
         allowed = sorted(os.sched_getaffinity(0))
@@ -4070,10 +4073,7 @@ def notify(state: str) -> None:
 # The options, what each of them does, and the exit status.
 # ---------------------------------------------------------------------------
 
-
 VERSION = "2.0.0"
-
-
 UNIT = f"/etc/systemd/system/{PROGRAM}.service"
 NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
              " systemd")
@@ -4295,7 +4295,7 @@ def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, ledger = open_as_owner(options, make=False)
     now = int(time.time())
-    identity = as_key(options.status) if options.status else None
+    identity = fold(options.status) if options.status else None
     standings = sorted(
         ledger.database.look(survey, settings, now, identity),
         key=lambda one: urgency(one, now), reverse=True)
@@ -4324,7 +4324,7 @@ def show_prometheus(options: argparse.Namespace) -> None:
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
     settings, ledger = open_as_owner(options)
-    identity = as_key(options.reset)
+    identity = fold(options.reset)
     warn_unknown(settings, ledger, identity)
     mails = ledger.database.transact(forget, identity)
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
@@ -4334,7 +4334,7 @@ def set_limit(options: argparse.Namespace) -> None:
     """Give an identity other limits at once, on every host."""
     settings, ledger = open_as_owner(options)
     identity, limits = options.limit or (options.block, BLOCKED)
-    key, now = as_key(identity), int(time.time())
+    key, now = fold(identity), int(time.time())
     ends = now + options.term if options.term else FOR_GOOD
     warn_unknown(settings, ledger, key)
     ledger.database.transact(set_override, key, limits, ends, now)
@@ -4345,15 +4345,10 @@ def set_limit(options: argparse.Namespace) -> None:
 def unlimit(options: argparse.Namespace) -> None:
     """Let the limits of file or query hold for an identity again."""
     _, ledger = open_as_owner(options)
-    key = as_key(options.unlimit)
+    key = fold(options.unlimit)
     had = ledger.database.transact(drop_override, key)
     print(f"{printable(key)}:", "its usual limits hold again" if had
           else "it has its usual limits")
-
-
-def as_key(identity: str) -> str:
-    """Return the key under which an ID of the command line is counted."""
-    return fold(identity)
 
 
 def warn_unknown(settings: Settings, ledger: Ledger, identity: str) -> None:
@@ -4417,21 +4412,6 @@ def barred(needed: Iterable[str]) -> list[str]:
         f"{path}/" for path in re.findall(r"[ =]-?(/\S+)", unit)))
     return [folder for folder in map(os.path.realpath, needed)
             if not f"{folder}/".startswith(allowed)]
-
-
-def check_socket(address: str | tuple[str, int]) -> None:
-    """Raise OSError if a socket could not be bound to an address."""
-    if not isinstance(address, str):
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        try:
-            socket.create_server((address[0], 0), family=family).close()
-        except OSError as error:  # which does not name it
-            raise PolicydError(f"{format_address(address)}: {error}") from None
-    elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
-        raise OSError(errno.ENAMETOOLONG, "too long a path", address)
-    elif (os.path.lexists(address)
-          and not stat.S_ISSOCK(os.lstat(address).st_mode)):
-        raise FileExistsError(errno.EEXIST, "is not a socket", address)
 
 
 def get_config(options: argparse.Namespace) -> None:
