@@ -2380,7 +2380,8 @@ class Service:
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action
-        claims = claims_of(request, settings, last.is_counted(request))
+        again = bool(request.instance) and request.instance == last.counted
+        claims = claims_of(request, settings, again)
         if not claims:
             log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
                      printable(request.protocol_state),
@@ -2390,13 +2391,13 @@ class Service:
         verdict, action = self._charge(Charge(
             claims, now, request.instance, request.protocol_state, client),
             settings)
-        broken, level = verdict.broken, logging.INFO
+        broken = verdict.broken
+        usual = broken is None and not verdict.tried
         if broken is not None:
             action = explain(broken, verdict.room_at, now)
             with contextlib.suppress(Exception):  # the answer comes first
                 refused = self._alarm(broken, client, settings, now)
-        if broken is not None or verdict.tried:
-            level = NOTICE
+        level = logging.INFO if usual else NOTICE
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id,
                     describe(verdict, client, refused), action)
@@ -2409,7 +2410,7 @@ class Service:
         self.settings = settings
         self._ledger.query = settings.sql_limits_by_id
 
-    def clean(self) -> None:
+    def clean_step(self) -> None:
         """Drop a few rows that no limit sees, so that nobody has to."""
         settings, now = self.settings, int(self._clock())
         if not self._ledger.is_open(now):
@@ -2488,7 +2489,7 @@ class Last:
     """
 
     instance = state = action = ""
-    counted = False  # did a recipient pass?
+    counted = ""  # the instance of which a recipient passed at RCPT
 
     def covers(self, request: Request) -> bool:
         """Say whether a mail was counted at an earlier state."""
@@ -2499,16 +2500,12 @@ class Last:
             self.instance = ""  # this was its end
         return state in STATES[earlier + 1:]
 
-    def is_counted(self, request: Request) -> bool:
-        """Say whether another recipient of this mail was counted at RCPT."""
-        return bool(request.instance) and self.counted and (
-            self.instance, self.state) == (request.instance, "RCPT")
-
     def note(self, request: Request, passed: bool, action: str) -> None:
         """Note the action for the states to come."""
-        self.counted = passed or self.is_counted(request)
         self.instance, self.state, self.action = (
             request.instance, request.protocol_state, action)
+        if passed and self.state == "RCPT":
+            self.counted = self.instance
 
 
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
@@ -2761,12 +2758,11 @@ def hold_lock(path: str) -> Iterator[None]:
     """
     with open(path + ".lock", "w", opener=lambda name, flags: os.open(
             name, flags | os.O_NOFOLLOW, 0o600)) as file:
-        try:
+        held = False  # stays so too while the one that had it ends
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(
                 os.fstat(file.fileno()), os.lstat(file.name))
-        except (BlockingIOError, FileNotFoundError):
-            held = False  # or the one that had it is about to end
         if not held:
             raise AlreadyRunning(f"{path}: another instance is running")
         if os.geteuid() == 0:  # tomorrow another user may start it
@@ -3009,7 +3005,7 @@ class Alarm:
             self._queue.put_nowait((settings, key, facts))
         return count
 
-    def run(self) -> None:
+    def send(self) -> None:
         """Send alerts for ever, but not too many within an hour."""
         sent = deque([-math.inf] * ALERTS_AN_HOUR, ALERTS_AN_HOUR)
         silent = -math.inf  # when it was told that no more come
@@ -3038,13 +3034,12 @@ class Alarm:
 
 def send_alert(settings: Settings, facts: Mapping[str, str]) -> bool:
     """Alert all, once more whom it did not reach; say if it reached any."""
-    targets = settings.alert_command[:1] or settings.report_to
-    missed = [target for target in targets
-              if not reach(target, settings, facts)]
-    if missed:
-        time.sleep(ALERT_PAUSE)
-        missed = [target for target in missed
-                  if not reach(target, settings, facts)]
+    targets = missed = settings.alert_command[:1] or settings.report_to
+    for pause in (0, ALERT_PAUSE):
+        if missed:
+            time.sleep(pause)
+        missed = tuple(target for target in missed
+                       if not reach(target, settings, facts))
     return len(missed) < len(targets) or not targets
 
 
@@ -3300,8 +3295,8 @@ def urgency(standing: Standing, now: int) -> tuple[float, ...]:
     """Return what puts an identity ahead of others: refused now, then full."""
     refused = max((row.hits for row in standing.refusals
                    if row.last + row.seconds > now), default=0)
-    fullest = max([(one.used / (one.mails or 1), one.used)
-                   for one in standing.limits], default=(0, 0))
+    fullest = max([(window.used / (window.mails or 1), window.used)
+                   for window in standing.limits], default=(0, 0))
     return refused, bool(standing.until), *fullest
 
 
@@ -3311,8 +3306,8 @@ def show_most(standings: Sequence[Standing], now: int) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [
         ("identity", "", "", "used", "refused", "last", "room", "until")]
     left = len(standings)
-    for one in standings:
-        more = list(show_rows(one, now))
+    for standing in standings:
+        more = list(show_rows(standing, now))
         if lines and len(rows) + len(more) > lines - 2:  # and a prompt
             break
         rows += more
@@ -3330,9 +3325,9 @@ def show_rows(standing: Standing, now: int) -> Iterator[tuple[str, ...]]:
     until = (short(standing.until, now)
              or ("dry_run" if standing.dry_run else ""))
     name = printable(standing.identity)
-    for one in standing.limits or [None]:
-        yield (name, *(show_window(one) if one else ("", "", "")), *first,
-               short(one and one.room_at, now), until)
+    for window in standing.limits or [None]:
+        yield (name, *(show_window(window) if window else ("", "", "")),
+               *first, short(window and window.room_at, now), until)
         name, first, until = "", ["", ""], ""
 
 
@@ -3972,13 +3967,13 @@ def serve(settings: Settings, owner: Owner | None,
         keep_to_one_processor()
         server.max_connections = max(16, min(
             server.max_connections, raise_file_limit() - 64))
-        service.clean()  # opens the ledger, and says so if it cannot
+        service.clean_step()  # opens the ledger, and says so if it cannot
         for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
             signal.signal(number, lambda number, _: ended.append(number))
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
-        threading.Thread(target=alarm.run, daemon=True).start()
+        threading.Thread(target=alarm.send, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
         run_until_signal(signals, ended, service, tally, read)
@@ -4032,7 +4027,7 @@ def run_until_signal(signals: socket.socket, ended: Sequence[int],
         try:
             numbers = signals.recv(4096)  # a storm of them is one
         except socket.timeout:
-            service.clean()
+            service.clean_step()
             continue
         if signal.SIGUSR2 in numbers:
             tally.publish(asked=True)
@@ -4112,9 +4107,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run_daemon)
     one_of = parser.add_mutually_exclusive_group().add_argument
-    one_of("--clean", dest="command", action="store_const", const=clean,
+    one_of("--clean", dest="command", action="store_const", const=clean_all,
            help="clean old records from the database, and send the report")
     one_of("--check", dest="command", action="store_const", const=check_start,
            help="check the configuration, the folders and the database")
@@ -4156,7 +4151,7 @@ def choose_command(options: argparse.Namespace) -> None:
                           ("unlimit", unlimit), ("status", show_status)):
         if getattr(options, name) is not None:
             options.command = command
-    if options.json and options.command is run:
+    if options.json and options.command is run_daemon:
         options.command, options.status = show_status, ""
     if options.json and options.command is not show_status:
         raise ValueError("--json goes with --status")
@@ -4198,7 +4193,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
     options.places = config.places
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
-    if options.command in (run, check_start):
+    if options.command in (run_daemon, check_start):
         tell_doubts(settings, options.command is check_start)
     return settings
 
@@ -4226,18 +4221,17 @@ def configure(options: argparse.Namespace) -> Config:
         if options.get_config is None:
             raise
         log.warning("%s", error)
-    if options.standalone:
+    folder = options.standalone
+    if folder:
         config.values.update(
-            SOCKET=os.path.join(options.standalone, "policy"), backend=0,
-            pidfile=os.path.join(options.standalone, f"{PROGRAM}.pid"),
-            sqlite_config={
-                "database": os.path.join(options.standalone, "db.sqlite3")})
+            SOCKET=f"{folder}/policy", pidfile=f"{folder}/{PROGRAM}.pid",
+            backend=0, sqlite_config={"database": f"{folder}/db.sqlite3"})
     for text in options.overrides:
         override(config, text)
     return config
 
 
-def run(options: argparse.Namespace) -> None:
+def run_daemon(options: argparse.Namespace) -> None:
     """Run the daemon."""
     settings = load_settings(options)
 
@@ -4253,21 +4247,21 @@ def run(options: argparse.Namespace) -> None:
           lambda: load_settings(options))
 
 
-def clean(options: argparse.Namespace) -> None:
+def clean_all(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
-    settings, ledger = open_as_owner(options)
+    settings, database = open_as_owner(options)
     after: str | None = ""
     deleted = 0
     try:
         while after is not None:
-            after, some = ledger.database.transact(
+            after, some = database.transact(
                 clean_some, settings.sql_limits_by_id, after,
                 int(time.time()), kept_for(settings.longest_window))
             deleted += some
             time.sleep(0.005)  # the daemon's turn
         after = ""
         while after is not None:
-            after = ledger.database.transact(
+            after = database.transact(
                 clean_refused, settings, after, int(time.time()))
             time.sleep(0.005)
     except LedgerError as error:
@@ -4275,35 +4269,36 @@ def clean(options: argparse.Namespace) -> None:
     print(f"{deleted} records deleted")
     if settings.report:
         tell_doubts(settings, strict=False)
-        send_reports(ledger.database, settings)
+        send_reports(database, settings)
 
 
 def open_as_owner(options: argparse.Namespace,
-                  make: bool = True) -> tuple[Settings, Ledger]:
-    """Make the folders if so told, give up root's rights, open the ledger."""
+                  make: bool = True) -> tuple[Settings, Database]:
+    """Make the folders if so told, give up root's rights; open nothing."""
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
     if make:
         make_folders(settings, owner)
-    ledger = open_ledger(settings)
-    options.at_end.callback(ledger.database.close)
+    database = open_ledger(settings).database
+    options.at_end.callback(database.close)
     drop_root(owner)
-    return settings, ledger
+    return settings, database
 
 
 def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
-    settings, ledger = open_as_owner(options, make=False)
+    settings, database = open_as_owner(options, make=False)
     now = int(time.time())
     identity = fold(options.status) if options.status else None
     standings = sorted(
-        ledger.database.look(survey, settings, now, identity),
-        key=lambda one: urgency(one, now), reverse=True)
+        database.look(survey, settings, now, identity),
+        key=lambda standing: urgency(standing, now), reverse=True)
     if options.json:
         print(json.dumps({"time": now, "identities": [
-            {**one._asdict(), "limits": [w._asdict() for w in one.limits],
-             "refusals": [row._asdict() for row in one.refusals]}
-            for one in standings]}))
+            {**standing._asdict(),
+             "limits": [window._asdict() for window in standing.limits],
+             "refusals": [row._asdict() for row in standing.refusals]}
+            for standing in standings]}))
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
@@ -4314,46 +4309,47 @@ def show_status(options: argparse.Namespace) -> None:
 
 def show_prometheus(options: argparse.Namespace) -> None:
     """Show it for node_exporter's textfile collector, which reads UTF-8."""
-    settings, ledger = open_as_owner(options, make=False)
+    settings, database = open_as_owner(options, make=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    for line in show_metrics(ledger.database, settings):
+    for line in show_metrics(database, settings):
         print(line)
 
 
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
-    settings, ledger = open_as_owner(options)
+    settings, database = open_as_owner(options)
     identity = fold(options.reset)
-    warn_unknown(settings, ledger, identity)
-    mails = ledger.database.transact(forget, identity)
+    warn_unknown(settings, database, identity)
+    mails = database.transact(forget, identity)
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
 
 
 def set_limit(options: argparse.Namespace) -> None:
     """Give an identity other limits at once, on every host."""
-    settings, ledger = open_as_owner(options)
+    settings, database = open_as_owner(options)
     identity, limits = options.limit or (options.block, BLOCKED)
     key, now = fold(identity), int(time.time())
     ends = now + options.term if options.term else FOR_GOOD
-    warn_unknown(settings, ledger, key)
-    ledger.database.transact(set_override, key, limits, ends, now)
+    warn_unknown(settings, database, key)
+    database.transact(set_override, key, limits, ends, now)
     given = ", ".join(map(ratio, limits)) or "no limits"
     print(f"{printable(key)}: {given} {term(ends)}")
 
 
 def unlimit(options: argparse.Namespace) -> None:
     """Let the limits of file or query hold for an identity again."""
-    _, ledger = open_as_owner(options)
+    _, database = open_as_owner(options)
     key = fold(options.unlimit)
-    had = ledger.database.transact(drop_override, key)
+    had = database.transact(drop_override, key)
     print(f"{printable(key)}:", "its usual limits hold again" if had
           else "it has its usual limits")
 
 
-def warn_unknown(settings: Settings, ledger: Ledger, identity: str) -> None:
+def warn_unknown(settings: Settings, database: Database, identity: str,
+                 ) -> None:
     """Warn of an identity that nothing is known of."""
-    [found] = ledger.database.transact(
+    [found] = database.transact(
         survey, settings, int(time.time()), identity)
     if not (found.last_mail or found.refusals) and found.source == "limits":
         log.warning("%s: nothing is recorded of it: is it spelt right?",
@@ -4365,8 +4361,8 @@ def check_start(options: argparse.Namespace) -> None:
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
     needed = folders(settings)
-    makeable = [name for name in needed  # as long as it is root
-                if not os.path.isdir(name) and can_write(name)]
+    made = [folder for folder in needed  # as long as it is root
+            if not os.path.isdir(folder) and can_write(folder)]
     check_socket(settings.SOCKET)
     if is_open(settings):
         log.warning("any account of this host may connect to SOCKET, and use"
@@ -4374,7 +4370,7 @@ def check_start(options: argparse.Namespace) -> None:
     backend = BACKENDS[settings.backend](settings)
     drop_root(owner)
     unusable = [name for name in needed
-                if name not in makeable and not can_write(name)]
+                if name not in made and not can_write(name)]
     if os.path.isdir(settings.pidfile):
         unusable.append(settings.pidfile)
     if unusable:
