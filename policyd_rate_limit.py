@@ -2463,8 +2463,7 @@ class Service:
                 "Postfix asks at protocol_state=%s, where count_mode %s counts"
                 " nothing: nothing is limited; put this into main.cf: %s",
                 printable(request.protocol_state), settings.count_mode,
-                main_cf(settings.count_mode, settings.SOCKET),
-                extra=SELDOM)
+                main_cf(settings.count_mode, settings.SOCKET), extra=SELDOM)
 
     def _tell_database(self, error: LedgerError | None) -> None:
         """Say once that the database is away, and once that it is back."""
@@ -2627,10 +2626,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
             log.warning("hung up on a client: %s", error, extra=SELDOM)
         except OSError:
             pass  # it went away, or was silent for too long
-
-    def finish(self) -> None:
-        """Tell the server that this is closed."""
-        self.server.handlers.discard(self)
+        finally:
+            self.server.handlers.discard(self)
 
     def receive(self) -> bytes:
         """Return some bytes, none at the end or when time is up."""
@@ -2658,7 +2655,9 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.service = service
         self.handlers: set[PolicyHandler] = set()
         address = service.settings.SOCKET
-        self.address_family = family_of(address)
+        self.address_family = (
+            socket.AF_UNIX if isinstance(address, str) else
+            socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         with (hold_lock(address) if isinstance(address, str)
               else contextlib.nullcontext()):  # others judge it stale
             super().__init__(
@@ -2778,9 +2777,9 @@ def hold_lock(path: str) -> Iterator[None]:
 def check_socket(address: str | tuple[str, int]) -> None:
     """Raise OSError if a socket could not be bound to an address."""
     if not isinstance(address, str):
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
-            socket.create_server(
-                (address[0], 0), family=family_of(address)).close()
+            socket.create_server((address[0], 0), family=family).close()
         except OSError as error:  # which does not name it
             raise PolicydError(f"{format_address(address)}: {error}") from None
     elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
@@ -2788,13 +2787,6 @@ def check_socket(address: str | tuple[str, int]) -> None:
     elif (os.path.lexists(address)
           and not stat.S_ISSOCK(os.lstat(address).st_mode)):
         raise FileExistsError(errno.EEXIST, "is not a socket", address)
-
-
-def family_of(address: str | tuple[str, int]) -> socket.AddressFamily:
-    """Return the family of a socket's address."""
-    if isinstance(address, str):
-        return socket.AF_UNIX
-    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 def remove_stale_socket(path: str) -> None:
@@ -3908,10 +3900,9 @@ def is_open(settings: Settings) -> bool:
     """Say whether any account of this host may connect."""
     if not isinstance(settings.SOCKET, str):
         return True
-    folders_above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
+    above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
     return bool(settings.socket_permission & 0o2) and all(
-        os.path.isdir(folder) and os.stat(folder).st_mode & 0o1
-        for folder in folders_above)
+        os.path.isdir(path) and os.stat(path).st_mode & 0o1 for path in above)
 
 
 def is_volume(folder: str) -> bool:
@@ -3923,14 +3914,11 @@ def is_volume(folder: str) -> bool:
 
 @contextlib.contextmanager
 def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
-    """Write the pidfile and hold it until the end; raise AlreadyRunning.
-
-    A file that nobody holds is stale, whatever process has that id today.
-    """
+    """Write the pidfile and hold it until the end; raise AlreadyRunning."""
     if path == os.devnull:
         yield  # there is to be no pidfile
         return
-    with hold_lock(path):
+    with hold_lock(path):  # else it is stale, whatever process has its id
         with open(path, "w", opener=lambda name, flags: os.open(
                 name, flags | os.O_NOFOLLOW, 0o644)) as file:
             file.write(f"{os.getpid()}\n")
@@ -3944,13 +3932,9 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
 
 
 def serve(settings: Settings, owner: Owner | None,
-          announce: Callable[[Any], None],
+          announce: Callable[[Any], None],  # an address for clients
           read: Callable[[], Settings]) -> None:
-    """Run the daemon until a signal ends it.
-
-    announce is told the address once clients can come; read returns the
-    settings anew for a reload.
-    """
+    """Run the daemon until a signal ends it."""
     make_folders(settings, owner)
     alarm = Alarm()
     ledger = open_ledger(settings)
@@ -4022,15 +4006,14 @@ def run_until_signal(signals: socket.socket, ended: Sequence[int],
                      service: Service, tally: Tally,
                      read: Callable[[], Settings]) -> None:
     """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
+    numbers = b""
     while not ended:
-        tally.publish()
+        tally.publish(asked=signal.SIGUSR2 in numbers)
+        numbers = b""
         try:
             numbers = signals.recv(4096)  # a storm of them is one
         except socket.timeout:
             service.clean_step()
-            continue
-        if signal.SIGUSR2 in numbers:
-            tally.publish(asked=True)
         if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
@@ -4342,8 +4325,8 @@ def unlimit(options: argparse.Namespace) -> None:
     _, database = open_as_owner(options)
     key = fold(options.unlimit)
     had = database.transact(drop_override, key)
-    print(f"{printable(key)}:", "its usual limits hold again" if had
-          else "it has its usual limits")
+    print(f"{printable(key)}:",
+          "its usual limits hold again" if had else "it has its usual limits")
 
 
 def warn_unknown(settings: Settings, database: Database, identity: str,
@@ -4361,8 +4344,8 @@ def check_start(options: argparse.Namespace) -> None:
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
     needed = folders(settings)
-    made = [folder for folder in needed  # as long as it is root
-            if not os.path.isdir(folder) and can_write(folder)]
+    makeable = [name for name in needed  # as long as it is root
+                if not os.path.isdir(name) and can_write(name)]
     check_socket(settings.SOCKET)
     if is_open(settings):
         log.warning("any account of this host may connect to SOCKET, and use"
@@ -4370,7 +4353,7 @@ def check_start(options: argparse.Namespace) -> None:
     backend = BACKENDS[settings.backend](settings)
     drop_root(owner)
     unusable = [name for name in needed
-                if name not in made and not can_write(name)]
+                if name not in makeable and not can_write(name)]
     if os.path.isdir(settings.pidfile):
         unusable.append(settings.pidfile)
     if unusable:
