@@ -342,7 +342,8 @@ class Patterns(NamedTuple):
         """
         if value in self.texts:
             return self.texts[value]
-        address = parse_address(value) if self.networks else None
+        address = (parse_address(value.partition("/")[0])  # or a network's
+                   if self.networks else None)
         for network, entry in self.networks if address else ():
             if address in network:
                 return entry

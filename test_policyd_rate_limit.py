@@ -1905,6 +1905,8 @@ class PolicyTest(unittest.TestCase):
                 ("x@y@a.example.org", "@a.example.org"),
                 ("10.1.2.3", "10.1.2.3"), ("10.1.2.4", "10.1.0.0/16"),
                 ("10.2.0.1", "10.0.0.0/8"), ("11.0.0.1", None),
+                ("10.1.9.0/24", "10.1.0.0/16"), ("11.0.0.0/24", None),
+                ("2001:db8:0:7::/64", "2001:db8::/32"),
                 ("2001:db8::7", "2001:db8::/32"), ("a.example.net",
                 ".example.net"), ("example.net", None), ("a.org", None),
                 ("joe@a.example.net", None), ("joe@example.com",
