@@ -408,11 +408,11 @@ def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
 
 def as_choice(value: object) -> Choice:
     """a pattern or a list of patterns"""
-    texts = list(map(str, value if isinstance(value, list) else [value]))
+    texts = value if isinstance(value, list) else [value]
     if not texts:
         raise ValueError
-    unwanted = {text[1:]: True for text in texts if text.startswith("!")}
-    wanted = {text: True for text in texts if not text.startswith("!")}
+    unwanted = {str(text)[1:]: True for text in texts if str(text)[:1] == "!"}
+    wanted = {text: True for text in texts if str(text)[:1] != "!"}
     return Choice(as_patterns(wanted) if wanted else None,
                   as_patterns(unwanted))
 
