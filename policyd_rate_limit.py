@@ -72,7 +72,8 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (Callable, Collection, Iterable, Iterator, Mapping,
+                             Sequence)
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
@@ -884,11 +885,14 @@ class Variety(Account):
         return []
 
 
+ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
+
+
 def claims_of(request: Request, settings: Settings,
-              again: bool = False) -> list[Claim]:
+              counted: Collection[str] = ()) -> list[Claim]:
     """Return what a request claims: nothing if it is not to be counted.
 
-    again: a recipient of this very mail was counted before.
+    counted: under which keys this very mail counted before, of those ONCE.
     """
     if not is_counted(request.protocol_state, settings.count_mode):
         return []
@@ -896,15 +900,17 @@ def claims_of(request: Request, settings: Settings,
     for rule in settings.rules:
         name = (value_of(request, rule.by) if rule.by else
                 identify(request, settings))
-        cost, value = cost_of(request, rule, settings.count_mode, again)
+        cost, value = cost_of(request, rule, settings.count_mode)
         if not name or not cost or not all(
                 choice.fits(attribute_of(request, attribute))
                 for attribute, choice in rule.when):
             continue
         limits = rule.limits_by_id.find(name)
         limits = rule.limits if limits is None else limits
-        key = f"{rule.name}={name}" if rule.by else escape(name, settings)
-        claims.append(Claim(shorten(key), cost, limits, rule, value))
+        key = shorten(f"{rule.name}={name}" if rule.by
+                      else escape(name, settings))
+        if key not in counted:
+            claims.append(Claim(key, cost, limits, rule, value))
     return claims
 
 
@@ -961,17 +967,16 @@ def attribute_of(request: Request, name: str) -> str:
 
 
 def cost_of(request: Request, rule: Rule, count_mode: str | int,
-            again: bool) -> tuple[int, str | None]:
+            ) -> tuple[int, str | None]:
     """Return what a mail costs, and its value where these are counted."""
     count = rule.count or ("mails" if count_mode == 2 else "recipients")
     if count == "recipients":
         at_rcpt = request.protocol_state == "RCPT"
         return 1 if at_rcpt else request.recipient_count or 1, None
     if count == "mails":
-        return int(not again), None
+        return 1, None
     if count == "bytes":
-        return 0 if again else parse_count(
-            request.attributes.get("size", "")), None
+        return parse_count(request.attributes.get("size", "")), None
     value = attribute_of(request, count)
     return int(bool(value)), value
 
@@ -2381,7 +2386,7 @@ class Service:
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action
-        claims = claims_of(request, settings, last.is_counted(request))
+        claims = claims_of(request, settings, last.keys(request))
         if not claims:
             log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
                      printable(request.protocol_state),
@@ -2401,7 +2406,7 @@ class Service:
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id,
                     describe(verdict, client, refused), action)
-        last.note(request, broken is None, settings.success_action
+        last.note(request, () if broken else claims, settings.success_action
                   if request.protocol_state == "RCPT" else action)
         return action
 
@@ -2489,7 +2494,7 @@ class Last:
     """
 
     instance = state = action = ""
-    counted = False  # did a recipient pass?
+    counted: frozenset[str] = frozenset()  # keys of what counts ONCE
 
     def covers(self, request: Request) -> bool:
         """Say whether a mail was counted at an earlier state."""
@@ -2500,14 +2505,18 @@ class Last:
             self.instance = ""  # this was its end
         return state in STATES[earlier + 1:]
 
-    def is_counted(self, request: Request) -> bool:
-        """Say whether another recipient of this mail was counted at RCPT."""
-        return bool(request.instance) and self.counted and (
+    def keys(self, request: Request) -> frozenset[str]:
+        """Return the keys under which this mail counted at RCPT, ONCE."""
+        same = request.instance and len(self.counted) < MAX_ATTRIBUTES and (
             self.instance, self.state) == (request.instance, "RCPT")
+        return self.counted if same else frozenset()
 
-    def note(self, request: Request, passed: bool, action: str) -> None:
+    def note(self, request: Request, passed: Sequence[Claim],
+             action: str) -> None:
         """Note the action for the states to come."""
-        self.counted = passed or self.is_counted(request)
+        self.counted = self.keys(request) | {
+            claim.identity for claim in passed
+            if claim.rule is not None and claim.rule.count in ONCE}
         self.instance, self.state, self.action = (
             request.instance, request.protocol_state, action)
 

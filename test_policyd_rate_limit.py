@@ -3743,6 +3743,22 @@ class ServiceTest(FolderTest):
         self.assertEqual(counted(self.path("db")),
                          {"mails=all": 2, "bytes=all": 2000})
 
+    def test_at_rcpt_each_recipient_s_quota_counts_the_mail(self) -> None:
+        """A decoy ahead of the recipient must not spare it."""
+        service = self.service(limit_by_sasl=False, quotas=prl.as_quotas([
+            {"by": "recipient_domain", "count": "mails", "limits": [[1, 60]]},
+            {"by": "server", "count": "bytes", "limits": [[9999, 60]]}]))
+        for instance, action in ("a", "dunno"), ("b", "defer_if_permit"):
+            said = self.answers(service, *[
+                {"protocol_state": "RCPT", "size": 9, "instance": instance,
+                 "recipient": recipient} for recipient in (
+                     f"x@{instance}.org", "j@x.org", "k@x.org")],
+                told=prl.Last())
+            self.assertEqual(said, ["dunno", action, action])
+        self.assertEqual(counted(self.path("db")), {
+            "recipient_domain=a.org": 1, "recipient_domain=b.org": 1,
+            "recipient_domain=x.org": 1, "server=all": 18})
+
     def test_all_quotas_are_charged_or_none(self) -> None:
         service = self.service(quotas=prl.as_quotas([
             {"by": "sasl_domain", "limits": [[4, 60]],
