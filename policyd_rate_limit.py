@@ -1752,8 +1752,8 @@ class Standby:
         for tab, count, new in batch.merged:
             if count:
                 tab.rows[:count] = merge(transaction, tab.rows[:count])
-            transaction.write(transaction.backend.see, [
-                (tab.claim.identity, *seen) for seen in new.items()])
+            account = batch.accounts[tab.claim.identity]
+            getattr(account, "new", {}).update(new)
 
     def settled(self, batch: Batch) -> None:
         """Note the accounts of a batch that is committed."""
@@ -2125,14 +2125,23 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
 
 def read_values(transaction: Transaction, account: Variety,
                 now: float) -> None:
-    """Read the values that an account has had, none dated far ahead."""
+    """Read the values that an account has had.
+
+    Those dated far ahead move to now: the clock has been set back far.
+    """
     longest = max((limit.seconds for limit in account.limits), default=0)
-    account.now, account.date = math.floor(now), math.ceil(now)
+    account.now = math.floor(now)
+    account.date = date_now = math.ceil(now)
+    account.seen.update(account.new)  # from memory
     for value, date in transaction.run(
             "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
             account.identity, account.now - longest).fetchall():
-        account.seen[value] = min(date, account.date + CLOCK_SKEW)
-        account.date = max(account.date, account.seen[value])
+        if date > now + CLOCK_SKEW:
+            account.new[value] = date = date_now
+        elif date >= account.new.get(value, date):
+            account.new.pop(value, None)  # another host saw it later
+        account.seen[value] = account.new.get(value, date)
+        account.date = max(account.date, date)
 
 
 @functools.cache

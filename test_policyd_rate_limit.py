@@ -2106,6 +2106,28 @@ class StoreContract:
         self.assertEqual(self.passes(ledger, 1000), False)
         self.assertEqual(self.used(ledger, 1000), 10)
 
+    def test_a_value_s_date_heeds_other_hosts_and_a_wrong_clock(self) -> None:
+        one, other = self.open(), self.open()
+
+        def charge(value: str, now: float) -> prl.Charge:
+            return prl.Charge([prl.Claim(
+                "key", 1, (prl.Limit(3, 60),), None, value)], now)
+
+        one.charge(charge("a", 1000))
+        for value in "ab":  # the database is away, for one of the hosts
+            self.assertIsNone(one.standby.judge(charge(value, 1010)).broken)
+        other.charge(charge("a", 1050))
+        one.catch_up(1051)
+        dates = "SELECT value, date FROM mail_value ORDER BY value"
+        self.assertEqual(self.execute(one, dates), [("a", 1050), ("b", 1010)])
+        for value in "cde":
+            one.charge(charge(value, 999000))
+        for now, passed in (1100, False), (1159, False), (1160, True):
+            verdict = one.charge(charge("f", now))
+            self.assertEqual(verdict.broken is None, passed, now)
+        self.assertEqual([date for value, date in self.execute(one, dates)
+                          if value > "b"], [1100, 1100, 1100, 1160])
+
     def test_a_mail_of_several_claims_charges_all_or_none(self) -> None:
         ledger = self.open()
         tight = (prl.Limit(1, 60),)
