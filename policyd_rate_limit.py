@@ -72,7 +72,8 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (Callable, Collection, Iterable, Iterator, Mapping,
+                             Sequence)
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
@@ -342,7 +343,8 @@ class Patterns(NamedTuple):
         """
         if value in self.texts:
             return self.texts[value]
-        address = parse_address(value) if self.networks else None
+        address = (parse_address(value.partition("/")[0])  # or a network's
+                   if self.networks else None)
         for network, entry in self.networks if address else ():
             if address in network:
                 return entry
@@ -407,11 +409,11 @@ def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
 
 def as_choice(value: object) -> Choice:
     """a pattern or a list of patterns"""
-    texts = list(map(str, value if isinstance(value, list) else [value]))
+    texts = value if isinstance(value, list) else [value]
     if not texts:
         raise ValueError
-    unwanted = {text[1:]: True for text in texts if text.startswith("!")}
-    wanted = {text: True for text in texts if not text.startswith("!")}
+    unwanted = {str(text)[1:]: True for text in texts if str(text)[:1] == "!"}
+    wanted = {text: True for text in texts if str(text)[:1] != "!"}
     return Choice(as_patterns(wanted) if wanted else None,
                   as_patterns(unwanted))
 
@@ -883,11 +885,14 @@ class Variety(Account):
         return []
 
 
+ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
+
+
 def claims_of(request: Request, settings: Settings,
-              again: bool = False) -> list[Claim]:
+              counted: Collection[str] = ()) -> list[Claim]:
     """Return what a request claims: nothing if it is not to be counted.
 
-    again: a recipient of this very mail was counted before.
+    counted: under which keys this very mail counted before, of those ONCE.
     """
     if not is_counted(request.protocol_state, settings.count_mode):
         return []
@@ -895,15 +900,17 @@ def claims_of(request: Request, settings: Settings,
     for rule in settings.rules:
         name = (value_of(request, rule.by) if rule.by else
                 identify(request, settings))
-        cost, value = cost_of(request, rule, settings.count_mode, again)
+        cost, value = cost_of(request, rule, settings.count_mode)
         if not name or not cost or not all(
                 choice.fits(attribute_of(request, attribute))
                 for attribute, choice in rule.when):
             continue
         limits = rule.limits_by_id.find(name)
         limits = rule.limits if limits is None else limits
-        key = f"{rule.name}={name}" if rule.by else escape(name, settings)
-        claims.append(Claim(shorten(key), cost, limits, rule, value))
+        key = shorten(f"{rule.name}={name}" if rule.by
+                      else escape(name, settings))
+        if key not in counted:
+            claims.append(Claim(key, cost, limits, rule, value))
     return claims
 
 
@@ -960,17 +967,16 @@ def attribute_of(request: Request, name: str) -> str:
 
 
 def cost_of(request: Request, rule: Rule, count_mode: str | int,
-            again: bool) -> tuple[int, str | None]:
+            ) -> tuple[int, str | None]:
     """Return what a mail costs, and its value where these are counted."""
     count = rule.count or ("mails" if count_mode == 2 else "recipients")
     if count == "recipients":
         at_rcpt = request.protocol_state == "RCPT"
         return 1 if at_rcpt else request.recipient_count or 1, None
     if count == "mails":
-        return int(not again), None
+        return 1, None
     if count == "bytes":
-        return 0 if again else parse_count(
-            request.attributes.get("size", "")), None
+        return parse_count(request.attributes.get("size", "")), None
     value = attribute_of(request, count)
     return int(bool(value)), value
 
@@ -1746,8 +1752,8 @@ class Standby:
         for tab, count, new in batch.merged:
             if count:
                 tab.rows[:count] = merge(transaction, tab.rows[:count])
-            transaction.write(transaction.backend.see, [
-                (tab.claim.identity, *seen) for seen in new.items()])
+            account = batch.accounts[tab.claim.identity]
+            getattr(account, "new", {}).update(new)
 
     def settled(self, batch: Batch) -> None:
         """Note the accounts of a batch that is committed."""
@@ -2119,14 +2125,23 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
 
 def read_values(transaction: Transaction, account: Variety,
                 now: float) -> None:
-    """Read the values that an account has had, none dated far ahead."""
+    """Read the values that an account has had.
+
+    Those dated far ahead move to now: the clock has been set back far.
+    """
     longest = max((limit.seconds for limit in account.limits), default=0)
-    account.now, account.date = math.floor(now), math.ceil(now)
+    account.now = math.floor(now)
+    account.date = date_now = math.ceil(now)
+    account.seen.update(account.new)  # from memory
     for value, date in transaction.run(
             "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
             account.identity, account.now - longest).fetchall():
-        account.seen[value] = min(date, account.date + CLOCK_SKEW)
-        account.date = max(account.date, account.seen[value])
+        if date > now + CLOCK_SKEW:
+            account.new[value] = date = date_now
+        elif date >= account.new.get(value, date):
+            account.new.pop(value, None)  # another host saw it later
+        account.seen[value] = account.new.get(value, date)
+        account.date = max(account.date, date)
 
 
 @functools.cache
@@ -2380,8 +2395,7 @@ class Service:
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action
-        again = bool(request.instance) and request.instance == last.counted
-        claims = claims_of(request, settings, again)
+        claims = claims_of(request, settings, last.keys(request))
         if not claims:
             log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
                      printable(request.protocol_state),
@@ -2401,7 +2415,7 @@ class Service:
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id,
                     describe(verdict, client, refused), action)
-        last.note(request, broken is None, settings.success_action
+        last.note(request, () if broken else claims, settings.success_action
                   if request.protocol_state == "RCPT" else action)
         return action
 
@@ -2488,7 +2502,7 @@ class Last:
     """
 
     instance = state = action = ""
-    counted = ""  # the instance of which a recipient passed at RCPT
+    counted: frozenset[str] = frozenset()  # keys of what counts ONCE
 
     def covers(self, request: Request) -> bool:
         """Say whether a mail was counted at an earlier state."""
@@ -2499,12 +2513,20 @@ class Last:
             self.instance = ""  # this was its end
         return state in STATES[earlier + 1:]
 
-    def note(self, request: Request, passed: bool, action: str) -> None:
+    def keys(self, request: Request) -> frozenset[str]:
+        """Return the keys under which this mail counted at RCPT, ONCE."""
+        same = request.instance and len(self.counted) < MAX_ATTRIBUTES and (
+            self.instance, self.state) == (request.instance, "RCPT")
+        return self.counted if same else frozenset()
+
+    def note(self, request: Request, passed: Sequence[Claim],
+             action: str) -> None:
         """Note the action for the states to come."""
+        self.counted = self.keys(request) | {
+            claim.identity for claim in passed
+            if claim.rule is not None and claim.rule.count in ONCE}
         self.instance, self.state, self.action = (
             request.instance, request.protocol_state, action)
-        if passed and self.state == "RCPT":
-            self.counted = self.instance
 
 
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:

@@ -1645,6 +1645,9 @@ class SettingsTest(FolderTest):
                 "{by: server, name: 'a=b'}", "{by: server, when: 5}",
                 "{by: server, when: {x: y}}",
                 "{by: server, when: {sender: []}}",
+                "{by: server, limits: [], when: {sender: }}",
+                "{by: server, limits: [], when: {sender: [yes]}}",
+                "{by: server, limits: [], when: {sender: {joe: []}}}",
                 "{by: server, fail_action: '$x'}",
                 "{by: server, dry_run: maybe}",
                 "{by: sender}, {by: server, name: sender}",
@@ -1905,6 +1908,8 @@ class PolicyTest(unittest.TestCase):
                 ("x@y@a.example.org", "@a.example.org"),
                 ("10.1.2.3", "10.1.2.3"), ("10.1.2.4", "10.1.0.0/16"),
                 ("10.2.0.1", "10.0.0.0/8"), ("11.0.0.1", None),
+                ("10.1.9.0/24", "10.1.0.0/16"), ("11.0.0.0/24", None),
+                ("2001:db8:0:7::/64", "2001:db8::/32"),
                 ("2001:db8::7", "2001:db8::/32"), ("a.example.net",
                 ".example.net"), ("example.net", None), ("a.org", None),
                 ("joe@a.example.net", None), ("joe@example.com",
@@ -2100,6 +2105,28 @@ class StoreContract:
         self.assertEqual(self.passes(ledger, 1000, cost=10), True)
         self.assertEqual(self.passes(ledger, 1000), False)
         self.assertEqual(self.used(ledger, 1000), 10)
+
+    def test_a_value_s_date_heeds_other_hosts_and_a_wrong_clock(self) -> None:
+        one, other = self.open(), self.open()
+
+        def charge(value: str, now: float) -> prl.Charge:
+            return prl.Charge([prl.Claim(
+                "key", 1, (prl.Limit(3, 60),), None, value)], now)
+
+        one.charge(charge("a", 1000))
+        for value in "ab":  # the database is away, for one of the hosts
+            self.assertIsNone(one.standby.judge(charge(value, 1010)).broken)
+        other.charge(charge("a", 1050))
+        one.catch_up(1051)
+        dates = "SELECT value, date FROM mail_value ORDER BY value"
+        self.assertEqual(self.execute(one, dates), [("a", 1050), ("b", 1010)])
+        for value in "cde":
+            one.charge(charge(value, 999000))
+        for now, passed in (1100, False), (1159, False), (1160, True):
+            verdict = one.charge(charge("f", now))
+            self.assertEqual(verdict.broken is None, passed, now)
+        self.assertEqual([date for value, date in self.execute(one, dates)
+                          if value > "b"], [1100, 1100, 1100, 1160])
 
     def test_a_mail_of_several_claims_charges_all_or_none(self) -> None:
         ledger = self.open()
@@ -3737,6 +3764,22 @@ class ServiceTest(FolderTest):
                          told=prl.Last())
         self.assertEqual(counted(self.path("db")),
                          {"mails=all": 2, "bytes=all": 2000})
+
+    def test_at_rcpt_each_recipient_s_quota_counts_the_mail(self) -> None:
+        """A decoy ahead of the recipient must not spare it."""
+        service = self.service(limit_by_sasl=False, quotas=prl.as_quotas([
+            {"by": "recipient_domain", "count": "mails", "limits": [[1, 60]]},
+            {"by": "server", "count": "bytes", "limits": [[9999, 60]]}]))
+        for instance, action in ("a", "dunno"), ("b", "defer_if_permit"):
+            said = self.answers(service, *[
+                {"protocol_state": "RCPT", "size": 9, "instance": instance,
+                 "recipient": recipient} for recipient in (
+                     f"x@{instance}.org", "j@x.org", "k@x.org")],
+                told=prl.Last())
+            self.assertEqual(said, ["dunno", action, action])
+        self.assertEqual(counted(self.path("db")), {
+            "recipient_domain=a.org": 1, "recipient_domain=b.org": 1,
+            "recipient_domain=x.org": 1, "server=all": 18})
 
     def test_all_quotas_are_charged_or_none(self) -> None:
         service = self.service(quotas=prl.as_quotas([
