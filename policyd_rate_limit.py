@@ -2112,8 +2112,8 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                 account.now, account.date = second, date_now
                 account.total = total or 0
                 account.before = tuple(
-                    account.total if each is None else each
-                    for each in before[:len(account.limits)])
+                    account.total if sum_before is None else sum_before
+                    for sum_before in before[:len(account.limits)])
         read_accounts(transaction, others, now)
 
 
@@ -2890,7 +2890,7 @@ def report(owed: Sequence[tuple[Refusal, int]]) -> str:
     rows = [("identity", "limit", "hits", "last", "client")]
     rows += [(printable(row.identity), ratio(row), str(new), moment(row.last),
               row.client) for row, new in
-             sorted(owed, key=lambda each: (-each[1], each[0]))]
+             sorted(owed, key=lambda pair: (-pair[1], pair[0]))]
     return "Mails refused since the last report:\n\n" + "\n".join(
         (*align(rows), ""))
 
@@ -3000,7 +3000,7 @@ class Alarm:
     def send(self) -> None:
         """Send alerts for ever, but not too many within an hour."""
         sent = deque([-math.inf] * ALERTS_AN_HOUR, ALERTS_AN_HOUR)
-        silent = -math.inf  # when it was told that no more come
+        silent = -math.inf  # when the notice went out that no more come
         while True:
             settings, key, facts = self._queue.get()
             now = self._clock()
