@@ -4090,15 +4090,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
-    parser.set_defaults(command=run_daemon)
     one_of = parser.add_mutually_exclusive_group().add_argument
-    one_of("--clean", dest="command", action="store_const", const=clean_all,
+    one_of("--clean", action="store_true",
            help="clean old records from the database, and send the report")
-    one_of("--check", dest="command", action="store_const", const=check_start,
+    one_of("--check", action="store_true",
            help="check the configuration, the folders and the database")
-    one_of("--prometheus", dest="command", action="store_const",
-           const=show_prometheus, help="show who has used how much, and what"
-           " the daemon has counted, for node_exporter")
+    one_of("--prometheus", action="store_true", help="show who has used how"
+           " much, and what the daemon has counted, for node_exporter")
     one_of("--get-config", metavar="PARAMETER_NAME",
            help="return the value of a config parameter")
     one_of("--status", metavar="ID", nargs="?", const="",
@@ -4129,10 +4127,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
-    for name, command in (("get_config", get_config), ("reset", reset),
-                          ("limit", set_limit), ("block", set_limit),
-                          ("unlimit", unlimit), ("status", show_status)):
-        if getattr(options, name) is not None:
+    options.command = run_daemon
+    for name, command in COMMANDS.items():
+        if getattr(options, name) not in (None, False):
             options.command = command
     if options.json and options.command is run_daemon:
         options.command, options.status = show_status, ""
@@ -4408,6 +4405,11 @@ def get_config(options: argparse.Namespace) -> None:
             value = as_permission(value)
     print(value, end="")
 
+
+COMMANDS = {"clean": clean_all, "check": check_start, "status": show_status,
+            "prometheus": show_prometheus, "get_config": get_config,
+            "reset": reset, "limit": set_limit, "block": set_limit,
+            "unlimit": unlimit}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
