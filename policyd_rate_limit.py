@@ -2716,11 +2716,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         log.warning("too many connections: idle ones are closed",
                     extra=SELDOM)
         recent = time.monotonic() - 1
-        idle = sorted(
-            (handler for handler in list(self.handlers)
-             if handler.active < math.inf),
-            key=lambda handler: (handler.asked or handler.active > recent,
-                                 handler.active))
+        idle = [handler for handler in list(self.handlers)
+                if handler.active < math.inf]
+        idle.sort(key=lambda handler: (
+            handler.asked or handler.active > recent, handler.active))
         for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
             handler.hang_up()
         if not idle:
@@ -3208,21 +3207,20 @@ class Tally:
 
     def publish(self, asked: bool = False) -> None:
         """Write the file, and log a summary each hour or when asked."""
-        counts, new = dict(self._counts), self.path + ".new"
+        counts, path = dict(self._counts), self.path + ".new"
         with contextlib.suppress(OSError):
-            os.unlink(new)
+            os.unlink(path)
         with contextlib.suppress(OSError):  # the daemon must go on
-            with open(new, "x", encoding="utf-8") as file:  # follows no link
+            with open(path, "x", encoding="utf-8") as file:  # follows no link
                 json.dump(counts, file)
-            os.replace(new, self.path)
+            os.replace(path, self.path)
         past = time.monotonic() - self._began
-        done = {name: counts[name] - self._last[name] for name in counts}
-        if asked or (past >= 3600 and done["requests"]):
-            seconds = done.pop("decision_seconds")
-            decided = (done["passed"] + done["refused"]
-                       + done["database_errors"])
+        new = {name: counts[name] - self._last[name] for name in counts}
+        if asked or (past >= 3600 and new["requests"]):
+            seconds = new.pop("decision_seconds")
+            decided = new["passed"] + new["refused"] + new["database_errors"]
             log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
-                    ", ".join(f"{done[name]} {name}" for name in done),
+                    ", ".join(f"{new[name]} {name}" for name in new),
                     1000 * seconds / (decided or 1))
         if past >= 3600:
             self._last, self._began = counts, time.monotonic()
