@@ -2118,8 +2118,8 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                 account.now, account.date = second, date_now
                 account.total = total or 0
                 account.before = tuple(
-                    account.total if each is None else each
-                    for each in before[:len(account.limits)])
+                    account.total if sum_before is None else sum_before
+                    for sum_before in before[:len(account.limits)])
         read_accounts(transaction, others, now)
 
 
@@ -2738,11 +2738,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         log.warning("too many connections: idle ones are closed",
                     extra=SELDOM)
         recent = time.monotonic() - 1
-        idle = sorted(
-            (handler for handler in list(self.handlers)
-             if handler.active < math.inf),
-            key=lambda handler: (handler.asked or handler.active > recent,
-                                 handler.active))
+        idle = [handler for handler in list(self.handlers)
+                if handler.active < math.inf]
+        idle.sort(key=lambda handler: (
+            handler.asked or handler.active > recent, handler.active))
         for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
             handler.hang_up()
         if not idle:
@@ -2912,7 +2911,7 @@ def report(owed: Sequence[tuple[Refusal, int]]) -> str:
     rows = [("identity", "limit", "hits", "last", "client")]
     rows += [(printable(row.identity), ratio(row), str(new), moment(row.last),
               row.client) for row, new in
-             sorted(owed, key=lambda each: (-each[1], each[0]))]
+             sorted(owed, key=lambda pair: (-pair[1], pair[0]))]
     return "Mails refused since the last report:\n\n" + "\n".join(
         (*align(rows), ""))
 
@@ -3022,7 +3021,7 @@ class Alarm:
     def send(self) -> None:
         """Send alerts for ever, but not too many within an hour."""
         sent = deque([-math.inf] * ALERTS_AN_HOUR, ALERTS_AN_HOUR)
-        silent = -math.inf  # when it was told that no more come
+        silent = -math.inf  # when the notice went out that no more come
         while True:
             settings, key, facts = self._queue.get()
             now = self._clock()
@@ -3230,21 +3229,20 @@ class Tally:
 
     def publish(self, asked: bool = False) -> None:
         """Write the file, and log a summary each hour or when asked."""
-        counts, new = dict(self._counts), self.path + ".new"
+        counts, path = dict(self._counts), self.path + ".new"
         with contextlib.suppress(OSError):
-            os.unlink(new)
+            os.unlink(path)
         with contextlib.suppress(OSError):  # the daemon must go on
-            with open(new, "x", encoding="utf-8") as file:  # follows no link
+            with open(path, "x", encoding="utf-8") as file:  # follows no link
                 json.dump(counts, file)
-            os.replace(new, self.path)
+            os.replace(path, self.path)
         past = time.monotonic() - self._began
-        done = {name: counts[name] - self._last[name] for name in counts}
-        if asked or (past >= 3600 and done["requests"]):
-            seconds = done.pop("decision_seconds")
-            decided = (done["passed"] + done["refused"]
-                       + done["database_errors"])
+        new = {name: counts[name] - self._last[name] for name in counts}
+        if asked or (past >= 3600 and new["requests"]):
+            seconds = new.pop("decision_seconds")
+            decided = new["passed"] + new["refused"] + new["database_errors"]
             log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
-                    ", ".join(f"{done[name]} {name}" for name in done),
+                    ", ".join(f"{new[name]} {name}" for name in new),
                     1000 * seconds / (decided or 1))
         if past >= 3600:
             self._last, self._began = counts, time.monotonic()
@@ -4112,15 +4110,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
-    parser.set_defaults(command=run_daemon)
     one_of = parser.add_mutually_exclusive_group().add_argument
-    one_of("--clean", dest="command", action="store_const", const=clean_all,
+    one_of("--clean", action="store_true",
            help="clean old records from the database, and send the report")
-    one_of("--check", dest="command", action="store_const", const=check_start,
+    one_of("--check", action="store_true",
            help="check the configuration, the folders and the database")
-    one_of("--prometheus", dest="command", action="store_const",
-           const=show_prometheus, help="show who has used how much, and what"
-           " the daemon has counted, for node_exporter")
+    one_of("--prometheus", action="store_true", help="show who has used how"
+           " much, and what the daemon has counted, for node_exporter")
     one_of("--get-config", metavar="PARAMETER_NAME",
            help="return the value of a config parameter")
     one_of("--status", metavar="ID", nargs="?", const="",
@@ -4151,10 +4147,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
-    for name, command in (("get_config", get_config), ("reset", reset),
-                          ("limit", set_limit), ("block", set_limit),
-                          ("unlimit", unlimit), ("status", show_status)):
-        if getattr(options, name) is not None:
+    options.command = run_daemon
+    for name, command in COMMANDS.items():
+        if getattr(options, name) not in (None, False):
             options.command = command
     if options.json and options.command is run_daemon:
         options.command, options.status = show_status, ""
@@ -4430,6 +4425,11 @@ def get_config(options: argparse.Namespace) -> None:
             value = as_permission(value)
     print(value, end="")
 
+
+COMMANDS = {"clean": clean_all, "check": check_start, "status": show_status,
+            "prometheus": show_prometheus, "get_config": get_config,
+            "reset": reset, "limit": set_limit, "block": set_limit,
+            "unlimit": unlimit}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
