@@ -1060,16 +1060,13 @@ REFUSED = ("INSERT INTO mail_refused"
 class Transaction:
     """Statements in few round trips; Database begins and commits."""
 
-    cursor: Cursor
-
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, connection: Connection,
+                 statement: str) -> None:
+        """Begin on a connection, by a statement unless that is empty."""
         self.backend = backend
+        self.cursor: Cursor = connection.cursor()
         self.answered = False  # has any statement succeeded?
         self._waiting: list[tuple[str, Sequence[object]]] = []
-
-    def begin(self, connection: Connection, statement: str) -> None:
-        """Begin on a connection, by a statement unless that is empty."""
-        self.cursor = connection.cursor()
         if statement:
             self.later(statement)
 
@@ -1160,16 +1157,17 @@ class Database:
             while True:
                 self.backend.deadline = deadline
                 old, began = self._connection is not None, time.monotonic()
-                transaction = Transaction(self.backend)
+                transaction = None
                 try:
-                    transaction.begin(self._connect(), self.backend.begin)
+                    transaction = Transaction(
+                        self.backend, self._connect(), self.backend.begin)
                     result = work(transaction, *given)
                     transaction.run("COMMIT")
                     return result
                 except Exception as error:  # drivers raise more than their own
                     quick = time.monotonic() - began < self.backend.timeout / 2
-                    self._recover(error, dead=old and quick
-                                  and not transaction.answered)
+                    answered = transaction and transaction.answered
+                    self._recover(error, dead=old and quick and not answered)
         finally:
             self.backend.deadline = math.inf
             self.lock.release()
@@ -1191,9 +1189,9 @@ class Database:
         """
         try:
             with contextlib.closing(self.backend.look()) as connection:
-                reading = Transaction(self.backend)
-                reading.begin(connection, self.backend.begin_reading)
-                return work(reading, *given)
+                return work(Transaction(
+                    self.backend, connection, self.backend.begin_reading),
+                    *given)
         except Exception as error:
             raise LedgerError(self.backend.explain(error)) from error
 
@@ -1235,37 +1233,37 @@ class Database:
     def _prepare(self, connection: Connection) -> None:
         """See that the tables are there, with what an update makes last."""
         for again in (True, True, False):
-            looking = Transaction(self.backend)
-            looking.begin(connection, self.backend.begin_reading)
+            looking = Transaction(
+                self.backend, connection, self.backend.begin_reading)
             present = ("total" in columns_of(looking, "mail_count")
                        and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
                     and not columns_of(looking, "rate_limits")):
                 with contextlib.suppress(Exception):  # if the query needs it
-                    looking.run(
-                        RATE_LIMITS.format(self.backend.numbered))
+                    looking.run(RATE_LIMITS.format(self.backend.numbered))
             looking.run("COMMIT")
             if present:
                 break
             self.backend.deadline = math.inf  # large tables take long
-            patient = self.backend.connect(3600)
-            try:
-                updating = Transaction(self.backend)
-                updating.begin(patient, self.backend.begin)
-                update_tables(updating)
-                updating.run("COMMIT")
-            except Exception:
-                if not again:  # else another daemon may have been first
-                    raise
-            finally:
-                patient.close()
+            with contextlib.closing(self.backend.connect(3600)) as patient:
+                try:
+                    updating = Transaction(
+                        self.backend, patient, self.backend.begin)
+                    update_tables(updating)
+                    updating.run("COMMIT")
+                except Exception:
+                    if not again:  # else another daemon may have been first
+                        raise
+
+
+TOO_SLOW = "the database is too slow"
 
 
 def hold(lock: Any, deadline: float) -> None:
     """Take a lock, or raise LedgerError when the deadline is past."""
     left = deadline - time.monotonic()
     if left < 0 or not lock.acquire(timeout=left):
-        raise LedgerError("the database is too slow")
+        raise LedgerError(TOO_SLOW)
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -1275,11 +1273,9 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def columns_of(transaction: Transaction, table: str) -> list[str]:
     """Return the names of a table's columns, none if there is no table."""
-    def look(_: Transaction) -> list[str]:
-        cursor = transaction.run(f"SELECT * FROM {table} LIMIT 0")
-        return [column[0] for column in cursor.description]
-
-    return transaction.attempt("", look) or []
+    return transaction.attempt("", lambda _: [
+        column[0] for column in transaction.run(
+            f"SELECT * FROM {table} LIMIT 0").description]) or []
 
 
 def update_tables(transaction: Transaction) -> None:
@@ -1402,8 +1398,7 @@ class Backend:
         """Examine the database, changing nothing; return what it is."""
         try:
             with contextlib.closing(self.connect(self.timeout)) as connection:
-                transaction = Transaction(self)
-                transaction.begin(connection, self.begin)
+                transaction = Transaction(self, connection, self.begin)
                 [version] = transaction.run("SELECT version()").fetchone()
                 examine(transaction)
         except Exception as error:
@@ -1459,8 +1454,7 @@ class SQLite(Backend):
             with contextlib.closing(self.driver.connect(**{
                     **self.config, "database": path if there else ":memory:",
                     })) as connection:
-                transaction = Transaction(self)
-                transaction.begin(connection, self.begin)
+                transaction = Transaction(self, connection, self.begin)
                 if there:
                     examine(transaction)
         except Exception as error:  # a TypeError is connect()'s
@@ -1675,11 +1669,6 @@ class Batch:
         for charge in self.charges:
             yield from charge.claims
 
-    def parts(self) -> list[Batch]:
-        """Return a batch for each charge, and for each of the others."""
-        return [*(Batch([charge]) for charge in self.charges),
-                *(Batch((), self.now, [claim]) for claim in self.others)]
-
 
 class Tab(NamedTuple):
     """Mails of an identity that were counted in memory alone."""
@@ -1854,27 +1843,22 @@ class Ledger:
 
     def _settle(self, batch: Batch) -> None:
         """Settle a batch when the one before is done."""
-        deadline = time.monotonic() + self.database.backend.timeout
+        timeout, lock = self.database.backend.timeout, self.database.lock
+        deadline = time.monotonic() + timeout
+        held = lock.acquire(timeout=timeout)
+        batch.closed = True
+        if batch is self._open:
+            self._open = Batch()
         try:
-            hold(self.database.lock, deadline)
-        except LedgerError as error:
-            self._close(batch)
-            self._fall_back(batch, error, hung=True)
-            return
-        try:
-            self._close(batch)
-            if self._hung is not None and batch.charges:  # the one before it
+            if not held:
+                self._fall_back(batch, LedgerError(TOO_SLOW), hung=True)
+            elif self._hung is not None and batch.charges:  # the one before it
                 self._fall_back(batch, self._hung, hung=True)
             else:
                 self._transact(batch, deadline)
         finally:
-            self.database.lock.release()
-
-    def _close(self, batch: Batch) -> None:
-        """Let nobody join a batch any more."""
-        batch.closed = True
-        if batch is self._open:
-            self._open = Batch()
+            if held:
+                lock.release()
 
     def _transact(self, batch: Batch, deadline: float) -> None:
         """Settle a batch in one transaction, or else singly."""
@@ -1883,7 +1867,9 @@ class Ledger:
             self.database.transact(settle, batch, self.query, self.standby,
                                    deadline=deadline)
         except LedgerError as error:
-            hung, parts = time.monotonic() > min(half, deadline), batch.parts()
+            hung = time.monotonic() > min(half, deadline)
+            parts = [*(Batch([charge]) for charge in batch.charges),
+                     *(Batch((), batch.now, [one]) for one in batch.others)]
             if not error.undone or hung or len(parts) == 1:
                 self._fall_back(batch, error, hung)
                 return
