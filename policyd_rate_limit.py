@@ -2148,54 +2148,43 @@ def kept_for(longest: int) -> int:
 
 def clean_some(transaction: Transaction, query: str | None, after: str,
                now: int, keep: int) -> tuple[str | None, int]:
-    """Delete rows that no limit sees, of the identities after one.
+    """Delete some CLEAN_STEP rows that no limit sees, of identities after one.
 
-    Looks at some CLEAN_STEP / 10 identities, and deletes some CLEAN_STEP
-    rows, whoever they belong to.  Rows of the last keep seconds stay, as do
-    those that a limit of the query or of --limit may still see.  Returns the
-    identity after which to go on, None if that was all, and the rows deleted.
+    Rows of the last keep seconds stay, as do those that a limit of the query
+    or of --limit may still see.  Returns the identity after which to go on,
+    None if that was all, and how many rows of mail_count were deleted.
     """
-    before = after
-    looked, deleted, overrides = 0, 0, read_overrides(transaction, now)
-    while deleted < CLEAN_STEP and looked < CLEAN_STEP:
-        looked += 10  # identities take longer than rows
+    overrides, deleted, before = read_overrides(transaction, now), 0, after
+    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
         last, oldest = transaction.run(
             "SELECT id, date FROM mail_count WHERE id > ?"
             " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
-        if last is not None and oldest <= now - keep:
+        if last is None:
+            break
+        if oldest <= now - keep:
             own = query and transaction.attempt(
                 QUERY_FAILED, ask_limits, query, last)
             own = overrides.get(last, (own,))[0]
-            rows, more = delete_old(transaction, last, now - max([keep, *(
-                kept_for(limit.seconds) for limit in own or ())]))
-            deleted += rows
-            if more:
-                last = before
+            until = now - max([keep, *(
+                kept_for(limit.seconds) for limit in own or ())])
+            step = transaction.run(
+                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
+                " ORDER BY date LIMIT 1 OFFSET ?",
+                last, until, CLEAN_STEP - 1).fetchone() or (until,)
+            deleted += transaction.run(
+                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
+                last, *step).rowcount
+            if deleted >= CLEAN_STEP:
+                last = before  # for this one may have more
                 break
-        if last is None:
-            break
         before = last
     more = clean_others(transaction, after, last, now, keep)
     return after if more else last, deleted
 
 
-def delete_old(transaction: Transaction, identity: str, until: int,
-               ) -> tuple[int, bool]:
-    """Delete some rows up to a date; return how many, and if there is more."""
-    step = transaction.run(
-        "SELECT date FROM mail_count WHERE id = ? AND date <= ? ORDER BY date"
-        " LIMIT 1 OFFSET ?", identity, until, CLEAN_STEP - 1).fetchone()
-    return int(transaction.run(
-        "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
-        step[0] if step else until).rowcount), step is not None
-
-
 def clean_others(transaction: Transaction, after: str, last: str | None,
                  now: int, keep: int) -> bool:
-    """Delete values and turns that are no longer needed, between two names.
-
-    Returns whether there may be more.
-    """
+    """Delete old values and turns between two names; say if more is left."""
     between, names = "id > ?", [after]
     if last is not None:
         between, names = "id > ? AND id <= ?", [after, last]
@@ -2262,9 +2251,8 @@ def set_override(transaction: Transaction, identity: str, limits: Limits,
                  ends: int, now: int) -> None:
     """Give an identity other limits."""
     drop_override(transaction, identity)
-    transaction.write(
-        "INSERT INTO mail_limit (id, limits, ends, made) VALUES {}",
-        [(identity, json.dumps(limits), ends, now)])
+    transaction.run("INSERT INTO mail_limit (id, limits, ends, made) VALUES"
+                    " (?, ?, ?, ?)", identity, json.dumps(limits), ends, now)
 
 
 def drop_override(transaction: Transaction, identity: str) -> bool:
