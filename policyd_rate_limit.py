@@ -1279,10 +1279,7 @@ def columns_of(transaction: Transaction, table: str) -> list[str]:
 
 
 def update_tables(transaction: Transaction) -> None:
-    """Make the tables, or bring those of the original up to date.
-
-    The column total comes last: once it is there, so is all else.
-    """
+    """Make the tables, or bring those of the original up to date."""
     backend = transaction.backend
     for statement in TABLES:
         transaction.run(statement.format(identity=backend.identity))
@@ -1299,7 +1296,7 @@ def update_tables(transaction: Transaction) -> None:
         if fold(identity) != identity:
             transaction.run("UPDATE mail_count SET id = ? WHERE id = ?",
                             fold(identity), identity)
-    for statement in backend.add_total:
+    for statement in backend.add_total:  # once it is there, so is all else
         transaction.run(statement)
     for [identity] in transaction.run(
             "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
@@ -1308,10 +1305,7 @@ def update_tables(transaction: Transaction) -> None:
 
 
 def retotal(transaction: Transaction, identity: str, now: float) -> None:
-    """Write an identity's rows anew: with totals, none after now.
-
-    The original wrote them, or the clock has been set back far.
-    """
+    """Write an identity's rows anew, with totals and no date after now."""
     rows, total = [], 0
     for date, count, *origin in transaction.run(
             "SELECT date, recipient_count, instance, protocol_state"
@@ -1705,19 +1699,17 @@ class Standby:
 
     def keep(self, batch: Batch) -> None:
         """Keep what a batch could not write, or cannot tell whether it did."""
-        tabs = {claim.identity: Tab(claim, [], {}) for claim in batch.claims()}
-        for row in batch.rows:
-            tabs[row[0]].rows.append(row)
-        for name, account in batch.accounts.items():
-            tabs[name].new.update(getattr(account, "new", ()))
+        claims = {claim.identity: claim for claim in batch.claims()}
+        new = {name: account.new for name, account in batch.accounts.items()
+               if isinstance(account, Variety) and account.new}
         with self.lock:
-            for name, more in tabs.items():
-                if more.rows or more.new:
-                    tab = self._tabs.setdefault(name, Tab(more.claim, [], {}))
-                    self._tabs.move_to_end(name)
-                    tab.rows.extend(more.rows)
-                    tab.new.update(more.new)
-                    self._size += len(more.rows)
+            for name in {*new, *(row[0] for row in batch.rows)}:
+                tab = self._tabs.setdefault(name, Tab(claims[name], [], {}))
+                self._tabs.move_to_end(name)
+                tab.new.update(new.get(name, {}))
+            for row in batch.rows:
+                self._tabs[row[0]].rows.append(row)
+            self._size += len(batch.rows)
             while self._size > 5 * MAX_KEPT or len(self._tabs) > MAX_KEPT:
                 self._size -= len(self._tabs.popitem(last=False)[1].rows)
 
@@ -1898,13 +1890,16 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
            standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
-    for claim in batch.claims():
+    claims = {claim.identity: claim for claim in batch.claims()}
+    for name, claim in claims.items():
         kind = Account if claim.value is None else Variety
-        accounts[claim.identity] = kind(claim.identity, claim.limits)
+        accounts[name] = kind(name, claim.limits)
     take_turns(transaction, accounts)
     standby.bring(transaction, batch)
-    if query:
-        ask_all_limits(transaction, query, batch.claims(), accounts)
+    for name, claim in claims.items() if query else ():
+        if claim.rule is None or not claim.rule.by:  # no quota's
+            own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
+            accounts[name].limits = claim.limits if own is None else own
     now = max((charge.now for charge in charges), default=batch.now)
     read_accounts(transaction, list(accounts.values()), now)
     varied = [account for account in accounts.values()
@@ -1912,7 +1907,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
     for variety in varied:
         read_values(transaction, variety, now)
     batch.verdicts, batch.rows = decide(charges, accounts)
-    note_refusals(transaction, charges, batch.verdicts)
+    note_refusals(transaction, batch)
     transaction.write(INSERT, batch.rows)
     transaction.write(transaction.backend.see, [
         (variety.identity, *seen) for variety in varied
@@ -1953,25 +1948,10 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
     return ours
 
 
-def ask_all_limits(transaction: Transaction, query: str,
-                   claims: Iterable[Claim],
-                   accounts: Mapping[str, Account]) -> None:
-    """Let the query's limits replace the file's, but not those of quotas."""
-    for identity in {claim.identity for claim in claims
-                     if claim.rule is None or not claim.rule.by}:
-        own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
-        if own is not None:
-            accounts[identity].limits = own
-
-
-def note_refusals(transaction: Transaction, charges: Sequence[Charge],
-                  verdicts: Sequence[Verdict]) -> None:
-    """Note refusals, one row for each identity and window of a batch.
-
-    That must not cost the verdicts.
-    """
+def note_refusals(transaction: Transaction, batch: Batch) -> None:
+    """Note refusals, one row for each identity and window of a batch."""
     found: dict[tuple[str, int], Refusal] = {}
-    for charge, verdict in zip(charges, verdicts):
+    for charge, verdict in zip(batch.charges, batch.verdicts):
         for usage in filter(None, (verdict.broken, *verdict.tried)):
             limit, now = usage.limit, int(charge.now)
             key = usage.claim.identity, limit.seconds
@@ -2018,11 +1998,9 @@ def find_room(transaction: Transaction, account: Account,
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
-    """Keep other hosts from these identities until the transaction ends.
-
-    All take them in one order, so that none waits for another in a circle.
-    """
+    """Keep other hosts from these identities until the transaction ends."""
     if transaction.backend.turn:
+        # In one order, so that none waits for another in a circle.
         transaction.write(transaction.backend.turn, [
             (identity, 1) for identity in sorted(identities)])
 
@@ -2120,9 +2098,8 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
     """Return the query for so many accounts with so many windows each.
 
     It takes identity, time and begin of each window, for each account, and
-    yields the account's place, the limits that --limit set, newest date,
-    newest total, and for each window the total before its first row; NULL
-    where there is no row.
+    yields its place, the limits that --limit set, newest date and total, and
+    the total before each window's first row; NULL where there is no row.
     """
     # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
     # of the speed, MariaDB up to half.
@@ -2139,11 +2116,8 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
 
 
 def kept_for(longest: int) -> int:
-    """Return how long rows are kept for windows, in seconds.
-
-    Longer than any clock is ahead; twice the window, as the original does.
-    """
-    return max(2 * longest, longest + CLOCK_SKEW)
+    """Return for how long rows are kept, longer than any clock is ahead."""
+    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
 
 
 def clean_some(transaction: Transaction, query: str | None, after: str,
