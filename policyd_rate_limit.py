@@ -1066,16 +1066,13 @@ REFUSED = ("INSERT INTO mail_refused"
 class Transaction:
     """Statements in few round trips; Database begins and commits."""
 
-    cursor: Cursor
-
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, connection: Connection,
+                 statement: str) -> None:
+        """Begin on a connection, by a statement unless that is empty."""
         self.backend = backend
+        self.cursor: Cursor = connection.cursor()
         self.answered = False  # has any statement succeeded?
         self._waiting: list[tuple[str, Sequence[object]]] = []
-
-    def begin(self, connection: Connection, statement: str) -> None:
-        """Begin on a connection, by a statement unless that is empty."""
-        self.cursor = connection.cursor()
         if statement:
             self.later(statement)
 
@@ -1166,16 +1163,17 @@ class Database:
             while True:
                 self.backend.deadline = deadline
                 old, began = self._connection is not None, time.monotonic()
-                transaction = Transaction(self.backend)
+                transaction = None
                 try:
-                    transaction.begin(self._connect(), self.backend.begin)
+                    transaction = Transaction(
+                        self.backend, self._connect(), self.backend.begin)
                     result = work(transaction, *given)
                     transaction.run("COMMIT")
                     return result
                 except Exception as error:  # drivers raise more than their own
                     quick = time.monotonic() - began < self.backend.timeout / 2
-                    self._recover(error, dead=old and quick
-                                  and not transaction.answered)
+                    answered = transaction and transaction.answered
+                    self._recover(error, dead=old and quick and not answered)
         finally:
             self.backend.deadline = math.inf
             self.lock.release()
@@ -1197,9 +1195,9 @@ class Database:
         """
         try:
             with contextlib.closing(self.backend.look()) as connection:
-                reading = Transaction(self.backend)
-                reading.begin(connection, self.backend.begin_reading)
-                return work(reading, *given)
+                return work(Transaction(
+                    self.backend, connection, self.backend.begin_reading),
+                    *given)
         except Exception as error:
             raise LedgerError(self.backend.explain(error)) from error
 
@@ -1241,37 +1239,37 @@ class Database:
     def _prepare(self, connection: Connection) -> None:
         """See that the tables are there, with what an update makes last."""
         for again in (True, True, False):
-            looking = Transaction(self.backend)
-            looking.begin(connection, self.backend.begin_reading)
+            looking = Transaction(
+                self.backend, connection, self.backend.begin_reading)
             present = ("total" in columns_of(looking, "mail_count")
                        and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
                     and not columns_of(looking, "rate_limits")):
                 with contextlib.suppress(Exception):  # if the query needs it
-                    looking.run(
-                        RATE_LIMITS.format(self.backend.numbered))
+                    looking.run(RATE_LIMITS.format(self.backend.numbered))
             looking.run("COMMIT")
             if present:
                 break
             self.backend.deadline = math.inf  # large tables take long
-            patient = self.backend.connect(3600)
-            try:
-                updating = Transaction(self.backend)
-                updating.begin(patient, self.backend.begin)
-                update_tables(updating)
-                updating.run("COMMIT")
-            except Exception:
-                if not again:  # else another daemon may have been first
-                    raise
-            finally:
-                patient.close()
+            with contextlib.closing(self.backend.connect(3600)) as patient:
+                try:
+                    updating = Transaction(
+                        self.backend, patient, self.backend.begin)
+                    update_tables(updating)
+                    updating.run("COMMIT")
+                except Exception:
+                    if not again:  # else another daemon may have been first
+                        raise
+
+
+TOO_SLOW = "the database is too slow"
 
 
 def hold(lock: Any, deadline: float) -> None:
     """Take a lock, or raise LedgerError when the deadline is past."""
     left = deadline - time.monotonic()
     if left < 0 or not lock.acquire(timeout=left):
-        raise LedgerError("the database is too slow")
+        raise LedgerError(TOO_SLOW)
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -1281,18 +1279,13 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def columns_of(transaction: Transaction, table: str) -> list[str]:
     """Return the names of a table's columns, none if there is no table."""
-    def look(_: Transaction) -> list[str]:
-        cursor = transaction.run(f"SELECT * FROM {table} LIMIT 0")
-        return [column[0] for column in cursor.description]
-
-    return transaction.attempt("", look) or []
+    return transaction.attempt("", lambda _: [
+        column[0] for column in transaction.run(
+            f"SELECT * FROM {table} LIMIT 0").description]) or []
 
 
 def update_tables(transaction: Transaction) -> None:
-    """Make the tables, or bring those of the original up to date.
-
-    The column total comes last: once it is there, so is all else.
-    """
+    """Make the tables, or bring those of the original up to date."""
     backend = transaction.backend
     for statement in TABLES:
         transaction.run(statement.format(identity=backend.identity))
@@ -1309,7 +1302,7 @@ def update_tables(transaction: Transaction) -> None:
         if fold(identity) != identity:
             transaction.run("UPDATE mail_count SET id = ? WHERE id = ?",
                             fold(identity), identity)
-    for statement in backend.add_total:
+    for statement in backend.add_total:  # once it is there, so is all else
         transaction.run(statement)
     for [identity] in transaction.run(
             "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
@@ -1318,10 +1311,7 @@ def update_tables(transaction: Transaction) -> None:
 
 
 def retotal(transaction: Transaction, identity: str, now: float) -> None:
-    """Write an identity's rows anew: with totals, none after now.
-
-    The original wrote them, or the clock has been set back far.
-    """
+    """Write an identity's rows anew, with totals and no date after now."""
     rows, total = [], 0
     for date, count, *origin in transaction.run(
             "SELECT date, recipient_count, instance, protocol_state"
@@ -1408,8 +1398,7 @@ class Backend:
         """Examine the database, changing nothing; return what it is."""
         try:
             with contextlib.closing(self.connect(self.timeout)) as connection:
-                transaction = Transaction(self)
-                transaction.begin(connection, self.begin)
+                transaction = Transaction(self, connection, self.begin)
                 [version] = transaction.run("SELECT version()").fetchone()
                 examine(transaction)
         except Exception as error:
@@ -1465,8 +1454,7 @@ class SQLite(Backend):
             with contextlib.closing(self.driver.connect(**{
                     **self.config, "database": path if there else ":memory:",
                     })) as connection:
-                transaction = Transaction(self)
-                transaction.begin(connection, self.begin)
+                transaction = Transaction(self, connection, self.begin)
                 if there:
                     examine(transaction)
         except Exception as error:  # a TypeError is connect()'s
@@ -1681,11 +1669,6 @@ class Batch:
         for charge in self.charges:
             yield from charge.claims
 
-    def parts(self) -> list[Batch]:
-        """Return a batch for each charge, and for each of the others."""
-        return [*(Batch([charge]) for charge in self.charges),
-                *(Batch((), self.now, [claim]) for claim in self.others)]
-
 
 class Tab(NamedTuple):
     """Mails of an identity that were counted in memory alone."""
@@ -1722,19 +1705,17 @@ class Standby:
 
     def keep(self, batch: Batch) -> None:
         """Keep what a batch could not write, or cannot tell whether it did."""
-        tabs = {claim.identity: Tab(claim, [], {}) for claim in batch.claims()}
-        for row in batch.rows:
-            tabs[row[0]].rows.append(row)
-        for name, account in batch.accounts.items():
-            tabs[name].new.update(getattr(account, "new", ()))
+        claims = {claim.identity: claim for claim in batch.claims()}
+        new = {name: account.new for name, account in batch.accounts.items()
+               if isinstance(account, Variety) and account.new}
         with self.lock:
-            for name, more in tabs.items():
-                if more.rows or more.new:
-                    tab = self._tabs.setdefault(name, Tab(more.claim, [], {}))
-                    self._tabs.move_to_end(name)
-                    tab.rows.extend(more.rows)
-                    tab.new.update(more.new)
-                    self._size += len(more.rows)
+            for name in {*new, *(row[0] for row in batch.rows)}:
+                tab = self._tabs.setdefault(name, Tab(claims[name], [], {}))
+                self._tabs.move_to_end(name)
+                tab.new.update(new.get(name, {}))
+            for row in batch.rows:
+                self._tabs[row[0]].rows.append(row)
+            self._size += len(batch.rows)
             while self._size > 5 * MAX_KEPT or len(self._tabs) > MAX_KEPT:
                 self._size -= len(self._tabs.popitem(last=False)[1].rows)
 
@@ -1860,27 +1841,22 @@ class Ledger:
 
     def _settle(self, batch: Batch) -> None:
         """Settle a batch when the one before is done."""
-        deadline = time.monotonic() + self.database.backend.timeout
+        timeout, lock = self.database.backend.timeout, self.database.lock
+        deadline = time.monotonic() + timeout
+        held = lock.acquire(timeout=timeout)
+        batch.closed = True
+        if batch is self._open:
+            self._open = Batch()
         try:
-            hold(self.database.lock, deadline)
-        except LedgerError as error:
-            self._close(batch)
-            self._fall_back(batch, error, hung=True)
-            return
-        try:
-            self._close(batch)
-            if self._hung is not None and batch.charges:  # the one before it
+            if not held:
+                self._fall_back(batch, LedgerError(TOO_SLOW), hung=True)
+            elif self._hung is not None and batch.charges:  # the one before it
                 self._fall_back(batch, self._hung, hung=True)
             else:
                 self._transact(batch, deadline)
         finally:
-            self.database.lock.release()
-
-    def _close(self, batch: Batch) -> None:
-        """Let nobody join a batch any more."""
-        batch.closed = True
-        if batch is self._open:
-            self._open = Batch()
+            if held:
+                lock.release()
 
     def _transact(self, batch: Batch, deadline: float) -> None:
         """Settle a batch in one transaction, or else singly."""
@@ -1889,7 +1865,9 @@ class Ledger:
             self.database.transact(settle, batch, self.query, self.standby,
                                    deadline=deadline)
         except LedgerError as error:
-            hung, parts = time.monotonic() > min(half, deadline), batch.parts()
+            hung = time.monotonic() > min(half, deadline)
+            parts = [*(Batch([charge]) for charge in batch.charges),
+                     *(Batch((), batch.now, [one]) for one in batch.others)]
             if not error.undone or hung or len(parts) == 1:
                 self._fall_back(batch, error, hung)
                 return
@@ -1918,13 +1896,16 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
            standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
-    for claim in batch.claims():
+    claims = {claim.identity: claim for claim in batch.claims()}
+    for name, claim in claims.items():
         kind = Account if claim.value is None else Variety
-        accounts[claim.identity] = kind(claim.identity, claim.limits)
+        accounts[name] = kind(name, claim.limits)
     take_turns(transaction, accounts)
     standby.bring(transaction, batch)
-    if query:
-        ask_all_limits(transaction, query, batch.claims(), accounts)
+    for name, claim in claims.items() if query else ():
+        if claim.rule is None or not claim.rule.by:  # no quota's
+            own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
+            accounts[name].limits = claim.limits if own is None else own
     now = max((charge.now for charge in charges), default=batch.now)
     read_accounts(transaction, list(accounts.values()), now)
     varied = [account for account in accounts.values()
@@ -1932,7 +1913,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
     for variety in varied:
         read_values(transaction, variety, now)
     batch.verdicts, batch.rows = decide(charges, accounts)
-    note_refusals(transaction, charges, batch.verdicts)
+    note_refusals(transaction, batch)
     transaction.write(INSERT, batch.rows)
     transaction.write(transaction.backend.see, [
         (variety.identity, *seen) for variety in varied
@@ -1973,25 +1954,10 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
     return ours
 
 
-def ask_all_limits(transaction: Transaction, query: str,
-                   claims: Iterable[Claim],
-                   accounts: Mapping[str, Account]) -> None:
-    """Let the query's limits replace the file's, but not those of quotas."""
-    for identity in {claim.identity for claim in claims
-                     if claim.rule is None or not claim.rule.by}:
-        own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
-        if own is not None:
-            accounts[identity].limits = own
-
-
-def note_refusals(transaction: Transaction, charges: Sequence[Charge],
-                  verdicts: Sequence[Verdict]) -> None:
-    """Note refusals, one row for each identity and window of a batch.
-
-    That must not cost the verdicts.
-    """
+def note_refusals(transaction: Transaction, batch: Batch) -> None:
+    """Note refusals, one row for each identity and window of a batch."""
     found: dict[tuple[str, int], Refusal] = {}
-    for charge, verdict in zip(charges, verdicts):
+    for charge, verdict in zip(batch.charges, batch.verdicts):
         for usage in filter(None, (verdict.broken, *verdict.tried)):
             limit, now = usage.limit, int(charge.now)
             key = usage.claim.identity, limit.seconds
@@ -2038,11 +2004,9 @@ def find_room(transaction: Transaction, account: Account,
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
-    """Keep other hosts from these identities until the transaction ends.
-
-    All take them in one order, so that none waits for another in a circle.
-    """
+    """Keep other hosts from these identities until the transaction ends."""
     if transaction.backend.turn:
+        # In one order, so that none waits for another in a circle.
         transaction.write(transaction.backend.turn, [
             (identity, 1) for identity in sorted(identities)])
 
@@ -2149,9 +2113,8 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
     """Return the query for so many accounts with so many windows each.
 
     It takes identity, time and begin of each window, for each account, and
-    yields the account's place, the limits that --limit set, newest date,
-    newest total, and for each window the total before its first row; NULL
-    where there is no row.
+    yields its place, the limits that --limit set, newest date and total, and
+    the total before each window's first row; NULL where there is no row.
     """
     # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
     # of the speed, MariaDB up to half.
@@ -2168,63 +2131,49 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
 
 
 def kept_for(longest: int) -> int:
-    """Return how long rows are kept for windows, in seconds.
-
-    Longer than any clock is ahead; twice the window, as the original does.
-    """
-    return max(2 * longest, longest + CLOCK_SKEW)
+    """Return for how long rows are kept, longer than any clock is ahead."""
+    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
 
 
 def clean_some(transaction: Transaction, query: str | None, after: str,
                now: int, keep: int) -> tuple[str | None, int]:
-    """Delete rows that no limit sees, of the identities after one.
+    """Delete some CLEAN_STEP rows that no limit sees, of identities after one.
 
-    Looks at some CLEAN_STEP / 10 identities, and deletes some CLEAN_STEP
-    rows, whoever they belong to.  Rows of the last keep seconds stay, as do
-    those that a limit of the query or of --limit may still see.  Returns the
-    identity after which to go on, None if that was all, and the rows deleted.
+    Rows of the last keep seconds stay, as do those that a limit of the query
+    or of --limit may still see.  Returns the identity after which to go on,
+    None if that was all, and how many rows of mail_count were deleted.
     """
-    before = after
-    looked, deleted, overrides = 0, 0, read_overrides(transaction, now)
-    while deleted < CLEAN_STEP and looked < CLEAN_STEP:
-        looked += 10  # identities take longer than rows
+    overrides, deleted, before = read_overrides(transaction, now), 0, after
+    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
         last, oldest = transaction.run(
             "SELECT id, date FROM mail_count WHERE id > ?"
             " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
-        if last is not None and oldest <= now - keep:
+        if last is None:
+            break
+        if oldest <= now - keep:
             own = query and transaction.attempt(
                 QUERY_FAILED, ask_limits, query, last)
             own = overrides.get(last, (own,))[0]
-            rows, more = delete_old(transaction, last, now - max([keep, *(
-                kept_for(limit.seconds) for limit in own or ())]))
-            deleted += rows
-            if more:
-                last = before
+            until = now - max([keep, *(
+                kept_for(limit.seconds) for limit in own or ())])
+            step = transaction.run(
+                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
+                " ORDER BY date LIMIT 1 OFFSET ?",
+                last, until, CLEAN_STEP - 1).fetchone() or (until,)
+            deleted += transaction.run(
+                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
+                last, *step).rowcount
+            if deleted >= CLEAN_STEP:
+                last = before  # for this one may have more
                 break
-        if last is None:
-            break
         before = last
     more = clean_others(transaction, after, last, now, keep)
     return after if more else last, deleted
 
 
-def delete_old(transaction: Transaction, identity: str, until: int,
-               ) -> tuple[int, bool]:
-    """Delete some rows up to a date; return how many, and if there is more."""
-    step = transaction.run(
-        "SELECT date FROM mail_count WHERE id = ? AND date <= ? ORDER BY date"
-        " LIMIT 1 OFFSET ?", identity, until, CLEAN_STEP - 1).fetchone()
-    return int(transaction.run(
-        "DELETE FROM mail_count WHERE id = ? AND date <= ?", identity,
-        step[0] if step else until).rowcount), step is not None
-
-
 def clean_others(transaction: Transaction, after: str, last: str | None,
                  now: int, keep: int) -> bool:
-    """Delete values and turns that are no longer needed, between two names.
-
-    Returns whether there may be more.
-    """
+    """Delete old values and turns between two names; say if more is left."""
     between, names = "id > ?", [after]
     if last is not None:
         between, names = "id > ? AND id <= ?", [after, last]
@@ -2291,9 +2240,8 @@ def set_override(transaction: Transaction, identity: str, limits: Limits,
                  ends: int, now: int) -> None:
     """Give an identity other limits."""
     drop_override(transaction, identity)
-    transaction.write(
-        "INSERT INTO mail_limit (id, limits, ends, made) VALUES {}",
-        [(identity, json.dumps(limits), ends, now)])
+    transaction.run("INSERT INTO mail_limit (id, limits, ends, made) VALUES"
+                    " (?, ?, ?, ?)", identity, json.dumps(limits), ends, now)
 
 
 def drop_override(transaction: Transaction, identity: str) -> bool:
