@@ -1025,31 +1025,26 @@ Connection = Any  # of the DB-API (PEP 249)
 Cursor = Any
 
 COLUMNS = {  # of mail_count; total is the last that an update adds
-    "id": "{identity} NOT NULL",
-    "date": "bigint NOT NULL",
+    "id": "{name}",
+    "date": "{number}",
     "recipient_count": "int DEFAULT 1",
     "instance": "varchar(40) NOT NULL DEFAULT ''",
     "protocol_state": "varchar(20) NOT NULL DEFAULT ''",
     "total": "bigint",  # NULL in a row that the original wrote
 }
-TABLES = (
-    "CREATE TABLE IF NOT EXISTS mail_count"
-    f" (id {COLUMNS['id']}, date {COLUMNS['date']})",
-    "CREATE TABLE IF NOT EXISTS mail_value (id {identity} NOT NULL, value"
-    " {identity} NOT NULL, date bigint NOT NULL, PRIMARY KEY (id, value))",
-    "CREATE TABLE IF NOT EXISTS mail_turn"
-    " (id {identity} NOT NULL PRIMARY KEY, turn bigint NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS mail_refused (id {identity} NOT NULL,"
-    " seconds bigint NOT NULL, mails bigint NOT NULL, hits bigint NOT NULL,"
-    " first bigint NOT NULL, last bigint NOT NULL, client {identity} NOT NULL,"
-    " PRIMARY KEY (id, seconds))",
-    "CREATE TABLE IF NOT EXISTS report_told (id {identity} NOT NULL,"
-    " seconds bigint NOT NULL, address {identity} NOT NULL,"
-    " hits bigint NOT NULL, PRIMARY KEY (id, seconds, address))",
-    "CREATE TABLE IF NOT EXISTS mail_limit (id {identity} NOT NULL"
-    " PRIMARY KEY, limits text NOT NULL, ends bigint NOT NULL,"
-    " made bigint NOT NULL)",
-)
+TABLES = {
+    "mail_count": f"id {COLUMNS['id']}, date {COLUMNS['date']}",
+    "mail_value": "id {name}, value {name}, date {number},"
+                  " PRIMARY KEY (id, value)",
+    "mail_turn": "id {name} PRIMARY KEY, turn {number}",
+    "mail_refused": "id {name}, seconds {number}, mails {number},"
+                    " hits {number}, first {number}, last {number},"
+                    " client {name}, PRIMARY KEY (id, seconds)",
+    "report_told": "id {name}, seconds {number}, address {name},"
+                   " hits {number}, PRIMARY KEY (id, seconds, address)",
+    "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
+                  " ends {number}, made {number}",
+}
 NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
@@ -1286,8 +1281,10 @@ def columns_of(transaction: Transaction, table: str) -> list[str]:
 def update_tables(transaction: Transaction) -> None:
     """Make the tables, or bring those of the original up to date."""
     backend = transaction.backend
-    for statement in TABLES:
-        transaction.run(statement.format(identity=backend.identity))
+    for table, columns in TABLES.items():
+        columns = columns.format(name=f"{backend.identity} NOT NULL",
+                                 number="bigint NOT NULL")
+        transaction.run(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
     present = columns_of(transaction, "mail_count")
     if "total" in present:
         return
@@ -2788,11 +2785,7 @@ ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
 
 
 def send_reports(database: Database, settings: Settings) -> None:
-    """Mail each address the refusals that it was not told of yet.
-
-    What it was told is kept: so what it does not take is in its next
-    report, and nobody is told anything twice.
-    """
+    """Mail each address the refusals that it was not told of yet."""
     database.transact(take_over, int(time.time()))
     failed: dict[str, list[str]] = {}
     for key, address in {fold(to): to for to in settings.report_to}.items():
@@ -2831,13 +2824,10 @@ def tell(transaction: Transaction, rows: Sequence[Row]) -> None:
 
 
 def take_over(transaction: Transaction, now: int) -> None:
-    """Take over the refusals that the original and 2.0.0 noted elsewhere.
-
-    Those in report_owed were not told to one address alone, as if it had
-    been told less than nothing.
-    """
+    """Take over the refusals that the original and 2.0.0 noted elsewhere."""
     hits: Counter[tuple[str, int]] = Counter()
     if columns_of(transaction, "report_owed"):
+        # As if the one address had been told less than nothing.
         owed = transaction.run(
             "SELECT id, delta, address, -SUM(hit) FROM report_owed"
             " GROUP BY id, delta, address").fetchall()
@@ -2938,10 +2928,7 @@ class Alarm:
 
     def refused(self, broken: Usage, client: str, settings: Settings,
                 now: float) -> int:
-        """Count a refusal; return how many there were in this window.
-
-        By a look-up only, for mail waits.
-        """
+        """Count a refusal; return how many there were in this window."""
         (mails, window), named = broken.limit, settings.report_limits
         key = broken.claim.identity, window
         with self._lock:
@@ -3062,8 +3049,7 @@ def survey(transaction: Transaction, settings: Settings, now: int,
            identity: str | None = None) -> list[Standing]:
     """Read how identities stand: one, or all that there is something of.
 
-    In two scans of the index, however many there are.  Writes nothing, and
-    needs no totals: it reads the original's tables.
+    In two scans of the index, and without totals: the original has none.
     """
     counted = "recipient_count" in columns_of(transaction, "mail_count")
     tables = {"mail_count": "COALESCE(recipient_count, 1)" if counted else "1"}
