@@ -72,7 +72,14 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
