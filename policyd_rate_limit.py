@@ -72,14 +72,7 @@ import time
 import unicodedata
 import urllib.parse
 from collections import Counter, OrderedDict, deque
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
@@ -895,7 +888,7 @@ ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
 
 
 def claims_of(request: Request, settings: Settings,
-              counted: Collection[str] = ()) -> list[Claim]:
+              counted: frozenset[str] = frozenset()) -> list[Claim]:
     """Return what a request claims: nothing if it is not to be counted.
 
     counted: under which keys this very mail counted before, of those ONCE.
