@@ -3924,7 +3924,8 @@ def serve(settings: Settings, owner: Owner | None,
 def catch_signals() -> socket.socket:
     """Return a socket from which signals' numbers come.
 
-    Whatever thread the kernel gives a signal to, this wakes the main one.
+    Whatever thread the kernel gives a signal to, this wakes the main one at
+    once; with a queue it would see it when the next cleaning is due.
     """
     signals, sender = socket.socketpair()
     signals.settimeout(CLEAN_PAUSE)

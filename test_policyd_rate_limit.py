@@ -3297,6 +3297,26 @@ class GaleraTest(DatabaseTest):
         self.assertEqual(self.counted(), 100)
 
     @slow
+    def test_sixty_identities_raced_on_all_nodes_keep_their_limits(self
+                                                                   ) -> None:
+        """One identity shows too seldom what BEGIN would let through."""
+        names = [f"user{n}" for n in range(60)]
+        mails = [{"instance": f"{name}.{n}", "sasl_username": name}
+                 for name in names for n in range(40)]  # all at one at a time
+        hosts = self.hosts(*[
+            {"mysql_config": node.config, "limits": [[20, 3600]]}
+            for node in self.servers.nodes if node.process])
+        answers = flood(hosts, mails)
+        self.assertEqual({action for _, action in answers}, {PASS, REFUSED})
+        passed = collections.Counter(
+            mail["sasl_username"] for mail, action in answers
+            if action == PASS)
+        self.assertEqual(passed, dict.fromkeys(names, 20))
+        self.assertEqual(dict(self.execute_all(
+            "SELECT id, CAST(SUM(recipient_count) AS SIGNED) FROM mail_count"
+            " GROUP BY id")), dict(passed))
+
+    @slow
     def test_when_a_node_is_killed_the_others_go_on(self) -> None:
         *living, doomed = self.on_nodes()
         node = self.servers.nodes[-1]
