@@ -747,8 +747,8 @@ def parse_request(head: bytes) -> Request:
     except ValueError:
         raise BadRequest("a line that is not name=value") from None
     get = given.get
-    if get("request") != "smtpd_access_policy":
-        raise BadRequest("no request=smtpd_access_policy")
+    if get("request", "smtpd_access_policy") != "smtpd_access_policy":
+        raise BadRequest("it is not request=smtpd_access_policy")
     return Request(
         get("protocol_state", "")[:MAX_TOLD].upper(),
         get("queue_id", "")[:MAX_TOLD], get("instance", "")[:MAX_TOLD],

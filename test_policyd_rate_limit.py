@@ -1786,7 +1786,7 @@ class ProtocolTest(unittest.TestCase):
         one.sender.encode()  # and can be stored
 
     def test_what_is_no_request_is_refused(self) -> None:
-        for data in (b"\n\n", b"GET / HTTP/1.1\n\n", b"a=b\n\n", b"\n" * 9,
+        for data in (b"\n\n", b"GET / HTTP/1.1\n\n", b"\n" * 9,
                      b"request=smtpd_access_policy\nrubbish\n\n",
                      b"request=smtpd_access_policy\na=\0\n\n",
                      b"request=junk\n\n", b"request=smtpd_access_policy\n",
@@ -1795,6 +1795,11 @@ class ProtocolTest(unittest.TestCase):
                      + b"\n"):
             with self.subTest(data[:40]), self.assertRaises(prl.BadRequest):
                 requests_in(data)
+
+    def test_a_probe_made_by_hand_needs_no_request_line(self) -> None:
+        [probe] = requests_in(b"protocol_state=data\nsasl_username=joe\n\n")
+        self.assertEqual((probe.protocol_state, probe.sasl_username),
+                         ("DATA", "joe"))
 
     def test_a_long_request_within_the_bound_is_read(self) -> None:
         [request] = requests_in(request_text(helo_name="x" * 30000))
