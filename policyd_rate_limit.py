@@ -4374,7 +4374,10 @@ def warn_unknown(settings: Settings, ledger: Ledger, identity: str) -> None:
     """Warn of an identity that nothing is known of."""
     [found] = ledger.database.transact(
         survey, settings, int(time.time()), identity)
-    if not (found.last_mail or found.refusals) and found.source == "limits":
+    named = {f"{rule.name}={text}" if rule.by else text
+             for rule in settings.rules for text in rule.limits_by_id.texts}
+    if not (found.last_mail or found.refusals or identity in named
+            or found.source in ("--limit", "sql_limits_by_id")):
         log.warning("%s: nothing is recorded of it: is it spelt right?",
                     printable(identity))
 

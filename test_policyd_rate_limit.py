@@ -4871,14 +4871,16 @@ class StatusTest(ReportsTest):
         for options in (("--limit", "jo", "3/h"), ("--block", "jo"),
                         ("--reset", "jo")):
             for name, warned in (("jo", True), ("joe", False),
-                                 ("ann", False), ("free", False)):
+                                 ("ann", False), ("free", False),
+                                 ("jo@x.org", True), ("server=al", True)):
                 result = self.command(
                     options[0], name, *options[2:], config=self.config)
                 self.assertEqual(result.returncode, 0)
                 self.assertEqual("is it spelt right?" in result.stderr,
                                  warned and options[0] != "--reset"
                                  or warned, (options, name))
-            self.show("--unlimit", "jo")
+            for name in "jo", "jo@x.org", "server=al":
+                self.show("--unlimit", name)
 
     def test_reset_forgets_and_says_how_much(self) -> None:
         self.spend("joe", 7)
