@@ -1750,6 +1750,7 @@ class Standby:
             batch.merged = [(tab, len(tab.rows), tab.new.copy())
                             for tab in tabs if tab is not None]
         for tab, count, new in batch.merged:
+            transaction.backend.deadline += count / 1000  # they take long
             if count:
                 tab.rows[:count] = merge(transaction, tab.rows[:count])
             account = batch.accounts[tab.claim.identity]

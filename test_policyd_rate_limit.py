@@ -3210,6 +3210,21 @@ class Psycopg2Test(HostsTest):
         self.assertEqual(len(re.findall(r"Index Cond: \(+id =", text)), 4)
         self.assertNotIn("Seq Scan on mail_count", text)
 
+    def test_what_a_long_outage_left_is_written_in_the_end(self) -> None:
+        ledger = self.open()
+        ledger.database.backend.timeout = 1
+        claim = prl.Claim("server=all", 1, (prl.Limit(10**6, 86400),))
+        batch = prl.Batch([prl.Charge([claim], 1000)])
+        ledger.charge(prl.Charge([claim], 999))  # there are tables
+        batch.rows = [(claim.identity, 1000 + n // 99, 1, str(n), "DATA", None)
+                      for n in range(100_000)]
+        ledger.standby.keep(batch)
+        last = prl.Charge([claim], 9000)
+        ledger.charge(last)
+        self.assertIsNone(last.error)
+        self.assertEqual(ledger.standby.claims(), [])
+        self.assertEqual(self.counted(claim.identity), 100_002)
+
     def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
         self.execute_all(
             *self.original,
