@@ -163,6 +163,8 @@ def fold(identity: str) -> str:
     if len(folded) <= 512:  # normalizing takes the square of the length
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
+    if "@" in folded:  # mail for example.org. goes to example.org
+        folded = folded.rstrip(". ")
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
         return str(address)
@@ -962,7 +964,7 @@ def attribute_of(request: Request, name: str) -> str:
         return "" if address is None else str(ipaddress.ip_network(
             (address, 24 if address.version == 4 else 64), strict=False))
     if name in DERIVED:
-        value = value.rpartition("@")[2] if "@" in value else ""
+        value = value.rpartition("@")[2].rstrip(". ") if "@" in value else ""
     return fold(value) if value else ""
 
 

@@ -1830,7 +1830,8 @@ class PolicyTest(unittest.TestCase):
                 ("ÄÖÜ@x", "äöü@x"), ("A\u0308", "ä"), ("straße", "straße"),
                 ("192.0.2.7", "192.0.2.7"), ("2001:DB8:0::1", "2001:db8::1"),
                 ("::FFFF:192.0.2.7", "192.0.2.7"), ("1:2@x", "1:2@x"),
-                ("joe ", "joe"), ("12345", "12345"), ("1.2.3", "1.2.3")):
+                ("joe ", "joe"), ("12345", "12345"), ("1.2.3", "1.2.3"),
+                ("joe@x.org.", "joe@x.org"), ("joe.", "joe.")):
             self.assertEqual(prl.fold(text), folded, text)
             self.assertEqual(prl.fold(folded), folded, text)
 
@@ -1947,6 +1948,8 @@ class PolicyTest(unittest.TestCase):
                  "sasl_domain=x.org"), ("sasl_domain", {}, None),
                 ("sender_domain", {}, "sender_domain=example.org"),
                 ("sender_domain", {"sender": ""}, None),
+                ("recipient_domain", {"recipient": "ann@X.org."},
+                 "recipient_domain=x.org"),
                 ("server", {"sasl_username": ""}, "server=all"),
                 ("client_address", {}, "client_address=192.0.2.7"),
                 ("client_network", {}, "client_network=192.0.2.0/24"),
