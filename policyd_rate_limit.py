@@ -162,6 +162,8 @@ def fold(identity: str) -> str:
     if len(folded) <= 512:  # normalizing takes the square of the length
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
+    if "@" in folded:  # mail for example.org. goes to example.org
+        folded = folded.rstrip(". ")
     address = None if "@" in folded else parse_address(folded)
     if address is not None:
         return str(address)
@@ -961,7 +963,7 @@ def attribute_of(request: Request, name: str) -> str:
         return "" if address is None else str(ipaddress.ip_network(
             (address, 24 if address.version == 4 else 64), strict=False))
     if name in DERIVED:
-        value = value.rpartition("@")[2] if "@" in value else ""
+        value = value.rpartition("@")[2].rstrip(". ") if "@" in value else ""
     return fold(value) if value else ""
 
 
@@ -1727,6 +1729,7 @@ class Standby:
             batch.merged = [(tab, len(tab.rows), tab.new.copy())
                             for tab in tabs if tab is not None]
         for tab, count, new in batch.merged:
+            transaction.backend.deadline += count / 1000  # they take long
             if count:
                 tab.rows[:count] = merge(transaction, tab.rows[:count])
             account = batch.accounts[tab.claim.identity]
@@ -4285,7 +4288,10 @@ def warn_unknown(settings: Settings, database: Database, identity: str,
     """Warn of an identity that nothing is known of."""
     [found] = database.transact(
         survey, settings, int(time.time()), identity)
-    if not (found.last_mail or found.refusals) and found.source == "limits":
+    named = {f"{rule.name}={text}" if rule.by else text
+             for rule in settings.rules for text in rule.limits_by_id.texts}
+    if not (found.last_mail or found.refusals or identity in named
+            or found.source in ("--limit", "sql_limits_by_id")):
         log.warning("%s: nothing is recorded of it: is it spelt right?",
                     printable(identity))
 

@@ -1843,7 +1843,8 @@ class PolicyTest(unittest.TestCase):
                 ("ÄÖÜ@x", "äöü@x"), ("A\u0308", "ä"), ("straße", "straße"),
                 ("192.0.2.7", "192.0.2.7"), ("2001:DB8:0::1", "2001:db8::1"),
                 ("::FFFF:192.0.2.7", "192.0.2.7"), ("1:2@x", "1:2@x"),
-                ("joe ", "joe"), ("12345", "12345"), ("1.2.3", "1.2.3")):
+                ("joe ", "joe"), ("12345", "12345"), ("1.2.3", "1.2.3"),
+                ("joe@x.org.", "joe@x.org"), ("joe.", "joe.")):
             self.assertEqual(prl.fold(text), folded, text)
             self.assertEqual(prl.fold(folded), folded, text)
 
@@ -1960,6 +1961,8 @@ class PolicyTest(unittest.TestCase):
                  "sasl_domain=x.org"), ("sasl_domain", {}, None),
                 ("sender_domain", {}, "sender_domain=example.org"),
                 ("sender_domain", {"sender": ""}, None),
+                ("recipient_domain", {"recipient": "ann@X.org."},
+                 "recipient_domain=x.org"),
                 ("server", {"sasl_username": ""}, "server=all"),
                 ("client_address", {}, "client_address=192.0.2.7"),
                 ("client_network", {}, "client_network=192.0.2.0/24"),
@@ -3222,6 +3225,21 @@ class Psycopg2Test(HostsTest):
         self.assertEqual(text.count("using mail_count_total"), 4, text)
         self.assertEqual(len(re.findall(r"Index Cond: \(+id =", text)), 4)
         self.assertNotIn("Seq Scan on mail_count", text)
+
+    def test_what_a_long_outage_left_is_written_in_the_end(self) -> None:
+        ledger = self.open()
+        ledger.database.backend.timeout = 1
+        claim = prl.Claim("server=all", 1, (prl.Limit(10**6, 86400),))
+        batch = prl.Batch([prl.Charge([claim], 1000)])
+        ledger.charge(prl.Charge([claim], 999))  # there are tables
+        batch.rows = [(claim.identity, 1000 + n // 99, 1, str(n), "DATA", None)
+                      for n in range(100_000)]
+        ledger.standby.keep(batch)
+        last = prl.Charge([claim], 9000)
+        ledger.charge(last)
+        self.assertIsNone(last.error)
+        self.assertEqual(ledger.standby.claims(), [])
+        self.assertEqual(self.counted(claim.identity), 100_002)
 
     def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
         self.execute_all(
@@ -4905,14 +4923,16 @@ class StatusTest(ReportsTest):
         for options in (("--limit", "jo", "3/h"), ("--block", "jo"),
                         ("--reset", "jo")):
             for name, warned in (("jo", True), ("joe", False),
-                                 ("ann", False), ("free", False)):
+                                 ("ann", False), ("free", False),
+                                 ("jo@x.org", True), ("server=al", True)):
                 result = self.command(
                     options[0], name, *options[2:], config=self.config)
                 self.assertEqual(result.returncode, 0)
                 self.assertEqual("is it spelt right?" in result.stderr,
                                  warned and options[0] != "--reset"
                                  or warned, (options, name))
-            self.show("--unlimit", "jo")
+            for name in "jo", "jo@x.org", "server=al":
+                self.show("--unlimit", name)
 
     def test_reset_forgets_and_says_how_much(self) -> None:
         self.spend("joe", 7)
