@@ -1975,23 +1975,18 @@ def with_room(transaction: Transaction, verdict: Verdict,
 
 def find_room(transaction: Transaction, account: Account,
               broken: Usage) -> int:
-    """Return when a limit has room: some 17 look-ups for a day's window."""
-    mails, seconds = broken.limit.mails, broken.limit.seconds
+    """Return when enough has left a window for such a mail to pass."""
+    mails, seconds = broken.limit
     if isinstance(account, Variety):
         dates = sorted(date for value, date in account.seen.items()
                        if value != broken.claim.value)
-        return int(dates[-mails]) + seconds
-    least = account.total + broken.claim.cost - mails
-    full, room = account.now - seconds, account.date
-    while room - full > 1:  # room: if all up to this second have left
-        date = (full + room) // 2
-        [before] = transaction.run(BEFORE.format("?", "?"), account.identity,
-                                   date).fetchone() or [account.total]
-        if before < least:
-            full = date
-        else:
-            room = date
-    return room + seconds
+        return dates[-mails] + seconds
+    [date] = transaction.run(  # reads no more rows than have to leave
+        "SELECT date FROM mail_count WHERE id = ? AND date > ? AND total >= ?"
+        " ORDER BY date, total LIMIT 1", account.identity,
+        account.now - seconds, account.total + broken.claim.cost - mails,
+        ).fetchone() or [account.date]
+    return int(date) + seconds
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
