@@ -1043,6 +1043,8 @@ TABLES = {
 NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
+MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
+TOO_SLOW = "the database is too slow"
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
@@ -1075,13 +1077,12 @@ class Transaction:
                 statement.replace("?", self.backend.placeholder),
                 self.backend.fit(values))
         else:
-            ahead, self._waiting = self._waiting, []
-            texts = [text for text, _ in ahead] + [statement]
+            every, self._waiting = [*self._waiting, (statement, values)], []
+            joined = "; ".join(text for text, _ in every)
             self.cursor.execute(
-                "; ".join(texts).replace("?", self.backend.placeholder),
-                self.backend.fit([*itertools.chain(
-                    *(given for _, given in ahead)), *values]))
-            self.backend.skip_results(self.cursor, len(ahead))
+                joined.replace("?", self.backend.placeholder),
+                self.backend.fit([one for _, some in every for one in some]))
+            self.backend.skip_results(self.cursor, len(every) - 1)
         self.answered = True
         return self.cursor
 
@@ -1147,7 +1148,9 @@ class Database:
         """
         if deadline is None:
             deadline = time.monotonic() + self.backend.timeout
-        hold(self.lock, deadline)
+        left = deadline - time.monotonic()
+        if left < 0 or not self.lock.acquire(timeout=left):
+            raise LedgerError(TOO_SLOW)
         try:
             while True:
                 self.backend.deadline = deadline
@@ -1192,8 +1195,7 @@ class Database:
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
-        with contextlib.suppress(LedgerError):
-            hold(self.lock, time.monotonic() + self.backend.timeout)
+        if self.lock.acquire(timeout=self.backend.timeout):
             try:
                 self._roll_back(keep=False)
             finally:
@@ -1249,16 +1251,6 @@ class Database:
                 except Exception:
                     if not again:  # else another daemon may have been first
                         raise
-
-
-TOO_SLOW = "the database is too slow"
-
-
-def hold(lock: Any, deadline: float) -> None:
-    """Take a lock, or raise LedgerError when the deadline is past."""
-    left = deadline - time.monotonic()
-    if left < 0 or not lock.acquire(timeout=left):
-        raise LedgerError(TOO_SLOW)
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -1465,9 +1457,6 @@ class SQLite(Backend):
         return status.st_dev, status.st_ino
 
 
-MULTI_STATEMENTS = 0x10000  # a flag of the protocol: statements may be joined
-
-
 class MySQL(Backend):
     """MariaDB and MySQL, also Galera."""
 
@@ -1634,6 +1623,9 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
 MERGE_STEP = 50  # identities whose mails one transaction brings from memory
 MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
+FOR_GOOD = 10**12  # seconds: the year 33658
+QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
+Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
           " AND date > {} ORDER BY date, total LIMIT 1")
 
@@ -1969,24 +1961,18 @@ def with_room(transaction: Transaction, verdict: Verdict,
             or "$room" not in broken.claim.rule.fail_action.replace("{", "")
             or broken.claim.cost > broken.limit.mails):
         return verdict
-    return verdict._replace(room_at=find_room(
-        transaction, accounts[broken.claim.identity], broken))
-
-
-def find_room(transaction: Transaction, account: Account,
-              broken: Usage) -> int:
-    """Return when enough has left a window for such a mail to pass."""
-    mails, seconds = broken.limit
+    account, (mails, seconds) = accounts[broken.claim.identity], broken.limit
     if isinstance(account, Variety):
         dates = sorted(date for value, date in account.seen.items()
                        if value != broken.claim.value)
-        return dates[-mails] + seconds
-    [date] = transaction.run(  # reads no more rows than have to leave
-        "SELECT date FROM mail_count WHERE id = ? AND date > ? AND total >= ?"
-        " ORDER BY date, total LIMIT 1", account.identity,
-        account.now - seconds, account.total + broken.claim.cost - mails,
-        ).fetchone() or [account.date]
-    return int(date) + seconds
+        date = dates[-mails]
+    else:
+        [date] = transaction.run(  # reads no more rows than have to leave
+            "SELECT date FROM mail_count WHERE id = ? AND date > ?"
+            " AND total >= ? ORDER BY date, total LIMIT 1", account.identity,
+            account.now - seconds, account.total + broken.claim.cost - mails,
+            ).fetchone() or [account.date]
+    return verdict._replace(room_at=int(date) + seconds)
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
@@ -1995,9 +1981,6 @@ def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
         # In one order, so that none waits for another in a circle.
         transaction.write(transaction.backend.turn, [
             (identity, 1) for identity in sorted(identities)])
-
-
-QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
@@ -2205,12 +2188,6 @@ def read_refusals(transaction: Transaction, which: str = "", *values: object,
     return [Refusal(*row) for row in transaction.run(
         "SELECT id, seconds, mails, hits, first, last, client"
         f" FROM mail_refused {which}", *values).fetchall()]
-
-
-FOR_GOOD = 10**12  # seconds: the year 33658
-
-
-Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 
 
 def set_override(transaction: Transaction, identity: str, limits: Limits,
@@ -2769,6 +2746,7 @@ MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
 ALERT_PAUSE = 3  # seconds before one that failed is tried again
 ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
+FULL = "[##########]"  # of --status
 
 
 def send_reports(database: Database, settings: Settings) -> None:
@@ -2997,11 +2975,10 @@ def reach(target: str, settings: Settings, facts: Mapping[str, str]) -> bool:
 def run_program(command: Sequence[str], facts: Mapping[str, str],
                 patience: float = MAIL_PATIENCE) -> None:
     """Run a program with facts in its environment; kill it if it hangs."""
-    environment = {f"POLICYD_{name.upper()}": fact
-                   for name, fact in facts.items()}
+    told = {f"POLICYD_{name.upper()}": fact for name, fact in facts.items()}
     with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, **environment}) as child:
+            env={**os.environ, **told}) as child:
         try:
             code = child.wait(patience)
         except subprocess.TimeoutExpired:
@@ -3285,9 +3262,6 @@ def show_one(standing: Standing, places: Mapping[tuple[str, ...], str],
         yield from align([("refused", "by", "since", "last", "client"), *(
             (str(row.hits), ratio(row), moment(row.first), moment(row.last),
              row.client) for row in standing.refusals)])
-
-
-FULL = "[##########]"
 
 
 def show_window(window: Window) -> tuple[str, str, str]:
