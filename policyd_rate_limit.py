@@ -1068,10 +1068,7 @@ class Transaction:
             self.later(statement)
 
     def run(self, statement: str, *values: object) -> Cursor:
-        """Execute a statement, behind those that wait; ? stands for a value.
-
-        Returns the cursor, with this statement's result.
-        """
+        """Execute what waits, and a statement; return that one's result."""
         if not self._waiting:
             self.cursor.execute(
                 statement.replace("?", self.backend.placeholder),
@@ -1108,11 +1105,8 @@ class Transaction:
 
     def attempt(self, warning: str, work: Callable[..., T], *given: Any,
                 ) -> T | None:
-        """Return work(self, *given); if it fails, warn and undo just that.
-
-        For what must not cost the verdicts of the transaction.  No warning
-        if that is empty.
-        """
+        """Return work(self, *given); if it fails, warn and undo just that."""
+        # For what must not cost the verdicts; some of it needs no warning.
         self.later("SAVEPOINT attempt")
         try:
             result = work(self, *given)
@@ -1210,10 +1204,7 @@ class Database:
         return self._connection
 
     def _roll_back(self, keep: bool) -> bool:
-        """Undo what is half done; keep the connection, or close it.
-
-        Returns whether the database said that it is undone.
-        """
+        """Undo what is half done; return whether the database says it is."""
         connection, undone = self._connection, False
         if not keep:
             self._connection = None
@@ -2017,10 +2008,7 @@ def parse_limits(text: str) -> Limits:
 
 def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                   now: float) -> None:
-    """Read what accounts have used, many with each statement.
-
-    One that --limit gave other limits is read again, for their windows.
-    """
+    """Read what accounts have used, many with each statement."""
     second, date_now = math.floor(now), math.ceil(now)
     width = max((len(account.limits) for account in accounts), default=0)
     for some in chunks(accounts, transaction.backend.chunk):
@@ -2038,7 +2026,7 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
             limits = parse_override(own)
             if limits is not None and limits != account.limits:
                 account.limits = limits
-                others.append(account)
+                others.append(account)  # it has other windows
                 continue
             if date is not None and (total is None
                                      or date > now + CLOCK_SKEW):
@@ -3161,12 +3149,12 @@ def read_counts(pidfile: str) -> dict[str, float]:
 
 def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
     """Yield the lines of --prometheus: of the daemon, then of identities."""
-    counts = read_counts(settings.pidfile)
-    yield from show_metric("up", {"": int(bool(counts))})
-    for name, value in counts.items():
-        yield from show_metric(f"{name}_total", {"": value})
-    used, limit, refusals, ends, tried = {}, {}, {}, {}, {}
-    standings = []
+    counts, standings = read_counts(settings.pidfile), []
+    metrics: dict[str, dict[str, float]] = {
+        "up": {"": int(bool(counts))},
+        **{f"{name}_total": {"": value} for name, value in counts.items()},
+        "used": {}, "limit": {}, "refusals_total": {}, "limit_ends": {},
+        "dry_run": {}}
     try:
         standings = database.look(survey, settings, int(time.time()))
     except LedgerError as error:
@@ -3174,17 +3162,21 @@ def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
     for standing in standings:
         for window in sorted(standing.limits, reverse=True):  # narrowest last
             labels = labels_of(standing, window.seconds)
-            used[labels], limit[labels] = window.used, window.mails
+            metrics["used"][labels] = window.used
+            metrics["limit"][labels] = window.mails
         for row in standing.refusals:
-            refusals[labels_of(standing, row.seconds)] = row.hits
+            labels = labels_of(standing, row.seconds)
+            metrics["refusals_total"][labels] = row.hits
         if standing.until:
-            ends[labels_of(standing)] = standing.until
+            metrics["limit_ends"][labels_of(standing)] = standing.until
         if standing.dry_run:
-            tried[labels_of(standing)] = 1
-    for metric, values in (("used", used), ("limit", limit),
-                           ("refusals_total", refusals), ("limit_ends", ends),
-                           ("dry_run", tried)):
-        yield from show_metric(metric, values)
+            metrics["dry_run"][labels_of(standing)] = 1
+    for metric, values in metrics.items():
+        name = f"policyd_rate_limit_{metric}"
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield f"# TYPE {name} {kind}"
+        for labels, value in values.items():
+            yield f"{name}{labels} {value}"
 
 
 def labels_of(standing: Standing, *window: int) -> str:
@@ -3192,14 +3184,6 @@ def labels_of(standing: Standing, *window: int) -> str:
     name = re.sub(r'(["\\])', r"\\\1", printable(standing.identity))
     return f'{{identity="{name}"' + "".join(
         f',window="{seconds}"' for seconds in window) + "}"
-
-
-def show_metric(name: str, values: Mapping[str, float]) -> Iterator[str]:
-    """Yield a metric, with a value for each labels."""
-    name = f"policyd_rate_limit_{name}"
-    yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-    for labels, value in values.items():
-        yield f"{name}{labels} {value}"
 
 
 def urgency(standing: Standing, now: int) -> tuple[float, ...]:
