@@ -1050,6 +1050,8 @@ TABLES = {
 NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
+MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
+TOO_SLOW = "the database is too slow"
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
@@ -1073,22 +1075,18 @@ class Transaction:
             self.later(statement)
 
     def run(self, statement: str, *values: object) -> Cursor:
-        """Execute a statement, behind those that wait; ? stands for a value.
-
-        Returns the cursor, with this statement's result.
-        """
+        """Execute what waits, and a statement; return that one's result."""
         if not self._waiting:
             self.cursor.execute(
                 statement.replace("?", self.backend.placeholder),
                 self.backend.fit(values))
         else:
-            ahead, self._waiting = self._waiting, []
-            texts = [text for text, _ in ahead] + [statement]
+            every, self._waiting = [*self._waiting, (statement, values)], []
+            joined = "; ".join(text for text, _ in every)
             self.cursor.execute(
-                "; ".join(texts).replace("?", self.backend.placeholder),
-                self.backend.fit([*itertools.chain(
-                    *(given for _, given in ahead)), *values]))
-            self.backend.skip_results(self.cursor, len(ahead))
+                joined.replace("?", self.backend.placeholder),
+                self.backend.fit([one for _, some in every for one in some]))
+            self.backend.skip_results(self.cursor, len(every) - 1)
         self.answered = True
         return self.cursor
 
@@ -1114,11 +1112,8 @@ class Transaction:
 
     def attempt(self, warning: str, work: Callable[..., T], *given: Any,
                 ) -> T | None:
-        """Return work(self, *given); if it fails, warn and undo just that.
-
-        For what must not cost the verdicts of the transaction.  No warning
-        if that is empty.
-        """
+        """Return work(self, *given); if it fails, warn and undo just that."""
+        # For what must not cost the verdicts; some of it needs no warning.
         self.later("SAVEPOINT attempt")
         try:
             result = work(self, *given)
@@ -1154,7 +1149,9 @@ class Database:
         """
         if deadline is None:
             deadline = time.monotonic() + self.backend.timeout
-        hold(self.lock, deadline)
+        left = deadline - time.monotonic()
+        if left < 0 or not self.lock.acquire(timeout=left):
+            raise LedgerError(TOO_SLOW)
         try:
             while True:
                 self.backend.deadline = deadline
@@ -1199,8 +1196,7 @@ class Database:
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
-        with contextlib.suppress(LedgerError):
-            hold(self.lock, time.monotonic() + self.backend.timeout)
+        if self.lock.acquire(timeout=self.backend.timeout):
             try:
                 self._roll_back(keep=False)
             finally:
@@ -1215,10 +1211,7 @@ class Database:
         return self._connection
 
     def _roll_back(self, keep: bool) -> bool:
-        """Undo what is half done; keep the connection, or close it.
-
-        Returns whether the database said that it is undone.
-        """
+        """Undo what is half done; return whether the database says it is."""
         connection, undone = self._connection, False
         if not keep:
             self._connection = None
@@ -1256,16 +1249,6 @@ class Database:
                 except Exception:
                     if not again:  # else another daemon may have been first
                         raise
-
-
-TOO_SLOW = "the database is too slow"
-
-
-def hold(lock: Any, deadline: float) -> None:
-    """Take a lock, or raise LedgerError when the deadline is past."""
-    left = deadline - time.monotonic()
-    if left < 0 or not lock.acquire(timeout=left):
-        raise LedgerError(TOO_SLOW)
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -1472,9 +1455,6 @@ class SQLite(Backend):
         return status.st_dev, status.st_ino
 
 
-MULTI_STATEMENTS = 0x10000  # a flag of the protocol: statements may be joined
-
-
 class MySQL(Backend):
     """MariaDB and MySQL, also Galera."""
 
@@ -1641,6 +1621,9 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
 MERGE_STEP = 50  # identities whose mails one transaction brings from memory
 MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
+FOR_GOOD = 10**12  # seconds: the year 33658
+QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
+Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
           " AND date > {} ORDER BY date, total LIMIT 1")
 
@@ -1977,29 +1960,18 @@ def with_room(transaction: Transaction, verdict: Verdict,
             or "$room" not in broken.claim.rule.fail_action.replace("{", "")
             or broken.claim.cost > broken.limit.mails):
         return verdict
-    return verdict._replace(room_at=find_room(
-        transaction, accounts[broken.claim.identity], broken))
-
-
-def find_room(transaction: Transaction, account: Account,
-              broken: Usage) -> int:
-    """Return when a limit has room: some 17 look-ups for a day's window."""
-    mails, seconds = broken.limit.mails, broken.limit.seconds
+    account, (mails, seconds) = accounts[broken.claim.identity], broken.limit
     if isinstance(account, Variety):
         dates = sorted(date for value, date in account.seen.items()
                        if value != broken.claim.value)
-        return int(dates[-mails]) + seconds
-    least = account.total + broken.claim.cost - mails
-    full, room = account.now - seconds, account.date
-    while room - full > 1:  # room: if all up to this second have left
-        date = (full + room) // 2
-        [before] = transaction.run(BEFORE.format("?", "?"), account.identity,
-                                   date).fetchone() or [account.total]
-        if before < least:
-            full = date
-        else:
-            room = date
-    return room + seconds
+        date = dates[-mails]
+    else:
+        [date] = transaction.run(  # reads no more rows than have to leave
+            "SELECT date FROM mail_count WHERE id = ? AND date > ?"
+            " AND total >= ? ORDER BY date, total LIMIT 1", account.identity,
+            account.now - seconds, account.total + broken.claim.cost - mails,
+            ).fetchone() or [account.date]
+    return verdict._replace(room_at=int(date) + seconds)
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
@@ -2008,9 +1980,6 @@ def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
         # In one order, so that none waits for another in a circle.
         transaction.write(transaction.backend.turn, [
             (identity, 1) for identity in sorted(identities)])
-
-
-QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
@@ -2047,10 +2016,7 @@ def parse_limits(text: str) -> Limits:
 
 def read_accounts(transaction: Transaction, accounts: Sequence[Account],
                   now: float) -> None:
-    """Read what accounts have used, many with each statement.
-
-    One that --limit gave other limits is read again, for their windows.
-    """
+    """Read what accounts have used, many with each statement."""
     second, date_now = math.floor(now), math.ceil(now)
     width = max((len(account.limits) for account in accounts), default=0)
     for some in chunks(accounts, transaction.backend.chunk):
@@ -2068,7 +2034,7 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
             limits = parse_override(own)
             if limits is not None and limits != account.limits:
                 account.limits = limits
-                others.append(account)
+                others.append(account)  # it has other windows
                 continue
             if date is not None and (total is None
                                      or date > now + CLOCK_SKEW):
@@ -2227,12 +2193,6 @@ def read_refusals(transaction: Transaction, which: str = "", *values: object,
     return [Refusal(*row) for row in transaction.run(
         "SELECT id, seconds, mails, hits, first, last, client"
         f" FROM mail_refused {which}", *values).fetchall()]
-
-
-FOR_GOOD = 10**12  # seconds: the year 33658
-
-
-Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 
 
 def set_override(transaction: Transaction, identity: str, limits: Limits,
@@ -2785,6 +2745,7 @@ MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
 ALERT_PAUSE = 3  # seconds before one that failed is tried again
 ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
+FULL = "[##########]"  # of --status
 
 
 def send_reports(database: Database, settings: Settings) -> None:
@@ -3012,11 +2973,10 @@ def reach(target: str, settings: Settings, facts: Mapping[str, str]) -> bool:
 def run_program(command: Sequence[str], facts: Mapping[str, str],
                 patience: float = MAIL_PATIENCE) -> None:
     """Run a program with facts in its environment; kill it if it hangs."""
-    environment = {f"POLICYD_{name.upper()}": fact
-                   for name, fact in facts.items()}
+    told = {f"POLICYD_{name.upper()}": fact for name, fact in facts.items()}
     with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, **environment}) as child:
+            env={**os.environ, **told}) as child:
         try:
             code = child.wait(patience)
         except subprocess.TimeoutExpired:
@@ -3198,12 +3158,12 @@ def read_counts(pidfile: str) -> dict[str, float]:
 
 def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
     """Yield the lines of --prometheus: of the daemon, then of identities."""
-    counts = read_counts(settings.pidfile)
-    yield from show_metric("up", {"": int(bool(counts))})
-    for name, value in counts.items():
-        yield from show_metric(f"{name}_total", {"": value})
-    used, limit, refusals, ends, tried = {}, {}, {}, {}, {}
-    standings = []
+    counts, standings = read_counts(settings.pidfile), []
+    metrics: dict[str, dict[str, float]] = {
+        "up": {"": int(bool(counts))},
+        **{f"{name}_total": {"": value} for name, value in counts.items()},
+        "used": {}, "limit": {}, "refusals_total": {}, "limit_ends": {},
+        "dry_run": {}}
     try:
         standings = database.look(survey, settings, int(time.time()))
     except LedgerError as error:
@@ -3211,17 +3171,21 @@ def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
     for standing in standings:
         for window in sorted(standing.limits, reverse=True):  # narrowest last
             labels = labels_of(standing, window.seconds)
-            used[labels], limit[labels] = window.used, window.mails
+            metrics["used"][labels] = window.used
+            metrics["limit"][labels] = window.mails
         for row in standing.refusals:
-            refusals[labels_of(standing, row.seconds)] = row.hits
+            labels = labels_of(standing, row.seconds)
+            metrics["refusals_total"][labels] = row.hits
         if standing.until:
-            ends[labels_of(standing)] = standing.until
+            metrics["limit_ends"][labels_of(standing)] = standing.until
         if standing.dry_run:
-            tried[labels_of(standing)] = 1
-    for metric, values in (("used", used), ("limit", limit),
-                           ("refusals_total", refusals), ("limit_ends", ends),
-                           ("dry_run", tried)):
-        yield from show_metric(metric, values)
+            metrics["dry_run"][labels_of(standing)] = 1
+    for metric, values in metrics.items():
+        name = f"policyd_rate_limit_{metric}"
+        kind = "counter" if name.endswith("_total") else "gauge"
+        yield f"# TYPE {name} {kind}"
+        for labels, value in values.items():
+            yield f"{name}{labels} {value}"
 
 
 def labels_of(standing: Standing, *window: int) -> str:
@@ -3229,14 +3193,6 @@ def labels_of(standing: Standing, *window: int) -> str:
     name = re.sub(r'(["\\])', r"\\\1", printable(standing.identity))
     return f'{{identity="{name}"' + "".join(
         f',window="{seconds}"' for seconds in window) + "}"
-
-
-def show_metric(name: str, values: Mapping[str, float]) -> Iterator[str]:
-    """Yield a metric, with a value for each labels."""
-    name = f"policyd_rate_limit_{name}"
-    yield f"# TYPE {name} {'counter' if name.endswith('_total') else 'gauge'}"
-    for labels, value in values.items():
-        yield f"{name}{labels} {value}"
 
 
 def urgency(standing: Standing, now: int) -> tuple[float, ...]:
@@ -3299,9 +3255,6 @@ def show_one(standing: Standing, places: Mapping[tuple[str, ...], str],
         yield from align([("refused", "by", "since", "last", "client"), *(
             (str(row.hits), ratio(row), moment(row.first), moment(row.last),
              row.client) for row in standing.refusals)])
-
-
-FULL = "[##########]"
 
 
 def show_window(window: Window) -> tuple[str, str, str]:
