@@ -2122,6 +2122,22 @@ class StoreContract:
         self.assertEqual(self.passes(ledger, 1000), False)
         self.assertEqual(self.used(ledger, 1000), 10)
 
+    def test_a_mail_of_a_broken_commit_is_found_under_another_total(
+            self) -> None:
+        one, other = self.open(), self.open()
+        claims = [prl.Claim("joe", 1, self.LIMITS)]
+        for instance in "ab":  # the answer to the commit is lost
+            batch = prl.Batch([prl.Charge(claims, 1010, instance, "DATA")])
+            one.database.transact(prl.settle, batch, None, one.standby)
+            one.standby.keep(batch)
+        other.standby.judge(prl.Charge(claims, 1000, "c", "DATA"))
+        for ledger in other, one:
+            ledger.catch_up(1020)
+        self.assertEqual(self.execute(
+            one, "SELECT instance, total FROM mail_count ORDER BY total"),
+            [("c", 1), ("a", 2), ("b", 3)])
+        self.assertEqual(one.standby.claims(), [])
+
     def test_a_value_s_date_heeds_other_hosts_and_a_wrong_clock(self) -> None:
         one, other = self.open(), self.open()
 
