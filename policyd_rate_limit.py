@@ -2925,8 +2925,7 @@ class Alarm:
                     "notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
                               " the rest is left to the report"})
 
-    def _take_back(self, key: tuple[str, int],
-                   facts: Mapping[str, str]) -> None:
+    def _take_back(self, key: tuple[str, int], facts: dict[str, str]) -> None:
         """Let the next refusal alert, since nobody was told of these."""
         with self._lock:
             if key in self._known:
@@ -3045,11 +3044,11 @@ def read_used(transaction: Transaction, rows: str, count: str,
               windows: Sequence[int], now: int, *values: object,
               ) -> Iterator[tuple[str, dict[int, int]]]:
     """Yield what identities have used of windows."""
-    sums = ["0"] + [f"SUM(CASE WHEN date > {now - window} THEN {count}"
-                    " ELSE 0 END)" for window in windows]
-    for name, _, *used in transaction.run(
-            f"SELECT id, {', '.join(sums)} FROM {rows} GROUP BY id",
-            *values).fetchall():
+    columns = ", ".join(["id", *(
+        f"SUM(CASE WHEN date > {now - window} THEN {count} ELSE 0 END)"
+        for window in windows)])
+    for name, *used in transaction.run(
+            f"SELECT {columns} FROM {rows} GROUP BY id", *values).fetchall():
         yield name, dict(zip(windows, map(int, used)))
 
 
