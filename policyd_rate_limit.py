@@ -2151,9 +2151,9 @@ def clean_others(transaction: Transaction, after: str, last: str | None,
 
 def clean_refused(transaction: Transaction, settings: Settings, after: str,
                   now: int) -> str | None:
-    """Delete old refusals that no address is to be told, and ended limits.
+    """Delete limits that ended, and old refusals that all were told of.
 
-    Looks at CLEAN_STEP rows, of one identity on; returns the last, or None.
+    Looks at CLEAN_STEP rows; returns the identity to go on from, or None.
     """
     transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
     rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
