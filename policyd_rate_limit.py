@@ -1182,10 +1182,7 @@ class Database:
             raise LedgerError(self.backend.explain(error), undone) from error
 
     def look(self, work: Callable[..., T], *given: Any) -> T:
-        """Return work(transaction, *given) on a connection of its own.
-
-        For what only reads, may take long, and takes the tables as they are.
-        """
+        """Return work(transaction, *given), which reads tables as they are."""
         try:
             with contextlib.closing(self.backend.look()) as connection:
                 return work(Transaction(
@@ -1316,6 +1313,7 @@ class Backend:
     placeholder = "%s"  # for a value, in the driver's statements
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
+    encoding = "UTF8"  # of all text: see PostgreSQL
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
@@ -1384,6 +1382,9 @@ class Backend:
                 examine(transaction)
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
+        if self.encoding != "UTF8":
+            log.warning("the database is in %s: what that cannot hold is"
+                        " counted under a hash", self.encoding)
         return f"{version}, through {self.driver.__name__}"
 
 
@@ -1558,14 +1559,6 @@ class PostgreSQL(Backend):
         return [hashed(value, self.encoding) if isinstance(value, str)
                 and not value.isascii() else value for value in values]
 
-    def probe(self, examine: Callable[[Transaction], None]) -> str:
-        """Examine the database, changing nothing; return what it is."""
-        found = super().probe(examine)
-        if self.encoding != "UTF8":
-            log.warning("the database is in %s: what that cannot hold is"
-                        " counted under a hash", self.encoding)
-        return found
-
     def skip_results(self, cursor: Cursor, count: int) -> None:
         """Go on to the last result; psycopg2 has no other."""
         if hasattr(self.driver, "ClientCursor"):
@@ -1624,8 +1617,6 @@ MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
 FOR_GOOD = 10**12  # seconds: the year 33658
 QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
-BEFORE = ("SELECT total - recipient_count FROM mail_count WHERE id = {}"
-          " AND date > {} ORDER BY date, total LIMIT 1")
 
 
 class Batch:
@@ -2096,8 +2087,10 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
     own = "(SELECT limits FROM mail_limit WHERE id = who AND ends > clock)"
     newest = ("(SELECT {} FROM mail_count WHERE id = who"
               " ORDER BY date DESC, total DESC LIMIT 1)")
-    columns = ", ".join([own, newest.format("date"), newest.format("total"), *(
-        f"({BEFORE.format('who', name)})" for name in since)])
+    before = ("(SELECT total - recipient_count FROM mail_count WHERE id = who"
+              " AND date > {} ORDER BY date, total LIMIT 1)")
+    columns = ", ".join([own, newest.format("date"), newest.format("total"),
+                         *map(before.format, since)])
     return (f"WITH asked ({', '.join(['n', 'who', 'clock', *since])})"
             f" AS ({asked}) SELECT n, {columns} FROM asked")
 
@@ -2165,10 +2158,9 @@ def clean_others(transaction: Transaction, after: str, last: str | None,
 
 def clean_refused(transaction: Transaction, settings: Settings, after: str,
                   now: int) -> str | None:
-    """Delete old refusals, from one identity on, and limits that ended.
+    """Delete limits that ended, and old refusals that all were told of.
 
-    What an address is still to be told stays.  Looks at CLEAN_STEP rows;
-    returns the last identity looked at, None if that was all.
+    Looks at CLEAN_STEP rows; returns the identity to go on from, or None.
     """
     transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
     rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
@@ -2940,8 +2932,7 @@ class Alarm:
                     "notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
                               " the rest is left to the report"})
 
-    def _take_back(self, key: tuple[str, int],
-                   facts: Mapping[str, str]) -> None:
+    def _take_back(self, key: tuple[str, int], facts: dict[str, str]) -> None:
         """Let the next refusal alert, since nobody was told of these."""
         with self._lock:
             if key in self._known:
@@ -3060,11 +3051,11 @@ def read_used(transaction: Transaction, rows: str, count: str,
               windows: Sequence[int], now: int, *values: object,
               ) -> Iterator[tuple[str, dict[int, int]]]:
     """Yield what identities have used of windows."""
-    sums = ["0"] + [f"SUM(CASE WHEN date > {now - window} THEN {count}"
-                    " ELSE 0 END)" for window in windows]
-    for name, _, *used in transaction.run(
-            f"SELECT id, {', '.join(sums)} FROM {rows} GROUP BY id",
-            *values).fetchall():
+    columns = ", ".join(["id", *(
+        f"SUM(CASE WHEN date > {now - window} THEN {count} ELSE 0 END)"
+        for window in windows)])
+    for name, *used in transaction.run(
+            f"SELECT {columns} FROM {rows} GROUP BY id", *values).fetchall():
         yield name, dict(zip(windows, map(int, used)))
 
 
