@@ -1158,8 +1158,10 @@ class Database:
                 old, began = self._connection is not None, time.monotonic()
                 transaction = None
                 try:
+                    if self._connection is None or self.backend.is_stale():
+                        self._connect()
                     transaction = Transaction(
-                        self.backend, self._connect(), self.backend.begin)
+                        self.backend, self._connection, self.backend.begin)
                     result = work(transaction, *given)
                     transaction.run("COMMIT")
                     return result
@@ -1199,14 +1201,6 @@ class Database:
             finally:
                 self.lock.release()
 
-    def _connect(self) -> Connection:
-        """Return the connection, or make one and see to the tables."""
-        if self._connection is None or self.backend.is_stale():
-            self._roll_back(keep=False)
-            self._connection = self.backend.connect(self.backend.timeout)
-            self._prepare(self._connection)
-        return self._connection
-
     def _roll_back(self, keep: bool) -> bool:
         """Undo what is half done; return whether the database says it is."""
         connection, undone = self._connection, False
@@ -1222,11 +1216,13 @@ class Database:
                 connection.close()
         return undone
 
-    def _prepare(self, connection: Connection) -> None:
-        """See that the tables are there, with what an update makes last."""
+    def _connect(self) -> None:
+        """Connect; see that the tables are there, as an update makes them."""
+        self._roll_back(keep=False)
+        self._connection = self.backend.connect(self.backend.timeout)
         for again in (True, True, False):
             looking = Transaction(
-                self.backend, connection, self.backend.begin_reading)
+                self.backend, self._connection, self.backend.begin_reading)
             present = ("total" in columns_of(looking, "mail_count")
                        and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
