@@ -1905,12 +1905,16 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
         retotal(transaction, identity, there[-1][1])
         there = transaction.run(query, identity, identity, first).fetchall()
     known, sent = {row[1:] for row in there}, {row[1:] for row in rows}
-    moved: dict[Row, list[Row]] = {}  # another host may have changed totals
-    for row in there:
-        if row[3] and row[1:] not in sent:
-            moved.setdefault(row[1:-1], []).append(row)
-    rows = [row if row[-1] is None or row[1:] in known
-            else (moved.get(row[1:-1]) or [row]).pop() for row in rows]
+    rows, there_too = list(rows), [
+        row for row in there if row[3] and row[1:] not in sent]
+    for place, row in enumerate(rows):
+        if row[-1] is not None and row[1:] not in known:
+            # Another host may have raised its total meanwhile.
+            for moved in there_too:
+                if moved[1:-1] == row[1:-1] and moved[-1] > row[-1]:
+                    rows[place] = moved
+                    there_too.remove(moved)
+                    break
     sent = {row[1:] for row in rows}
     new = [row for row in rows if row[1:] not in known]
     total = there[0][-1] - there[0][2] if there else 0
