@@ -1904,17 +1904,8 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
     if None in (row[-1] for row in there):  # the original's
         retotal(transaction, identity, there[-1][1])
         there = transaction.run(query, identity, identity, first).fetchall()
-    known, sent = {row[1:] for row in there}, {row[1:] for row in rows}
-    rows, there_too = list(rows), [
-        row for row in there if row[3] and row[1:] not in sent]
-    for place, row in enumerate(rows):
-        if row[-1] is not None and row[1:] not in known:
-            # Another host may have raised its total meanwhile.
-            for moved in there_too:
-                if moved[1:-1] == row[1:-1] and moved[-1] > row[-1]:
-                    rows[place] = moved
-                    there_too.remove(moved)
-                    break
+    known = {row[1:] for row in there}
+    rows = as_written(rows, there)
     sent = {row[1:] for row in rows}
     new = [row for row in rows if row[1:] not in known]
     total = there[0][-1] - there[0][2] if there else 0
@@ -1932,6 +1923,25 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
             written.append(row_with_total)
     transaction.write(INSERT, written)
     return ours
+
+
+def as_written(rows: Sequence[Row], there: Sequence[Row]) -> list[Row]:
+    """Return rows that were sent as they stand in the table, if they do.
+
+    Another host may have raised a row's total meanwhile.
+    """
+    known, sent = {row[1:] for row in there}, {row[1:] for row in rows}
+    others = [row for row in there if row[3] and row[1:] not in sent]
+    found = list(rows)
+    for place, row in enumerate(rows):
+        if row[-1] is None or row[1:] in known:
+            continue
+        raised = [other for other in others
+                  if other[1:-1] == row[1:-1] and other[-1] > row[-1]]
+        if raised:
+            others.remove(raised[0])
+            found[place] = raised[0]
+    return found
 
 
 def note_refusals(transaction: Transaction, batch: Batch) -> None:
