@@ -1217,12 +1217,20 @@ class Database:
         return undone
 
     def _connect(self) -> None:
-        """Connect; see that the tables are there, as an update makes them."""
+        """Connect; what fails on the way leaves no connection behind."""
         self._roll_back(keep=False)
-        self._connection = self.backend.connect(self.backend.timeout)
+        with contextlib.ExitStack() as undo:
+            connection = self.backend.connect(self.backend.timeout)
+            undo.callback(connection.close)
+            self._prepare(connection)
+            undo.pop_all()
+        self._connection = connection
+
+    def _prepare(self, connection: Connection) -> None:
+        """See that the tables are there, as an update makes them."""
         for again in (True, True, False):
             looking = Transaction(
-                self.backend, self._connection, self.backend.begin_reading)
+                self.backend, connection, self.backend.begin_reading)
             present = ("total" in columns_of(looking, "mail_count")
                        and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
@@ -1481,7 +1489,8 @@ class MySQL(Backend):
             " client = VALUES(client)")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
-    conflicts = (1020, 1213)  # changed since it was read; deadlock
+    # Changed since it was read; deadlock; a table that another host alters.
+    conflicts = (1020, 1213, 1412)
     text = "? COLLATE utf8mb4_bin"
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
