@@ -2853,12 +2853,12 @@ class DriverTest(StoreContract, DatabaseTest):
                     one.socket.sendall(request_text())
                 leaving.send(signal.SIGTERM)
                 self.assertEqual({one.read() for one in asked}, {DB_AWAY})
-                self.assertLess(time.monotonic() - began, 10)
+                self.assertLess(time.monotonic() - began, 40)
                 self.assertEqual(leaving.process.wait(PATIENCE), 0)
             began = time.monotonic()  # few wait, however many there are
             self.assertEqual([clients[0].ask() for _ in range(200)],
                              [DB_AWAY] * 200)
-            self.assertLess(time.monotonic() - began, 20)
+            self.assertLess(time.monotonic() - began, 60)
         self.server.signal(signal.SIGCONT)
         wait_for(lambda: staying.ask(sasl_username="ann") == PASS,
                  "the database to be back")
@@ -3360,14 +3360,18 @@ class GaleraTest(DatabaseTest):
         *living, doomed = self.on_nodes()
         node = self.servers.nodes[-1]
         lost: Answers = []
+        begun = threading.Event()
 
         def until_the_end() -> Iterator[dict[str, Any]]:
+            begun.wait(PATIENCE)  # else it may use up the limit alone
             while node.process is not None:
                 yield {}
 
         def mails() -> Iterator[dict[str, Any]]:
             for number, mail in enumerate(numbered(600)):
-                if number == 40:  # with the others under way
+                if number == 33:  # of 32 connections: one is answered
+                    begun.set()
+                if number == 66:  # with the others under way
                     node.kill()
                 yield mail
 
@@ -3538,7 +3542,7 @@ class AwayTest(NetTest):
             for _ in range(2):
                 start = time.monotonic()
                 self.assertEqual(daemon.ask(), AWAY)
-                self.assertLess(time.monotonic() - start, 4)
+                self.assertLess(time.monotonic() - start, 9)
             self.assertEqual(daemon.ask(recipient_count=989), REFUSED)
             self.assertEqual(daemon.ask(recipient_count=980), AWAY)
         wait_for(lambda: daemon.ask(sasl_username="ann") == PASS, "it")
@@ -5224,13 +5228,20 @@ class TestReader(unittest.TestCase):
                     self.assertEqual(prl.parse_with_pyyaml(text)[1], lines)
 
     def test_rubbish_is_refused_or_read_quickly(self) -> None:
+        def spent(size: int) -> float:
+            start = time.process_time()
+            with contextlib.suppress(prl.YamlError):
+                prl.parse_yaml(head + piece * (size // len(piece)))
+            return time.process_time() - start
+
         for piece in RUBBISH:
             for head in ("", "a: ", "- ", "[", '"'):
                 with self.subTest(piece=piece, head=head):
-                    start = time.process_time()
-                    with contextlib.suppress(prl.YamlError):
-                        prl.parse_yaml(head + piece * (200_000 // len(piece)))
-                    self.assertLess(time.process_time() - start, 5)
+                    # Of eight times the size; its square would take 64 times.
+                    # A busy machine may stand still in one of some tries.
+                    self.assertTrue(any(
+                        spent(200_000) < 24 * spent(25_000) + 0.2
+                        for _ in range(5)))
 
     def test_what_ruamel_folds_is_read(self) -> None:
         self.assertEqual(prl.parse_yaml(RUAMEL)[0], LONG)
@@ -6404,7 +6415,7 @@ class FailuresTest(AwayTest):
                     client.socket.sendall(request_text())
                 start = time.monotonic()
                 self.assertEqual(daemon.stop(), 0)
-                self.assertLess(time.monotonic() - start, 10)  # at once
+                self.assertLess(time.monotonic() - start, 15)  # at once
                 self.assertEqual({c.read() for c in clients}, {PASS})
             self.assertEqual(counted(daemon.database), {"joe": 40})
 
