@@ -159,7 +159,7 @@ def fold(identity: str) -> str:
     value.  A name too long for a database's key ends in its hash instead.
     """
     folded = identity.lower()
-    if len(folded) <= 512:  # normalizing takes the square of the length
+    if not folded.isascii() and len(folded) <= 512:  # it takes the square
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
     if "@" in folded:  # mail for example.org. goes to example.org
@@ -247,7 +247,7 @@ def check_entry(check: Callable[[Any], T], value: object, *names: str) -> T:
         why, *entries = error.args
     except (KeyError, OverflowError, TypeError, ValueError):
         why, entries = f"found {show(value)}, expected {check.__doc__}", [()]
-    raise Wrong(f"{names[-1]}: {why}", *((*names, *one) for one in entries))
+    raise Wrong(f"{names[-1]}: {why}", *((*names, *more) for more in entries))
 
 
 def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
@@ -296,7 +296,7 @@ def as_texts(value: object) -> tuple[str, ...]:
 def as_addresses(value: object) -> tuple[str, ...]:
     """text or a list of texts"""
     listed = ",".join(as_texts(value)).split(",")
-    return tuple(one.strip() for one in listed if one.strip())
+    return tuple(filter(None, map(str.strip, listed)))
 
 
 def as_action(value: object) -> str:
@@ -745,7 +745,7 @@ def parse_request(head: bytes) -> Request:
         raise BadRequest("too many attributes, or binary rubbish")
     text = head.decode("utf-8", "backslashreplace")  # any bytes may come
     try:
-        given = dict(line.split("=", 1) for line in text.split("\n"))
+        given = dict([line.split("=", 1) for line in text.split("\n")])
     except ValueError:
         raise BadRequest("a line that is not name=value") from None
     get = given.get
@@ -849,7 +849,7 @@ class Account:
         self.now = 0  # the second in which windows end
         self.date = 0  # of the mails to come: rounded up
         self.total = 0
-        self.before: tuple[int, ...] = ()  # the total ahead of each window
+        self.before: Sequence[int] = ()  # the total ahead of each window
 
     def usage(self, claim: Claim) -> list[Usage]:
         """Return the use of each limit's window, for a claim."""
@@ -1007,12 +1007,13 @@ def decide(charges: Sequence[Charge], accounts: Mapping[str, Account],
 def judge(usage: Sequence[Usage]) -> Verdict:
     """Say whether a mail keeps all its limits: a cost has to fit whole."""
     tried: dict[str, Usage] = {}
-    for each in usage:
-        if each.used + each.claim.cost <= each.limit.mails:
+    for use in usage:
+        claim = use.claim
+        if use.used + claim.cost <= use.limit.mails:
             continue
-        if each.claim.rule is None or not each.claim.rule.dry_run:
-            return Verdict(tuple(usage), each, tuple(tried.values()))
-        tried.setdefault(each.claim.identity, each)
+        if claim.rule is None or not claim.rule.dry_run:
+            return Verdict(tuple(usage), use, tuple(tried.values()))
+        tried.setdefault(claim.identity, use)
     return Verdict(tuple(usage), None, tuple(tried.values()))
 
 
@@ -1085,7 +1086,8 @@ class Transaction:
             joined = "; ".join(text for text, _ in every)
             self.cursor.execute(
                 joined.replace("?", self.backend.placeholder),
-                self.backend.fit([one for _, some in every for one in some]))
+                self.backend.fit([value for _, given in every
+                                  for value in given]))
             self.backend.skip_results(self.cursor, len(every) - 1)
         self.answered = True
         return self.cursor
@@ -1845,7 +1847,8 @@ class Ledger:
         except LedgerError as error:
             hung = time.monotonic() > min(half, deadline)
             parts = [*(Batch([charge]) for charge in batch.charges),
-                     *(Batch((), batch.now, [one]) for one in batch.others)]
+                     *(Batch((), batch.now, [claim])
+                       for claim in batch.others)]
             if not error.undone or hung or len(parts) == 1:
                 self._fall_back(batch, error, hung)
                 return
@@ -1893,11 +1896,12 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
     batch.verdicts, batch.rows = decide(charges, accounts)
     note_refusals(transaction, batch)
     transaction.write(INSERT, batch.rows)
-    transaction.write(transaction.backend.see, [
-        (variety.identity, *seen) for variety in varied
-        for seen in variety.new.items()])
-    batch.verdicts = [with_room(transaction, verdict, accounts)
-                      for verdict in batch.verdicts]
+    for variety in varied:
+        transaction.write(transaction.backend.see, [
+            (variety.identity, *seen) for seen in variety.new.items()])
+    for place, verdict in enumerate(batch.verdicts):
+        if verdict.broken is not None:
+            batch.verdicts[place] = with_room(transaction, verdict, accounts)
 
 
 def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
@@ -1913,44 +1917,43 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
     if None in (row[-1] for row in there):  # the original's
         retotal(transaction, identity, there[-1][1])
         there = transaction.run(query, identity, identity, first).fetchall()
-    known = {row[1:] for row in there}
-    rows = as_written(rows, there)
-    sent = {row[1:] for row in rows}
-    new = [row for row in rows if row[1:] not in known]
+    found, new = find_sent(rows, there)
     total = there[0][-1] - there[0][2] if there else 0
-    if new and there and there[-1][1] > first:  # another host was quicker
+    rewrite = bool(new and there) and there[-1][1] > first
+    if rewrite:  # another host was quicker
         transaction.later("DELETE FROM mail_count WHERE id = ? AND date >= ?",
                           identity, there[0][1])
-        known = set()
     ours, written = [], []
     for row in sorted([*there, *new], key=operator.itemgetter(1)):
         total += row[2]
-        row_with_total = (*row[:-1], total)
-        if row[1:] in sent:
-            ours.append(row_with_total)
-        if row[1:] not in known:
-            written.append(row_with_total)
+        with_total = (*row[:-1], total)
+        if row[-1] is None or row[1:] in found:
+            ours.append(with_total)
+        if row[-1] is None or rewrite:
+            written.append(with_total)
     transaction.write(INSERT, written)
     return ours
 
 
-def as_written(rows: Sequence[Row], there: Sequence[Row]) -> list[Row]:
-    """Return rows that were sent as they stand in the table, if they do.
+def find_sent(rows: Sequence[Row], there: Sequence[Row],
+              ) -> tuple[set[Row], list[Row]]:
+    """Return which rows there were sent by us, and ours that are not there.
 
-    Another host may have raised a row's total meanwhile.
+    Another host may have raised the total of one, but lowers none.
     """
-    known, sent = {row[1:] for row in there}, {row[1:] for row in rows}
-    others = [row for row in there if row[3] and row[1:] not in sent]
-    found = list(rows)
-    for place, row in enumerate(rows):
-        if row[-1] is None or row[1:] in known:
-            continue
-        raised = [other for other in others
-                  if other[1:-1] == row[1:-1] and other[-1] > row[-1]]
-        if raised:
-            others.remove(raised[0])
-            found[place] = raised[0]
-    return found
+    totals: dict[Row, deque[int]] = {}
+    for row in there:
+        totals.setdefault(row[1:-1], deque()).append(row[-1])
+    found, new = set(), []
+    for row in rows:
+        total, like = row[-1], totals.get(row[1:-1], deque())
+        while total is not None and like and like[0] < total:
+            like.popleft()
+        if total is not None and like and (like[0] == total or row[3]):
+            found.add((*row[1:-1], like.popleft()))
+        else:
+            new.append((*row[:-1], None))
+    return found, new
 
 
 def note_refusals(transaction: Transaction, batch: Batch) -> None:
@@ -2049,7 +2052,7 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
         for n, own, date, total, *before in transaction.run(
                 statement, *values).fetchall():
             account = some[n]
-            limits = parse_override(own)
+            limits = None if own is None else parse_override(own)
             if limits is not None and limits != account.limits:
                 account.limits = limits
                 others.append(account)  # it has other windows
@@ -2064,10 +2067,11 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
             else:
                 account.now, account.date = second, date_now
                 account.total = total or 0
-                account.before = tuple(
+                account.before = [
                     account.total if sum_before is None else sum_before
-                    for sum_before in before[:len(account.limits)])
-        read_accounts(transaction, others, now)
+                    for sum_before in before]
+        if others:
+            read_accounts(transaction, others, now)
 
 
 def read_values(transaction: Transaction, account: Variety,
@@ -2236,10 +2240,10 @@ def read_overrides(transaction: Transaction, now: int) -> Overrides:
             if (limits := parse_override(text)) is not None}
 
 
-def parse_override(text: str | None) -> Limits | None:
+def parse_override(text: str) -> Limits | None:
     """Parse limits of mail_limit; what others wrote there may be rubbish."""
     try:
-        return None if text is None else parse_limits(text)
+        return parse_limits(text)
     except ValueError as error:
         log.warning("mail_limit: %s; it does not hold", error, extra=SELDOM)
         return None
@@ -3490,24 +3494,24 @@ def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
 
 def default_values() -> dict[str, Any]:
     """Return all settings' defaults, as a file would have them."""
-    return {one.name: copy.copy(one.metadata["default"])
-            for one in fields(Settings)}
+    return {entry.name: copy.copy(entry.metadata["default"])
+            for entry in fields(Settings)}
 
 
 def check_settings(config: Config) -> Settings:
     """Return the settings, or raise what says which one is wrong."""
     values = {}
-    for one in fields(Settings):
-        value = config.values.get(one.name)
+    for entry in fields(Settings):
+        value = config.values.get(entry.name)
         if value is None:
             continue  # left out or left empty: the default holds
         try:
-            values[one.name] = check_entry(
-                one.metadata["check"], value, one.name)
+            values[entry.name] = check_entry(
+                entry.metadata["check"], value, entry.name)
         except Wrong as error:
             place, *others = [config.place(*names) for names in error.args[1:]]
             also = "".join(f" ({other})" for other in others)
-            raise one.metadata["error"](
+            raise entry.metadata["error"](
                 f"{place}: {error.args[0]}{also}") from None
     return Settings(**values)
 
