@@ -2597,7 +2597,7 @@ class StoreContract:
             self.execute(ledger, statement)
         plan = self.execute(ledger, self.explain + prl.usage_statement(
             2, 2, ledger.database.backend.text),
-            "user", 1400, 1400, 1300, "u12", 1400, 1400, 1300)
+            "user", 1400, 1300, "u12", 1400, 1300, 1400)
         self.assert_indexed([" ".join(map(str, row)) for row in plan])
 
     def test_threads_share_a_limit_exactly(self) -> None:
