@@ -368,15 +368,15 @@ class Daemon:
         if self.process.poll() is None:
             self.process.send_signal(number)
             self.process.send_signal(signal.SIGCONT)
-        try:
-            status = self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+        try:  # wait() with a time looks too seldom
+            wait_for(lambda: self.process.poll() is not None, "its end")
+        except AssertionError:
             self.process.kill()
             self.process.wait()
             raise AssertionError(f"it does not stop:\n{self.log()}") from None
         if "Warning: " in self.log():  # Python's: it left something open
             raise AssertionError(self.log())
-        return status
+        return self.process.wait()
 
 
 class SystemDaemon(Daemon):
@@ -405,6 +405,21 @@ def program_without(modules: Sequence[str], folder: str) -> str:
         file.write(f"""import runpy, sys
 sys.modules.update(dict.fromkeys({modules!r}))
 runpy.run_path({COMPILED!r}, run_name="__main__")
+""")
+    return path
+
+
+def hurried(folder: str, pause: float, modules: Sequence[str] = ()) -> str:
+    """Return the program as it is with another pause between cleanings."""
+    assert prl.CLEAN_PAUSE <= 10
+    path = os.path.join(folder, "hurried.py")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"""import sys
+sys.modules.update(dict.fromkeys({modules!r}))
+sys.path.insert(0, {TEMPORARY!r})
+import policyd_rate_limit
+policyd_rate_limit.CLEAN_PAUSE = {pause}
+sys.exit(policyd_rate_limit.main())
 """)
     return path
 
@@ -2878,6 +2893,7 @@ class DriverTest(StoreContract, DatabaseTest):
     @slow
     def test_limits_hold_while_the_server_is_away(self) -> None:
         self.addCleanup(self.server.signal, signal.SIGCONT)
+        self.program = hurried(self.folder, 1, self.before)
         for away, back in (
                 (lambda: self.server.signal(signal.SIGSTOP),
                  lambda: self.server.signal(signal.SIGCONT)),
@@ -4054,14 +4070,8 @@ class DaemonTest(NetTest):
 
     def hurried(self, config: str = WIDE, *options: str) -> Daemon:
         """Start a daemon that cleans all the time."""
-        self.assertLessEqual(prl.CLEAN_PAUSE, 10)
-        program = self.write("hurried.py", (
-            "import sys\n"
-            f"sys.path.insert(0, {TEMPORARY!r})\n"
-            "import policyd_rate_limit\n"
-            "policyd_rate_limit.CLEAN_PAUSE = 0.05\n"
-            "sys.exit(policyd_rate_limit.main())\n"))
-        return self.daemon(config, *options, program=program)
+        return self.daemon(config, *options,
+                           program=hurried(self.folder, 0.05))
 
     def test_it_cleans_the_whole_table_step_by_step(self) -> None:
         daemon = self.hurried("limits: [[9, 3600]]\n")
@@ -4122,10 +4132,10 @@ class HostileTest(NetTest):
 
     def test_tls_and_http_hellos_end_with_the_patience(self) -> None:
         daemon = self.daemon("delay_to_close: 1\n")
-        for hello in b"\x16\x03\x01\x02\0\x01", b"GET / HTTP/1.1\r\n\r\n":
-            with self.subTest(hello), daemon.client() as client:
-                client.socket.sendall(hello)
-                self.assertEqual(client.read(), "")
+        tls, http = self.crowd(daemon, 2)
+        tls.socket.sendall(b"\x16\x03\x01\x02\0\x01")
+        http.socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        self.assertEqual([tls.read(), http.read()], ["", ""])
 
     def test_a_thousand_half_open_clients_do_no_harm(self) -> None:
         daemon = self.daemon("debug: False\n")
@@ -4635,7 +4645,7 @@ class AlertTest(ReportsTest):
         alarm, out = self.alarm([0.0]), self.path("out")
         given = self.settings(self.sink(), alert_command=(
             "/bin/sh", "-c", f"env > {out}.new; mv {out}.new {out}"))
-        with quiet() as said:  # one that fails stops nothing
+        with quiet() as said, patch.object(prl, "ALERT_PAUSE", 0):
             alarm.refused(self.usage("ann"), "", self.settings(
                 self.sink(), alert_command=("/nonexistent",)), 1000)
             alarm.refused(self.usage("jo\u00e9 $(x)"), "::1", given, 1000)
@@ -6358,7 +6368,8 @@ class FailuresTest(AwayTest):
 
     def test_an_outage_s_mails_are_counted_and_its_requests_told(self) -> None:
         """The database is back"""
-        daemon = self.daemon(self.config.replace("1000", "3"))
+        daemon = self.daemon(self.config.replace("1000", "3"),
+                             program=hurried(self.folder, 1))
         self.assertEqual(daemon.ask(), PASS)
         with moved_away(daemon.database):
             os.mkdir(daemon.database)
