@@ -6556,7 +6556,7 @@ class FailuresTest(AwayTest):
         daemon = self.daemon("limits: [[1, 600]]\n")
         with daemon.client() as client:
             for text in ("limits: [2, 500]\n", "limits: [[", "\0", "- 1",
-                         "[" * 1500, "user: {1: 2", "limits: 1:3"):
+                         "[" * 500, "user: {1: 2", "limits: 1:3"):
                 said = len(daemon.log())
                 self.write("daemon/test.yaml", text)
                 with self.subTest(text[:20]):
