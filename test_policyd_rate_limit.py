@@ -5049,7 +5049,9 @@ class StatusTest(ReportsTest):
                         ["--block", "x", "--for", "0"],
                         ["--block", "x", "--for", ""],
                         ["--block", "x", "--unlimit", "x"]):
-            result = self.command(*options)
+            # Without a command it would be a daemon, which has no place here.
+            more = {"timeout": 9} if options[0] == "--for" else {}
+            result = self.command(*options, **more)
             self.assertEqual((result.returncode, result.stdout), (2, ""))
             self.assertIn("usage:", result.stderr)
 
