@@ -5050,7 +5050,7 @@ class StatusTest(ReportsTest):
                         ["--block", "x", "--for", ""],
                         ["--block", "x", "--unlimit", "x"]):
             # Without a command it would be a daemon, which has no place here.
-            more = {"timeout": 9} if options[0] == "--for" else {}
+            more: Any = {"timeout": 9} if options[0] == "--for" else {}
             result = self.command(*options, **more)
             self.assertEqual((result.returncode, result.stdout), (2, ""))
             self.assertIn("usage:", result.stderr)
