@@ -1497,7 +1497,7 @@ class MySQL(Backend):
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
     # Changed since it was read; deadlock; a table that another host alters.
     conflicts = (1020, 1213, 1412)
-    text = "? COLLATE utf8mb4_bin"
+    text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
     begin = begin_reading = ""
