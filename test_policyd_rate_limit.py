@@ -3366,7 +3366,7 @@ class GaleraTest(DatabaseTest):
 
     def on_nodes(self) -> list[Daemon]:
         """Start a host on each node that lives, with much patience."""
-        return self.hosts(*[{"mysql_config": node.config, "db_timeout": 20}
+        return self.hosts(*[{"mysql_config": node.config, "db_timeout": 80}
                             for node in self.servers.nodes if node.process])
 
     def test_hosts_on_all_nodes_share_one_limit_exactly(self) -> None:
@@ -6343,9 +6343,14 @@ class FailuresTest(AwayTest):
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         database = self.path("daemon/db.sqlite3")
-        wait_for(lambda: any(os.path.realpath(name) == database for name in
-                             glob.glob(f"/proc/{process.pid}/fd/*")),
-                 "the database to be opened")
+
+        def is_open() -> bool:
+            with contextlib.suppress(FileNotFoundError):  # one just closed
+                return database in map(
+                    os.readlink, glob.glob(f"/proc/{process.pid}/fd/*"))
+            return False
+
+        wait_for(is_open, "the database to be opened")
         return process
 
     def test_limits_hold_while_the_database_is_away(self) -> None:
