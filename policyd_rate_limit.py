@@ -76,7 +76,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 T = TypeVar("T")
 
@@ -2752,16 +2752,13 @@ def remove_stale_socket(path: str) -> None:
     check_socket(path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # it listens, but is busy
-    raise AlreadyRunning(f"{path}: another process listens there")
+        error = probe.connect_ex(path)
+    if error == errno.ECONNREFUSED:
+        os.unlink(path)
+    elif error in (0, errno.EAGAIN):  # the latter: it is busy
+        raise AlreadyRunning(f"{path}: another process listens there")
+    elif error != errno.ENOENT:
+        raise OSError(error, os.strerror(error), path)
 
 
 # ---------------------------------------------------------------------------
@@ -3768,17 +3765,11 @@ FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
 FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
 
 
-class Owner(NamedTuple):
-    """Whom root becomes."""
-
-    name: str
-    uid: int
-    gid: int
-    home: str
+Owner = Optional[pwd.struct_passwd]  # whom root becomes, None to stay
 
 
-def find_owner(settings: Settings, standalone: str | None) -> Owner | None:
-    """Return whom root becomes, None to stay; raise UnknownUser."""
+def find_owner(settings: Settings, standalone: str | None) -> Owner:
+    """Return the user, with the group of the settings; raise UnknownUser."""
     if standalone or os.geteuid() != 0:
         return None
     try:
@@ -3789,21 +3780,21 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner | None:
             f"no user {settings.user} or no group {settings.group}; make them:"
             f" adduser --system --group --home /run/{PROGRAM}"
             f" --no-create-home {settings.user}") from None
-    return Owner(settings.user, user.pw_uid, group.gr_gid, user.pw_dir)
+    return pwd.struct_passwd((*user[:3], group.gr_gid, *user[4:]))
 
 
-def drop_root(owner: Owner | None) -> None:
+def drop_root(owner: Owner) -> None:
     """Give up root's rights for good, and check that they are gone."""
     os.umask(0o077)
     if owner is None:
         return
-    os.initgroups(owner.name, owner.gid)
-    os.setgid(owner.gid)
-    os.setuid(owner.uid)
-    if (os.getresuid() != (owner.uid,) * 3
-            or os.getresgid() != (owner.gid,) * 3):
+    uid, gid = owner.pw_uid, owner.pw_gid
+    os.initgroups(owner.pw_name, gid)
+    os.setgid(gid)
+    os.setuid(uid)
+    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
         raise PolicydError("could not give up the rights of root")
-    os.environ["HOME"] = owner.home  # where database drivers look for files
+    os.environ["HOME"] = owner.pw_dir  # where database drivers look for files
 
 
 def folders(settings: Settings) -> Mapping[str, int]:
@@ -3817,7 +3808,7 @@ def folders(settings: Settings) -> Mapping[str, int]:
             for path, mode in modes.items()}
 
 
-def make_folders(settings: Settings, owner: Owner | None) -> None:
+def make_folders(settings: Settings, owner: Owner) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
     for folder, mode in folders(settings).items():
@@ -3826,11 +3817,10 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
         elif owner is None or not is_volume(folder):
             continue
         if owner is not None:
-            os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+            os.lchown(folder, owner.pw_uid, owner.pw_gid)
         if mode == FOR_POSTFIX:
             with contextlib.suppress(KeyError, PermissionError):
-                postfix = grp.getgrnam("postfix").gr_gid
-                os.chown(folder, -1, postfix, follow_symlinks=False)
+                os.lchown(folder, -1, grp.getgrnam("postfix").gr_gid)
                 os.chmod(folder, 0o750)
 
 
@@ -3851,7 +3841,7 @@ def is_volume(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
+def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
     """Write the pidfile and hold it until the end; raise AlreadyRunning."""
     if path == os.devnull:
         yield  # there is to be no pidfile
@@ -3861,7 +3851,7 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
                 name, flags | os.O_NOFOLLOW, 0o644)) as file:
             file.write(f"{os.getpid()}\n")
             if owner is not None:
-                os.fchown(file.fileno(), owner.uid, owner.gid)
+                os.fchown(file.fileno(), owner.pw_uid, owner.pw_gid)
         try:
             yield
         finally:
@@ -3869,7 +3859,7 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
                 os.unlink(path)
 
 
-def serve(settings: Settings, owner: Owner | None,
+def serve(settings: Settings, owner: Owner,
           announce: Callable[[Any], None],  # an address for clients
           read: Callable[[], Settings]) -> None:
     """Run the daemon until a signal ends it."""
@@ -3884,7 +3874,7 @@ def serve(settings: Settings, owner: Owner | None,
             PolicyServer(service) as server, \
             hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
-            os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
+            os.lchown(server.path, owner.pw_uid, owner.pw_gid)
         drop_root(owner)
         keep_to_one_processor()
         server.max_connections = max(16, min(
@@ -4067,11 +4057,9 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
     options.command = run_daemon
-    for name, command in COMMANDS.items():
+    for name, command in COMMANDS.items():  # --json may stand alone
         if getattr(options, name) not in (None, False):
             options.command = command
-    if options.json and options.command is run_daemon:
-        options.command, options.status = show_status, ""
     if options.json and options.command is not show_status:
         raise ValueError("--json goes with --status")
     if options.term and options.command is not set_limit:
@@ -4348,10 +4336,10 @@ def get_config(options: argparse.Namespace) -> None:
     print(value, end="")
 
 
-COMMANDS = {"clean": clean_all, "check": check_start, "status": show_status,
-            "prometheus": show_prometheus, "get_config": get_config,
-            "reset": reset, "limit": set_limit, "block": set_limit,
-            "unlimit": unlimit}
+COMMANDS = {"json": show_status, "clean": clean_all, "check": check_start,
+            "status": show_status, "prometheus": show_prometheus,
+            "get_config": get_config, "reset": reset, "limit": set_limit,
+            "block": set_limit, "unlimit": unlimit}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
