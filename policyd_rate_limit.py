@@ -2630,10 +2630,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise AlreadyRunning(f"{error}: {settings.SOCKET}") from None
+        except OSError as error:  # which does not name it
+            used = error.errno == errno.EADDRINUSE
+            raise (AlreadyRunning if used else PolicydError)(
+                f"{format_address(settings.SOCKET)}: {error}") from None
         finally:
             os.umask(before)
         if isinstance(settings.SOCKET, str):
