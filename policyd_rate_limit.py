@@ -4064,6 +4064,9 @@ def choose_command(options: argparse.Namespace) -> None:
         raise ValueError("--json goes with --status")
     if options.term and options.command is not set_limit:
         raise ValueError("--for goes with --limit and --block")
+    identities = [options.reset, options.block, options.unlimit]
+    if "" in (*identities, *(options.limit or ())[:1]):
+        raise ValueError("ID is empty")
     if options.limit is not None:
         options.limit[1] = parse_given(options.limit[1])
 
@@ -4227,7 +4230,7 @@ def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
     settings, database = open_as_owner(options)
     identity = fold(options.reset)
-    warn_unknown(settings, database, identity)
+    check_known(settings, database, identity)
     mails = database.transact(forget, identity)
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
 
@@ -4238,7 +4241,8 @@ def set_limit(options: argparse.Namespace) -> None:
     identity, limits = options.limit or (options.block, BLOCKED)
     key, now = fold(identity), int(time.time())
     ends = now + options.term if options.term else FOR_GOOD
-    warn_unknown(settings, database, key)
+    if check_known(settings, database, key).dry_run:
+        log.warning("%s: dry_run: no mail of it is refused", printable(key))
     database.transact(set_override, key, limits, ends, now)
     given = ", ".join(map(ratio, limits)) or "no limits"
     print(f"{printable(key)}: {given} {term(ends)}")
@@ -4253,9 +4257,9 @@ def unlimit(options: argparse.Namespace) -> None:
           "its usual limits hold again" if had else "it has its usual limits")
 
 
-def warn_unknown(settings: Settings, database: Database, identity: str,
-                 ) -> None:
-    """Warn of an identity that nothing is known of."""
+def check_known(settings: Settings, database: Database, identity: str,
+                ) -> Standing:
+    """Return how an identity stands; warn if nothing is known of it."""
     [found] = database.transact(
         survey, settings, int(time.time()), identity)
     named = {f"{rule.name}={text}" if rule.by else text
@@ -4264,6 +4268,7 @@ def warn_unknown(settings: Settings, database: Database, identity: str,
             or found.source in ("--limit", "sql_limits_by_id")):
         log.warning("%s: nothing is recorded of it: is it spelt right?",
                     printable(identity))
+    return found
 
 
 def check_start(options: argparse.Namespace) -> None:

@@ -4989,6 +4989,21 @@ class StatusTest(ReportsTest):
             for name in "jo", "jo@x.org", "server=al":
                 self.show("--unlimit", name)
 
+    def test_a_limit_that_is_only_tried_is_told(self) -> None:
+        config = json.dumps({"quotas": [
+            {"by": "server", "limits": [[9, 60]], "dry_run": True}]})
+        for key, override, told in (
+                ("server=all", "dry_run=no", True),
+                ("joe", "dry_run=no", False), ("joe", "dry_run=yes", True)):
+            for options in ("--block", key), ("--limit", key, "3/h"):
+                with self.subTest(options, override=override):
+                    result = self.command(
+                        *options, "-o", override, config=config)
+                    self.assertEqual(result.returncode, 0)
+                    self.assertEqual(
+                        f"warning: {key}: dry_run: no mail of it is refused\n"
+                        in result.stderr, told)
+
     def test_reset_forgets_and_says_how_much(self) -> None:
         self.spend("joe", 7)
         self.spend("ann", 1)
@@ -5054,7 +5069,9 @@ class StatusTest(ReportsTest):
                         ["--block", "x", "--for", "long"],
                         ["--block", "x", "--for", "0"],
                         ["--block", "x", "--for", ""],
-                        ["--block", "x", "--unlimit", "x"]):
+                        ["--block", "x", "--unlimit", "x"],
+                        ["--block", ""], ["--limit", "", "3/h"],
+                        ["--unlimit", ""], ["--reset="]):
             # Without a command it would be a daemon, which has no place here.
             more: Any = {"timeout": 9} if options[0] == "--for" else {}
             result = self.command(*options, **more)
