@@ -3035,31 +3035,32 @@ class Standing(NamedTuple):
 
 
 def survey(transaction: Transaction, settings: Settings, now: int,
-           identity: str | None = None) -> list[Standing]:
-    """Read how identities stand: one, or all that there is something of.
-
-    In two scans of the index, and without totals: the original has none.
-    """
+           *chosen: str) -> list[Standing]:
+    """Read how identities stand: one, or all that there is something of."""
+    # In two scans of the index, and without totals: the original has none.
     counted = "recipient_count" in columns_of(transaction, "mail_count")
-    tables = {"mail_count": "COALESCE(recipient_count, 1)" if counted else "1"}
+    cost = "COALESCE(recipient_count, 1)" if counted else "1"
+    tables = [f"(SELECT id, date, {cost} AS cost FROM mail_count) AS mails"]
     if columns_of(transaction, "mail_value"):
-        tables["mail_value"] = "1"
-    chosen = () if identity is None else (identity,)
+        tables.append("(SELECT id, date, 1 AS cost FROM mail_value) AS seen")
     where = "WHERE id = ?" if chosen else ""
     overrides, refused = read_notes(transaction, now, where, chosen)
+
+    def read(*columns: str) -> Iterator[Row]:
+        select = f"SELECT {', '.join(['id', *columns])} FROM"
+        for table in tables:
+            yield from transaction.run(
+                f"{select} {table} {where} GROUP BY id", *chosen).fetchall()
+
     newest = dict.fromkeys(chosen or (*refused, *overrides), 0)
-    for table in tables:
-        newest.update(transaction.run(
-            f"SELECT id, MAX(date) FROM {table} {where} GROUP BY id",
-            *chosen).fetchall())
+    newest.update(read("MAX(date)"))
     limited = {name: limits_of(transaction, settings, name, overrides)
                for name in newest}
     windows = sorted({limit.seconds for limits, *_ in limited.values()
                       for limit in limits})
-    used: dict[str, dict[int, int]] = {}
-    for table, count in tables.items():
-        used.update(read_used(
-            transaction, f"{table} {where}", count, windows, now, *chosen))
+    used = {name: dict(zip(windows, map(int, sums))) for name, *sums in read(
+        *(f"SUM(CASE WHEN date > {now - window} THEN cost ELSE 0 END)"
+          for window in windows))}
     standings = []
     for name, (limits, source, until, dry_run) in limited.items():
         uses = [used.get(name, {}).get(limit.seconds, 0) for limit in limits]
@@ -3069,22 +3070,10 @@ def survey(transaction: Transaction, settings: Settings, now: int,
             standings.append(Standing(
                 name, newest[name], source, until, dry_run, tuple(
                     Window(*limit, use, room_at(
-                        transaction, tables["mail_count"], name, limit, use,
-                        now), hits.get(limit.seconds, 0))
+                        transaction, tables[0], name, limit, use, now),
+                        hits.get(limit.seconds, 0))
                     for limit, use in zip(limits, uses)), rows))
     return standings
-
-
-def read_used(transaction: Transaction, rows: str, count: str,
-              windows: Sequence[int], now: int, *values: object,
-              ) -> Iterator[tuple[str, dict[int, int]]]:
-    """Yield what identities have used of windows."""
-    columns = ", ".join(["id", *(
-        f"SUM(CASE WHEN date > {now - window} THEN {count} ELSE 0 END)"
-        for window in windows)])
-    for name, *used in transaction.run(
-            f"SELECT {columns} FROM {rows} GROUP BY id", *values).fetchall():
-        yield name, dict(zip(windows, map(int, used)))
 
 
 def read_notes(transaction: Transaction, now: int, where: str,
@@ -3119,14 +3108,14 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
             "quotas" if rule.by else source, 0, rule.dry_run)
 
 
-def room_at(transaction: Transaction, count: str, identity: str, limit: Limit,
+def room_at(transaction: Transaction, mails: str, identity: str, limit: Limit,
             used: int, now: int) -> int | None:
     """Return when a mail passes again; None: it does now, or never."""
     over = used + 1 - limit.mails
     if over <= 0 or limit.mails == 0:
         return None
     for date, freed in transaction.run(
-            f"SELECT date, {count} FROM mail_count WHERE id = ? AND date > ?"
+            f"SELECT date, cost FROM {mails} WHERE id = ? AND date > ?"
             " ORDER BY date LIMIT ?", identity, now - limit.seconds,
             over).fetchall():
         over -= freed
@@ -4199,9 +4188,9 @@ def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, database = open_as_owner(options, make=False)
     now = int(time.time())
-    identity = fold(options.status) if options.status else None
+    chosen = [fold(options.status)] if options.status else []
     standings = sorted(
-        database.look(survey, settings, now, identity),
+        database.look(survey, settings, now, *chosen),
         key=lambda standing: urgency(standing, now), reverse=True)
     if options.json:
         print(json.dumps({"time": now, "identities": [
@@ -4212,8 +4201,8 @@ def show_status(options: argparse.Namespace) -> None:
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
-    for line in (show_most(standings, now) if identity is None else
-                 show_one(standings[0], options.places)):
+    for line in (show_one(standings[0], options.places) if chosen else
+                 show_most(standings, now)):
         print(line.replace(FULL, f"\033[31m{FULL}\033[0m") if colour else line)
 
 
