@@ -2619,8 +2619,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         with (hold_lock(address) if isinstance(address, str)
               else contextlib.nullcontext()):  # others judge it stale
-            super().__init__(
-                address, PolicyHandler)  # type: ignore[arg-type]
+            super().__init__(address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
@@ -2672,8 +2671,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
         Never on who waits for an answer; say whether there is room now.
         """
-        log.warning("too many connections: idle ones are closed",
-                    extra=SELDOM)
+        log.warning("too many connections: idle ones are closed", extra=SELDOM)
         recent = time.monotonic() - 1
         idle = [handler for handler in list(self.handlers)
                 if handler.active < math.inf]
@@ -3286,8 +3284,7 @@ def short(date: int | None, now: int) -> str:
     if not date or date >= FOR_GOOD:
         return term(date) if date else ""
     day, today = time.localtime(date), time.localtime(now)
-    return time.strftime(
-        "%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
+    return time.strftime("%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
 
 
 def term(ends: int) -> str:
@@ -4249,8 +4246,7 @@ def unlimit(options: argparse.Namespace) -> None:
 def check_known(settings: Settings, database: Database, identity: str,
                 ) -> Standing:
     """Return how an identity stands; warn if nothing is known of it."""
-    [found] = database.transact(
-        survey, settings, int(time.time()), identity)
+    [found] = database.transact(survey, settings, int(time.time()), identity)
     named = {f"{rule.name}={text}" if rule.by else text
              for rule in settings.rules for text in rule.limits_by_id.texts}
     if not (found.last_mail or found.refusals or identity in named
