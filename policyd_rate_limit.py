@@ -2331,7 +2331,7 @@ class Service:
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action
-        claims = claims_of(request, settings, last.keys(request))
+        claims = claims_of(request, settings, last.counted)
         if not claims:
             log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
                      printable(request.protocol_state),
@@ -2438,23 +2438,19 @@ class Last:
     """
 
     instance = state = action = ""
-    counted: frozenset[str] = frozenset()  # keys of what counts ONCE
+    counted: frozenset[str] = frozenset()  # keys of what counts ONCE, at RCPT
 
     def covers(self, request: Request) -> bool:
         """Say whether a mail was counted at an earlier state."""
         if not request.instance or request.instance != self.instance:
+            self.counted = frozenset()
             return False
+        if self.state != "RCPT" or len(self.counted) >= MAX_ATTRIBUTES:
+            self.counted = frozenset()
         earlier, state = STATES.index(self.state), request.protocol_state
         if state == STATES[-1]:
             self.instance = ""  # this was its end
         return state in STATES[earlier + 1:]
-
-    def keys(self, request: Request) -> frozenset[str]:
-        """Return the keys under which this mail counted at RCPT, ONCE."""
-        if (not request.instance or len(self.counted) >= MAX_ATTRIBUTES
-                or (self.instance, self.state) != (request.instance, "RCPT")):
-            self.counted = frozenset()  # it is another mail
-        return self.counted
 
     def note(self, request: Request, passed: Sequence[Claim],
              action: str) -> None:
