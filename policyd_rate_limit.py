@@ -76,7 +76,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 T = TypeVar("T")
 
@@ -2331,7 +2331,7 @@ class Service:
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action
-        claims = claims_of(request, settings, last.keys(request))
+        claims = claims_of(request, settings, last.counted)
         if not claims:
             log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
                      printable(request.protocol_state),
@@ -2438,23 +2438,19 @@ class Last:
     """
 
     instance = state = action = ""
-    counted: frozenset[str] = frozenset()  # keys of what counts ONCE
+    counted: frozenset[str] = frozenset()  # keys of what counts ONCE, at RCPT
 
     def covers(self, request: Request) -> bool:
         """Say whether a mail was counted at an earlier state."""
         if not request.instance or request.instance != self.instance:
+            self.counted = frozenset()
             return False
+        if self.state != "RCPT" or len(self.counted) >= MAX_ATTRIBUTES:
+            self.counted = frozenset()
         earlier, state = STATES.index(self.state), request.protocol_state
         if state == STATES[-1]:
             self.instance = ""  # this was its end
         return state in STATES[earlier + 1:]
-
-    def keys(self, request: Request) -> frozenset[str]:
-        """Return the keys under which this mail counted at RCPT, ONCE."""
-        if (not request.instance or len(self.counted) >= MAX_ATTRIBUTES
-                or (self.instance, self.state) != (request.instance, "RCPT")):
-            self.counted = frozenset()  # it is another mail
-        return self.counted
 
     def note(self, request: Request, passed: Sequence[Claim],
              action: str) -> None:
@@ -2619,8 +2615,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         with (hold_lock(address) if isinstance(address, str)
               else contextlib.nullcontext()):  # others judge it stale
-            super().__init__(
-                address, PolicyHandler)  # type: ignore[arg-type]
+            super().__init__(address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
@@ -2630,10 +2625,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         before = os.umask(0o777 & ~settings.socket_permission)
         try:
             super().server_bind()
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise AlreadyRunning(f"{error}: {settings.SOCKET}") from None
+        except OSError as error:  # which does not name it
+            used = error.errno == errno.EADDRINUSE
+            raise (AlreadyRunning if used else PolicydError)(
+                f"{format_address(settings.SOCKET)}: {error}") from None
         finally:
             os.umask(before)
         if isinstance(settings.SOCKET, str):
@@ -2672,8 +2667,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
         Never on who waits for an answer; say whether there is room now.
         """
-        log.warning("too many connections: idle ones are closed",
-                    extra=SELDOM)
+        log.warning("too many connections: idle ones are closed", extra=SELDOM)
         recent = time.monotonic() - 1
         idle = [handler for handler in list(self.handlers)
                 if handler.active < math.inf]
@@ -2752,16 +2746,13 @@ def remove_stale_socket(path: str) -> None:
     check_socket(path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except FileNotFoundError:
-            return
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except BlockingIOError:
-            pass  # it listens, but is busy
-    raise AlreadyRunning(f"{path}: another process listens there")
+        error = probe.connect_ex(path)
+    if error == errno.ECONNREFUSED:
+        os.unlink(path)
+    elif error in (0, errno.EAGAIN):  # the latter: it is busy
+        raise AlreadyRunning(f"{path}: another process listens there")
+    elif error != errno.ENOENT:
+        raise OSError(error, os.strerror(error), path)
 
 
 # ---------------------------------------------------------------------------
@@ -3038,31 +3029,32 @@ class Standing(NamedTuple):
 
 
 def survey(transaction: Transaction, settings: Settings, now: int,
-           identity: str | None = None) -> list[Standing]:
-    """Read how identities stand: one, or all that there is something of.
-
-    In two scans of the index, and without totals: the original has none.
-    """
+           *chosen: str) -> list[Standing]:
+    """Read how identities stand: one, or all that there is something of."""
+    # In two scans of the index, and without totals: the original has none.
     counted = "recipient_count" in columns_of(transaction, "mail_count")
-    tables = {"mail_count": "COALESCE(recipient_count, 1)" if counted else "1"}
+    cost = "COALESCE(recipient_count, 1)" if counted else "1"
+    tables = [f"(SELECT id, date, {cost} AS cost FROM mail_count) AS mails"]
     if columns_of(transaction, "mail_value"):
-        tables["mail_value"] = "1"
-    chosen = () if identity is None else (identity,)
+        tables.append("(SELECT id, date, 1 AS cost FROM mail_value) AS seen")
     where = "WHERE id = ?" if chosen else ""
     overrides, refused = read_notes(transaction, now, where, chosen)
+
+    def read(*columns: str) -> Iterator[Row]:
+        select = f"SELECT {', '.join(['id', *columns])} FROM"
+        for table in tables:
+            yield from transaction.run(
+                f"{select} {table} {where} GROUP BY id", *chosen).fetchall()
+
     newest = dict.fromkeys(chosen or (*refused, *overrides), 0)
-    for table in tables:
-        newest.update(transaction.run(
-            f"SELECT id, MAX(date) FROM {table} {where} GROUP BY id",
-            *chosen).fetchall())
+    newest.update(read("MAX(date)"))
     limited = {name: limits_of(transaction, settings, name, overrides)
                for name in newest}
     windows = sorted({limit.seconds for limits, *_ in limited.values()
                       for limit in limits})
-    used: dict[str, dict[int, int]] = {}
-    for table, count in tables.items():
-        used.update(read_used(
-            transaction, f"{table} {where}", count, windows, now, *chosen))
+    used = {name: dict(zip(windows, map(int, sums))) for name, *sums in read(
+        *(f"SUM(CASE WHEN date > {now - window} THEN cost ELSE 0 END)"
+          for window in windows))}
     standings = []
     for name, (limits, source, until, dry_run) in limited.items():
         uses = [used.get(name, {}).get(limit.seconds, 0) for limit in limits]
@@ -3072,22 +3064,10 @@ def survey(transaction: Transaction, settings: Settings, now: int,
             standings.append(Standing(
                 name, newest[name], source, until, dry_run, tuple(
                     Window(*limit, use, room_at(
-                        transaction, tables["mail_count"], name, limit, use,
-                        now), hits.get(limit.seconds, 0))
+                        transaction, tables[0], name, limit, use, now),
+                        hits.get(limit.seconds, 0))
                     for limit, use in zip(limits, uses)), rows))
     return standings
-
-
-def read_used(transaction: Transaction, rows: str, count: str,
-              windows: Sequence[int], now: int, *values: object,
-              ) -> Iterator[tuple[str, dict[int, int]]]:
-    """Yield what identities have used of windows."""
-    columns = ", ".join(["id", *(
-        f"SUM(CASE WHEN date > {now - window} THEN {count} ELSE 0 END)"
-        for window in windows)])
-    for name, *used in transaction.run(
-            f"SELECT {columns} FROM {rows} GROUP BY id", *values).fetchall():
-        yield name, dict(zip(windows, map(int, used)))
 
 
 def read_notes(transaction: Transaction, now: int, where: str,
@@ -3122,14 +3102,14 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
             "quotas" if rule.by else source, 0, rule.dry_run)
 
 
-def room_at(transaction: Transaction, count: str, identity: str, limit: Limit,
+def room_at(transaction: Transaction, mails: str, identity: str, limit: Limit,
             used: int, now: int) -> int | None:
     """Return when a mail passes again; None: it does now, or never."""
     over = used + 1 - limit.mails
     if over <= 0 or limit.mails == 0:
         return None
     for date, freed in transaction.run(
-            f"SELECT date, {count} FROM mail_count WHERE id = ? AND date > ?"
+            f"SELECT date, cost FROM {mails} WHERE id = ? AND date > ?"
             " ORDER BY date LIMIT ?", identity, now - limit.seconds,
             over).fetchall():
         over -= freed
@@ -3300,8 +3280,7 @@ def short(date: int | None, now: int) -> str:
     if not date or date >= FOR_GOOD:
         return term(date) if date else ""
     day, today = time.localtime(date), time.localtime(now)
-    return time.strftime(
-        "%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
+    return time.strftime("%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
 
 
 def term(ends: int) -> str:
@@ -3768,17 +3747,11 @@ FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
 FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
 
 
-class Owner(NamedTuple):
-    """Whom root becomes."""
-
-    name: str
-    uid: int
-    gid: int
-    home: str
+Owner = Optional[pwd.struct_passwd]  # whom root becomes, None to stay
 
 
-def find_owner(settings: Settings, standalone: str | None) -> Owner | None:
-    """Return whom root becomes, None to stay; raise UnknownUser."""
+def find_owner(settings: Settings, standalone: str | None) -> Owner:
+    """Return the user, with the group of the settings; raise UnknownUser."""
     if standalone or os.geteuid() != 0:
         return None
     try:
@@ -3789,21 +3762,21 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner | None:
             f"no user {settings.user} or no group {settings.group}; make them:"
             f" adduser --system --group --home /run/{PROGRAM}"
             f" --no-create-home {settings.user}") from None
-    return Owner(settings.user, user.pw_uid, group.gr_gid, user.pw_dir)
+    return pwd.struct_passwd((*user[:3], group.gr_gid, *user[4:]))
 
 
-def drop_root(owner: Owner | None) -> None:
+def drop_root(owner: Owner) -> None:
     """Give up root's rights for good, and check that they are gone."""
     os.umask(0o077)
     if owner is None:
         return
-    os.initgroups(owner.name, owner.gid)
-    os.setgid(owner.gid)
-    os.setuid(owner.uid)
-    if (os.getresuid() != (owner.uid,) * 3
-            or os.getresgid() != (owner.gid,) * 3):
+    uid, gid = owner.pw_uid, owner.pw_gid
+    os.initgroups(owner.pw_name, gid)
+    os.setgid(gid)
+    os.setuid(uid)
+    if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
         raise PolicydError("could not give up the rights of root")
-    os.environ["HOME"] = owner.home  # where database drivers look for files
+    os.environ["HOME"] = owner.pw_dir  # where database drivers look for files
 
 
 def folders(settings: Settings) -> Mapping[str, int]:
@@ -3817,7 +3790,7 @@ def folders(settings: Settings) -> Mapping[str, int]:
             for path, mode in modes.items()}
 
 
-def make_folders(settings: Settings, owner: Owner | None) -> None:
+def make_folders(settings: Settings, owner: Owner) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
     for folder, mode in folders(settings).items():
@@ -3826,11 +3799,10 @@ def make_folders(settings: Settings, owner: Owner | None) -> None:
         elif owner is None or not is_volume(folder):
             continue
         if owner is not None:
-            os.chown(folder, owner.uid, owner.gid, follow_symlinks=False)
+            os.lchown(folder, owner.pw_uid, owner.pw_gid)
         if mode == FOR_POSTFIX:
             with contextlib.suppress(KeyError, PermissionError):
-                postfix = grp.getgrnam("postfix").gr_gid
-                os.chown(folder, -1, postfix, follow_symlinks=False)
+                os.lchown(folder, -1, grp.getgrnam("postfix").gr_gid)
                 os.chmod(folder, 0o750)
 
 
@@ -3851,7 +3823,7 @@ def is_volume(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
+def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
     """Write the pidfile and hold it until the end; raise AlreadyRunning."""
     if path == os.devnull:
         yield  # there is to be no pidfile
@@ -3861,7 +3833,7 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
                 name, flags | os.O_NOFOLLOW, 0o644)) as file:
             file.write(f"{os.getpid()}\n")
             if owner is not None:
-                os.fchown(file.fileno(), owner.uid, owner.gid)
+                os.fchown(file.fileno(), owner.pw_uid, owner.pw_gid)
         try:
             yield
         finally:
@@ -3869,7 +3841,7 @@ def hold_pidfile(path: str, owner: Owner | None) -> Iterator[None]:
                 os.unlink(path)
 
 
-def serve(settings: Settings, owner: Owner | None,
+def serve(settings: Settings, owner: Owner,
           announce: Callable[[Any], None],  # an address for clients
           read: Callable[[], Settings]) -> None:
     """Run the daemon until a signal ends it."""
@@ -3884,7 +3856,7 @@ def serve(settings: Settings, owner: Owner | None,
             PolicyServer(service) as server, \
             hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
-            os.chown(server.path, owner.uid, owner.gid, follow_symlinks=False)
+            os.lchown(server.path, owner.pw_uid, owner.pw_gid)
         drop_root(owner)
         keep_to_one_processor()
         server.max_connections = max(16, min(
@@ -4067,15 +4039,16 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
     options.command = run_daemon
-    for name, command in COMMANDS.items():
+    for name, command in COMMANDS.items():  # --json may stand alone
         if getattr(options, name) not in (None, False):
             options.command = command
-    if options.json and options.command is run_daemon:
-        options.command, options.status = show_status, ""
     if options.json and options.command is not show_status:
         raise ValueError("--json goes with --status")
     if options.term and options.command is not set_limit:
         raise ValueError("--for goes with --limit and --block")
+    identities = [options.reset, options.block, options.unlimit]
+    if "" in (*identities, *(options.limit or ())[:1]):
+        raise ValueError("ID is empty")
     if options.limit is not None:
         options.limit[1] = parse_given(options.limit[1])
 
@@ -4208,9 +4181,9 @@ def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, database = open_as_owner(options, make=False)
     now = int(time.time())
-    identity = fold(options.status) if options.status else None
+    chosen = [fold(options.status)] if options.status else []
     standings = sorted(
-        database.look(survey, settings, now, identity),
+        database.look(survey, settings, now, *chosen),
         key=lambda standing: urgency(standing, now), reverse=True)
     if options.json:
         print(json.dumps({"time": now, "identities": [
@@ -4221,8 +4194,8 @@ def show_status(options: argparse.Namespace) -> None:
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
-    for line in (show_most(standings, now) if identity is None else
-                 show_one(standings[0], options.places)):
+    for line in (show_one(standings[0], options.places) if chosen else
+                 show_most(standings, now)):
         print(line.replace(FULL, f"\033[31m{FULL}\033[0m") if colour else line)
 
 
@@ -4239,7 +4212,7 @@ def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
     settings, database = open_as_owner(options)
     identity = fold(options.reset)
-    warn_unknown(settings, database, identity)
+    check_known(settings, database, identity)
     mails = database.transact(forget, identity)
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
 
@@ -4250,7 +4223,8 @@ def set_limit(options: argparse.Namespace) -> None:
     identity, limits = options.limit or (options.block, BLOCKED)
     key, now = fold(identity), int(time.time())
     ends = now + options.term if options.term else FOR_GOOD
-    warn_unknown(settings, database, key)
+    if check_known(settings, database, key).dry_run:
+        log.warning("%s: dry_run: no mail of it is refused", printable(key))
     database.transact(set_override, key, limits, ends, now)
     given = ", ".join(map(ratio, limits)) or "no limits"
     print(f"{printable(key)}: {given} {term(ends)}")
@@ -4265,17 +4239,17 @@ def unlimit(options: argparse.Namespace) -> None:
           "its usual limits hold again" if had else "it has its usual limits")
 
 
-def warn_unknown(settings: Settings, database: Database, identity: str,
-                 ) -> None:
-    """Warn of an identity that nothing is known of."""
-    [found] = database.transact(
-        survey, settings, int(time.time()), identity)
+def check_known(settings: Settings, database: Database, identity: str,
+                ) -> Standing:
+    """Return how an identity stands; warn if nothing is known of it."""
+    [found] = database.transact(survey, settings, int(time.time()), identity)
     named = {f"{rule.name}={text}" if rule.by else text
              for rule in settings.rules for text in rule.limits_by_id.texts}
     if not (found.last_mail or found.refusals or identity in named
             or found.source in ("--limit", "sql_limits_by_id")):
         log.warning("%s: nothing is recorded of it: is it spelt right?",
                     printable(identity))
+    return found
 
 
 def check_start(options: argparse.Namespace) -> None:
@@ -4348,10 +4322,10 @@ def get_config(options: argparse.Namespace) -> None:
     print(value, end="")
 
 
-COMMANDS = {"clean": clean_all, "check": check_start, "status": show_status,
-            "prometheus": show_prometheus, "get_config": get_config,
-            "reset": reset, "limit": set_limit, "block": set_limit,
-            "unlimit": unlimit}
+COMMANDS = {"json": show_status, "clean": clean_all, "check": check_start,
+            "status": show_status, "prometheus": show_prometheus,
+            "get_config": get_config, "reset": reset, "limit": set_limit,
+            "block": set_limit, "unlimit": unlimit}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback

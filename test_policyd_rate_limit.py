@@ -4989,6 +4989,21 @@ class StatusTest(ReportsTest):
             for name in "jo", "jo@x.org", "server=al":
                 self.show("--unlimit", name)
 
+    def test_a_limit_that_is_only_tried_is_told(self) -> None:
+        config = json.dumps({"quotas": [
+            {"by": "server", "limits": [[9, 60]], "dry_run": True}]})
+        for key, override, told in (
+                ("server=all", "dry_run=no", True),
+                ("joe", "dry_run=no", False), ("joe", "dry_run=yes", True)):
+            for options in ("--block", key), ("--limit", key, "3/h"):
+                with self.subTest(options, override=override):
+                    result = self.command(
+                        *options, "-o", override, config=config)
+                    self.assertEqual(result.returncode, 0)
+                    self.assertEqual(
+                        f"warning: {key}: dry_run: no mail of it is refused\n"
+                        in result.stderr, told)
+
     def test_reset_forgets_and_says_how_much(self) -> None:
         self.spend("joe", 7)
         self.spend("ann", 1)
@@ -5054,7 +5069,9 @@ class StatusTest(ReportsTest):
                         ["--block", "x", "--for", "long"],
                         ["--block", "x", "--for", "0"],
                         ["--block", "x", "--for", ""],
-                        ["--block", "x", "--unlimit", "x"]):
+                        ["--block", "x", "--unlimit", "x"],
+                        ["--block", ""], ["--limit", "", "3/h"],
+                        ["--unlimit", ""], ["--reset="]):
             # Without a command it would be a daemon, which has no place here.
             more: Any = {"timeout": 9} if options[0] == "--for" else {}
             result = self.command(*options, **more)
@@ -6077,10 +6094,12 @@ class CommandLineTest(FolderTest):
             with self.subTest(override=override):
                 options = [*here_as_ourselves(self), "-o", override]
                 done = run("-f", file, "--check", *options)
-                self.assertEqual(run("-f", file, *options).returncode, 6)
                 self.assertEqual((done.returncode, done.stdout[-3:]), (6, ""))
-                self.assertRegex(
-                    done.stderr, rf"(?m)^error: .*({self.folder}|192\.)")
+                started = run("-f", file, *options)
+                self.assertEqual(started.returncode, 6)
+                for said in done.stderr, started.stderr:
+                    self.assertRegex(
+                        said, rf"(?m)^error: .*({self.folder}|192\.)")
 
     def test_a_file_that_only_root_can_read_is_told(self) -> None:
         if not is_root():
