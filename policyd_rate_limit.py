@@ -163,11 +163,8 @@ def fold(identity: str) -> str:
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
     if "@" in folded:  # mail for example.org. goes to example.org
-        folded = folded.rstrip(". ")
-    address = None if "@" in folded else parse_address(folded)
-    if address is not None:
-        return str(address)
-    return shorten(folded)
+        return shorten(folded.rstrip(". "))
+    return shorten(str(parse_address(folded) or folded))
 
 
 def shorten(key: str) -> str:
@@ -787,7 +784,7 @@ class Claim(NamedTuple):
     identity: str  # or a quota's key: name=value
     cost: int
     limits: Limits
-    rule: Rule | None = None  # that it comes from
+    rule: Rule = Rule()  # that it comes from
     value: str | None = None  # where different values are counted
 
 
@@ -806,11 +803,6 @@ class Verdict(NamedTuple):
     broken: Usage | None
     tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
     room_at: int | None = None  # when a mail passes again, if it was asked
-
-    @property
-    def charged(self) -> bool:
-        """Say whether the mail was written down."""
-        return bool(self.usage) and self.broken is None
 
 
 class Refusal(NamedTuple):
@@ -1012,7 +1004,7 @@ def judge(usage: Sequence[Usage]) -> Verdict:
         claim = use.claim
         if use.used + claim.cost <= use.limit.mails:
             continue
-        if claim.rule is None or not claim.rule.dry_run:
+        if not claim.rule.dry_run:
             return Verdict(tuple(usage), use, tuple(tried.values()))
         tried.setdefault(claim.identity, use)
     return Verdict(tuple(usage), None, tuple(tried.values()))
@@ -1890,7 +1882,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
     take_turns(transaction, accounts)
     standby.bring(transaction, batch)
     for name, claim in claims.items() if query else ():
-        if claim.rule is None or not claim.rule.by:  # no quota's
+        if not claim.rule.by:  # no quota's
             own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
             accounts[name].limits = claim.limits if own is None else own
     now = max((charge.now for charge in charges), default=batch.now)
@@ -1982,7 +1974,7 @@ def with_room(transaction: Transaction, verdict: Verdict,
               accounts: Mapping[str, Account]) -> Verdict:
     """Add to a verdict when such a mail passes again, if that is asked."""
     broken = verdict.broken
-    if (broken is None or broken.claim.rule is None
+    if (broken is None
             or "$room" not in broken.claim.rule.fail_action.replace("{", "")
             or broken.claim.cost > broken.limit.mails):
         return verdict
@@ -2393,7 +2385,7 @@ class Service:
             self._tell_database(charge.error)
             if verdict.usage or settings.sql_limits_by_id:
                 return verdict, settings.db_error_action
-        elif self._away and verdict.charged:
+        elif self._away and verdict.usage and verdict.broken is None:
             self._tell_database(None)  # what writes nothing tells nothing
         return verdict, settings.success_action
 
@@ -2460,8 +2452,7 @@ class Last:
              action: str) -> None:
         """Note the action for the states to come."""
         self.counted = self.counted.union([
-            claim.identity for claim in passed
-            if claim.rule is not None and claim.rule.count in ONCE])
+            claim.identity for claim in passed if claim.rule.count in ONCE])
         self.instance, self.state, self.action = (
             request.instance, request.protocol_state, action)
 
@@ -2511,7 +2502,7 @@ def ratio(limit: Limit | Refusal) -> str:
 def explain(broken: Usage, room: int | None, now: float) -> str:
     """Return the rule's fail_action with what was found in it."""
     claim, limit = broken.claim, broken.limit
-    action = "" if claim.rule is None else claim.rule.fail_action
+    action = claim.rule.fail_action
     if "$" not in action:
         return action
     at = within = "never" if claim.cost > limit.mails else "unknown"
