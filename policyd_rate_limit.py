@@ -817,20 +817,17 @@ class Refusal(NamedTuple):
     client: str  # the address that the last one came from
 
 
+@dataclass
 class Charge:
     """One mail on its way through the ledger: claims in, verdict out."""
 
-    def __init__(self, claims: Sequence[Claim], now: float,
-                 instance: str = "", protocol_state: str = "",
-                 client: str = "") -> None:
-        """Take the claims of a mail at the time now, in epoch seconds."""
-        self.claims = claims
-        self.now = now
-        self.client = client
-        self.origin = (instance[:40] if instance.isascii() else "",
-                       protocol_state)
-        self.verdict: Verdict | None = None
-        self.error: LedgerError | None = None  # it was judged in memory
+    claims: Sequence[Claim]
+    now: float  # epoch seconds
+    instance: str = ""
+    protocol_state: str = ""
+    client: str = ""  # its address
+    verdict: Verdict | None = None
+    error: LedgerError | None = None  # it was judged in memory
 
 
 class Account:
@@ -849,12 +846,14 @@ class Account:
         return [Usage(claim, limit, self.total - before)
                 for limit, before in zip(self.limits, self.before)]
 
-    def charge(self, claim: Claim, origin: tuple[str, str]) -> list[Row]:
+    def charge(self, claim: Claim, charge: Charge) -> list[Row]:
         """Count a mail and return its row of mail_count."""
         if not self.limits:
             return []
         self.total += claim.cost
-        return [(self.identity, self.date, claim.cost, *origin, self.total)]
+        instance = charge.instance[:40] if charge.instance.isascii() else ""
+        return [(self.identity, self.date, claim.cost, instance,
+                 charge.protocol_state, self.total)]
 
 
 class Variety(Account):
@@ -872,7 +871,7 @@ class Variety(Account):
             for value, date in self.seen.items() if value != claim.value))
             for limit in self.limits]
 
-    def charge(self, claim: Claim, origin: tuple[str, str]) -> list[Row]:
+    def charge(self, claim: Claim, charge: Charge) -> list[Row]:
         """Count a mail's value; that is no row of mail_count."""
         if claim.value is not None and self.limits:
             self.seen[claim.value] = self.new[claim.value] = self.date
@@ -992,8 +991,7 @@ def decide(charges: Sequence[Charge], accounts: Mapping[str, Account],
             without = {usage.claim.identity for usage in verdict.tried}
             for claim in charge.claims:
                 if claim.identity not in without:
-                    rows += accounts[claim.identity].charge(
-                        claim, charge.origin)
+                    rows += accounts[claim.identity].charge(claim, charge)
     return verdicts, rows
 
 

@@ -2173,7 +2173,7 @@ class StoreContract:
 
         def charge(value: str, now: float) -> prl.Charge:
             return prl.Charge([prl.Claim(
-                "key", 1, (prl.Limit(3, 60),), None, value)], now)
+                "key", 1, (prl.Limit(3, 60),), value=value)], now)
 
         one.charge(charge("a", 1000))
         for value in "ab":  # the database is away, for one of the hosts
@@ -2206,7 +2206,7 @@ class StoreContract:
 
         def passes(now: int, value: str) -> bool:
             return ledger.charge(prl.Charge([prl.Claim(
-                "places=joe", 1, limit, None, value)], now)).broken is None
+                "places=joe", 1, limit, value=value)], now)).broken is None
 
         for now, value, passed in (
                 (1000, "a", True), (1001, "a", True), (1010, "b", True),
