@@ -826,6 +826,7 @@ class Charge:
     instance: str = ""
     protocol_state: str = ""
     client: str = ""  # its address
+    others: Sequence[Claim] = ()  # whose mails in memory are to be written
     verdict: Verdict | None = None
     error: LedgerError | None = None  # it was judged in memory
 
@@ -1623,12 +1624,8 @@ Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 class Batch:
     """The charges that one transaction settles, and what becomes of them."""
 
-    def __init__(self, charges: Sequence[Charge] = (), now: float = 0,
-                 others: Sequence[Claim] = ()) -> None:
-        """Take charges, and others whose mails in memory are to be written."""
+    def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self.charges = list(charges)
-        self.now = now  # if there are only others
-        self.others = others
         self.lock = threading.Lock()  # of who settles it, then of who waited
         self.closed = False  # its transaction has begun
         self.accounts: dict[str, Account] = {}
@@ -1638,9 +1635,8 @@ class Batch:
 
     def claims(self) -> Iterator[Claim]:
         """Yield all claims."""
-        yield from self.others
         for charge in self.charges:
-            yield from charge.claims
+            yield from charge.claims or charge.others
 
 
 class Tab(NamedTuple):
@@ -1661,7 +1657,7 @@ class Standby:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._accounts: OrderedDict[str, Account] = OrderedDict()  # as settled
-        self._tabs: OrderedDict[str, Tab] = OrderedDict()
+        self.tabs: OrderedDict[str, Tab] = OrderedDict()
         self._size = 0  # rows of all tabs
 
     def judge(self, charge: Charge) -> Verdict:
@@ -1683,26 +1679,27 @@ class Standby:
                if isinstance(account, Variety) and account.new}
         with self.lock:
             for name in {*new, *(row[0] for row in batch.rows)}:
-                tab = self._tabs.setdefault(name, Tab(claims[name], [], {}))
-                self._tabs.move_to_end(name)
+                tab = self.tabs.setdefault(name, Tab(claims[name], [], {}))
+                self.tabs.move_to_end(name)
                 tab.new.update(new.get(name, {}))
             for row in batch.rows:
-                self._tabs[row[0]].rows.append(row)
+                self.tabs[row[0]].rows.append(row)
             self._size += len(batch.rows)
-            while self._size > 5 * MAX_KEPT or len(self._tabs) > MAX_KEPT:
-                self._size -= len(self._tabs.popitem(last=False)[1].rows)
+            while self._size > 5 * MAX_KEPT or len(self.tabs) > MAX_KEPT:
+                self._size -= len(self.tabs.popitem(last=False)[1].rows)
 
-    def claims(self) -> list[Claim]:
-        """Return a claim of each identity that has mails here."""
+    def charges(self, now: float) -> list[Charge]:
+        """Return an empty mail for each of some identities with mails here."""
         with self.lock:
-            return [tab.claim for tab in self._tabs.values()]
+            some = itertools.islice(self.tabs.values(), MERGE_STEP)
+            return [Charge((), now, others=[tab.claim]) for tab in some]
 
     def bring(self, transaction: Transaction, batch: Batch) -> None:
         """Write what is kept of a batch's identities."""
-        if not self._tabs:
+        if not self.tabs:
             return
         with self.lock:
-            tabs = map(self._tabs.get, batch.accounts)
+            tabs = map(self.tabs.get, batch.accounts)
             batch.merged = [(tab, len(tab.rows), tab.new.copy())
                             for tab in tabs if tab is not None]
         for tab, count, new in batch.merged:
@@ -1721,19 +1718,19 @@ class Standby:
             while len(self._accounts) > MAX_KEPT:
                 self._accounts.popitem(last=False)
             for tab, count, new in batch.merged:
-                if self._tabs.get(tab.claim.identity) is not tab:
+                if self.tabs.get(tab.claim.identity) is not tab:
                     continue  # it has been forgotten
                 del tab.rows[:count]
                 self._size -= count
                 if tab.new == new:
                     tab.new.clear()
                 if not tab.rows and not tab.new:
-                    del self._tabs[tab.claim.identity]
+                    del self.tabs[tab.claim.identity]
 
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
         known = self._accounts.get(claim.identity, Account("", ()))
-        tab = self._tabs.get(claim.identity, Tab(claim, [], {}))
+        tab = self.tabs.get(claim.identity, Tab(claim, [], {}))
         limits = (claim.limits if known.limits == known.given
                   else known.limits)  # of the query, or of --limit
         account = Account(claim.identity, limits)
@@ -1800,7 +1797,7 @@ class Ledger:
             if self._hung is None or time.monotonic() < self._try_at:
                 return self._hung is None
             self._try_at = time.monotonic() + 5 * self.database.backend.timeout
-        self._settle(Batch((), now, self.standby.claims()[:MERGE_STEP]))
+        self._settle(Batch(self.standby.charges(now)))
         return self._hung is None
 
     def catch_up(self, now: float) -> None:
@@ -1808,25 +1805,23 @@ class Ledger:
 
         What is left has to wait: for its next mail, or the next call.
         """
-        for some in chunks(self.standby.claims(), MERGE_STEP):
-            left = len(self.standby.claims())
-            if self._hung is None:
-                self._settle(Batch((), now, some))
-            if len(self.standby.claims()) >= left:
-                return
+        left = math.inf
+        while self._hung is None and 0 < len(self.standby.tabs) < left:
+            left = len(self.standby.tabs)
+            self._settle(Batch(self.standby.charges(now)))
 
     def _settle(self, batch: Batch) -> None:
         """Settle a batch when the one before is done."""
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
-        batch.closed = True
-        if batch is self._open:
+        batch.closed, waited = True, batch is self._open
+        if waited:
             self._open = Batch()
         try:
             if not held:
                 self._fall_back(batch, LedgerError(TOO_SLOW), hung=True)
-            elif self._hung is not None and batch.charges:  # the one before it
+            elif self._hung is not None and waited:  # for one that hung
                 self._fall_back(batch, self._hung, hung=True)
             else:
                 self._transact(batch, deadline)
@@ -1842,14 +1837,11 @@ class Ledger:
                                    deadline=deadline)
         except LedgerError as error:
             hung = time.monotonic() > min(half, deadline)
-            parts = [*(Batch([charge]) for charge in batch.charges),
-                     *(Batch((), batch.now, [claim])
-                       for claim in batch.others)]
-            if not error.undone or hung or len(parts) == 1:
+            if not error.undone or hung or len(batch.charges) < 2:
                 self._fall_back(batch, error, hung)
                 return
-            for part in parts:  # so that one mail's failure is no other's
-                self._transact(part, deadline)
+            for charge in batch.charges:  # one's failure must be no other's
+                self._transact(Batch([charge]), deadline)
             return
         with self.standby.lock:
             self._hung = None
@@ -1883,7 +1875,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
         if not claim.rule.by:  # no quota's
             own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
             accounts[name].limits = claim.limits if own is None else own
-    now = max((charge.now for charge in charges), default=batch.now)
+    now = max((charge.now for charge in charges), default=0)
     read_accounts(transaction, list(accounts.values()), now)
     varied = [account for account in accounts.values()
               if isinstance(account, Variety)]
