@@ -1069,18 +1069,16 @@ class Transaction:
 
     def run(self, statement: str, *values: object) -> Cursor:
         """Execute what waits, and a statement; return that one's result."""
-        if not self._waiting:
-            self.cursor.execute(
-                statement.replace("?", self.backend.placeholder),
-                self.backend.fit(values))
-        else:
-            every, self._waiting = [*self._waiting, (statement, values)], []
-            joined = "; ".join(text for text, _ in every)
-            self.cursor.execute(
-                joined.replace("?", self.backend.placeholder),
-                self.backend.fit([value for _, given in every
-                                  for value in given]))
-            self.backend.skip_results(self.cursor, len(every) - 1)
+        waited, self._waiting = self._waiting, []
+        if waited:
+            statement = "; ".join([*(text for text, _ in waited), statement])
+            before = [value for _, given in waited for value in given]
+            values = (*before, *values)
+        self.cursor.execute(
+            statement.replace("?", self.backend.placeholder),
+            self.backend.fit(values))
+        if waited:
+            self.backend.skip_results(self.cursor, len(waited))
         self.answered = True
         return self.cursor
 
@@ -1201,33 +1199,32 @@ class Database:
     def _roll_back(self, keep: bool) -> bool:
         """Undo what is half done; return whether the database says it is."""
         connection, undone = self._connection, False
-        if not keep:
-            self._connection = None
-        if connection is None:
-            return False
         with contextlib.suppress(Exception):  # a lock outlives close() alone
             connection.cursor().execute("ROLLBACK")
             undone = True
-        with contextlib.suppress(Exception):
-            if not keep:
+        if not keep:
+            self._connection = None
+            with contextlib.suppress(Exception):  # there may be none
                 connection.close()
         return undone
 
     def _connect(self) -> None:
         """Connect; what fails on the way leaves no connection behind."""
         self._roll_back(keep=False)
-        with contextlib.ExitStack() as undo:
-            connection = self.backend.connect(self.backend.timeout)
-            undo.callback(connection.close)
-            self._prepare(connection)
-            undo.pop_all()
-        self._connection = connection
+        self._connection = self.backend.connect(self.backend.timeout)
+        try:
+            for statement in self.backend.first:
+                self._connection.execute(statement)
+            self._prepare()
+        except Exception:
+            self._roll_back(keep=False)
+            raise
 
-    def _prepare(self, connection: Connection) -> None:
+    def _prepare(self) -> None:
         """See that the tables are there, as an update makes them."""
         for again in (True, True, False):
             looking = Transaction(
-                self.backend, connection, self.backend.begin_reading)
+                self.backend, self._connection, self.backend.begin_reading)
             present = ("total" in columns_of(looking, "mail_count")
                        and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
@@ -1315,6 +1312,7 @@ class Backend:
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of all text: see PostgreSQL
+    first: tuple[str, ...] = ()  # of the statements on a connection
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
@@ -1396,6 +1394,9 @@ class SQLite(Backend):
     drivers = (("sqlite3", "libpython3-stdlib"),)
     placeholder = "?"
     joins = False
+    first = (  # so that a commit outlives a power cut
+        "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL",
+        f"PRAGMA journal_size_limit = {2**24}")  # else its log stays large
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
     add_total = ("DROP INDEX IF EXISTS mail_count_index",
@@ -1407,15 +1408,8 @@ class SQLite(Backend):
                 "isolation_level": None, "check_same_thread": False}
 
     def connect(self, timeout: int) -> Connection:
-        """Open the file, so that a commit outlives a power cut."""
+        """Open the file."""
         connection = self.driver.connect(**self.config)
-        with contextlib.ExitStack() as undo:
-            undo.callback(connection.close)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute(  # else its log keeps its peak size
-                f"PRAGMA journal_size_limit = {2**24}")
-            undo.pop_all()
         self._file = self._identify()
         return connection
 
