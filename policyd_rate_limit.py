@@ -834,9 +834,10 @@ class Charge:
 class Account:
     """What an identity has used, mail by mail, within one transaction."""
 
-    def __init__(self, identity: str, limits: Limits) -> None:
-        self.identity = identity
-        self.limits = self.given = limits  # the claim's, unless others hold
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.identity = claim.identity
+        self.limits = claim.limits  # unless others hold
         self.now = 0  # the second in which windows end
         self.date = 0  # of the mails to come: rounded up
         self.total = 0
@@ -860,8 +861,8 @@ class Account:
 class Variety(Account):
     """What an identity has used, where different values are counted."""
 
-    def __init__(self, identity: str, limits: Limits) -> None:
-        super().__init__(identity, limits)
+    def __init__(self, claim: Claim) -> None:
+        super().__init__(claim)
         self.seen: dict[str, int] = {}  # values, and when each was last seen
         self.new: dict[str, int] = {}  # those that have to be written
 
@@ -1044,7 +1045,6 @@ NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
 MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
-TOO_SLOW = "the database is too slow"
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
@@ -1146,7 +1146,7 @@ class Database:
             deadline = time.monotonic() + self.backend.timeout
         left = deadline - time.monotonic()
         if left < 0 or not self.lock.acquire(timeout=left):
-            raise LedgerError(TOO_SLOW)
+            raise LedgerError("the database is too slow")
         try:
             while True:
                 self.backend.deadline = deadline
@@ -1627,11 +1627,6 @@ class Batch:
         self.verdicts: list[Verdict] = []
         self.rows: list[Row] = []
 
-    def claims(self) -> Iterator[Claim]:
-        """Yield all claims."""
-        for charge in self.charges:
-            yield from charge.claims or charge.others
-
 
 class Tab(NamedTuple):
     """Mails of an identity that were counted in memory alone."""
@@ -1668,12 +1663,12 @@ class Standby:
 
     def keep(self, batch: Batch) -> None:
         """Keep what a batch could not write, or cannot tell whether it did."""
-        claims = {claim.identity: claim for claim in batch.claims()}
         new = {name: account.new for name, account in batch.accounts.items()
                if isinstance(account, Variety) and account.new}
         with self.lock:
             for name in {*new, *(row[0] for row in batch.rows)}:
-                tab = self.tabs.setdefault(name, Tab(claims[name], [], {}))
+                tab = self.tabs.setdefault(
+                    name, Tab(batch.accounts[name].claim, [], {}))
                 self.tabs.move_to_end(name)
                 tab.new.update(new.get(name, {}))
             for row in batch.rows:
@@ -1723,14 +1718,14 @@ class Standby:
 
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
-        known = self._accounts.get(claim.identity, Account("", ()))
+        known = self._accounts.get(claim.identity, Account(claim))
         tab = self.tabs.get(claim.identity, Tab(claim, [], {}))
-        limits = (claim.limits if known.limits == known.given
-                  else known.limits)  # of the query, or of --limit
-        account = Account(claim.identity, limits)
+        account = Account(claim)
         if claim.value is not None:
-            account = Variety(claim.identity, limits)
+            account = Variety(claim)
             account.seen = {**getattr(known, "seen", {}), **tab.new}
+        if known.limits != known.claim.limits:
+            account.limits = known.limits  # of the query, or of --limit
         now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
         account.now, account.date = math.floor(now), math.ceil(now)
         used = {limit.seconds: known.total - before for limit, before
@@ -1740,7 +1735,7 @@ class Standby:
             -used.get(limit.seconds, 0)
             - sum(row[2] for row in tab.rows
                   if row[1] > account.now - limit.seconds)
-            for limit in limits)
+            for limit in account.limits)
         return account
 
 
@@ -1813,11 +1808,9 @@ class Ledger:
         if waited:
             self._open = Batch()
         try:
-            if not held:
-                self._fall_back(batch, LedgerError(TOO_SLOW), hung=True)
-            elif self._hung is not None and waited:  # for one that hung
-                self._fall_back(batch, self._hung, hung=True)
-            else:
+            if self._hung is not None and waited:  # for one that hung
+                self._finish(batch, self._hung, hung=True)
+            else:  # which fails at once where the lock is not held
                 self._transact(batch, deadline)
         finally:
             if held:
@@ -1832,25 +1825,25 @@ class Ledger:
         except LedgerError as error:
             hung = time.monotonic() > min(half, deadline)
             if not error.undone or hung or len(batch.charges) < 2:
-                self._fall_back(batch, error, hung)
+                self._finish(batch, error, hung)
                 return
             for charge in batch.charges:  # one's failure must be no other's
                 self._transact(Batch([charge]), deadline)
-            return
-        with self.standby.lock:
-            self._hung = None
-            self.standby.settled(batch)
-        for charge, verdict in zip(batch.charges, batch.verdicts):
-            charge.verdict = verdict
+        else:
+            self._finish(batch)
 
-    def _fall_back(self, batch: Batch, error: LedgerError, hung: bool) -> None:
-        """Judge in memory what the database did not."""
+    def _finish(self, batch: Batch, error: LedgerError | None = None,
+                hung: bool = False) -> None:
+        """Hand out verdicts; judge in memory what the database did not."""
         with self.standby.lock:
             self._hung = error if hung else None
-            self._try_at = time.monotonic() + self.database.backend.timeout
-            self.standby.keep(batch)
-            for charge in batch.charges[len(batch.verdicts):]:
-                batch.verdicts.append(self.standby.judge(charge))
+            if error is None:
+                self.standby.settled(batch)
+            else:
+                self._try_at = time.monotonic() + self.database.backend.timeout
+                self.standby.keep(batch)
+                for charge in batch.charges[len(batch.verdicts):]:
+                    batch.verdicts.append(self.standby.judge(charge))
         for charge, verdict in zip(batch.charges, batch.verdicts):
             charge.error, charge.verdict = error, verdict
 
@@ -1859,10 +1852,11 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
            standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
-    claims = {claim.identity: claim for claim in batch.claims()}
+    claims = {claim.identity: claim for charge in charges
+              for claim in charge.claims or charge.others}
     for name, claim in claims.items():
         kind = Account if claim.value is None else Variety
-        accounts[name] = kind(name, claim.limits)
+        accounts[name] = kind(claim)
     take_turns(transaction, accounts)
     standby.bring(transaction, batch)
     for name, claim in claims.items() if query else ():

@@ -2050,7 +2050,7 @@ class PolicyTest(unittest.TestCase):
         limit = (prl.Limit(1, 60),)
         claims = [prl.Claim("tried", 2, limit, tried),
                   prl.Claim("strict", 1, limit, strict)]
-        accounts = {claim.identity: prl.Account(claim.identity, limit)
+        accounts = {claim.identity: prl.Account(claim)
                     for claim in claims}
         for account in accounts.values():
             account.before = (0,)
@@ -3286,6 +3286,7 @@ class Psycopg2Test(HostsTest):
         claim = prl.Claim("server=all", 1, (prl.Limit(10**6, 86400),))
         batch = prl.Batch([prl.Charge([claim], 1000)])
         ledger.charge(prl.Charge([claim], 999))  # there are tables
+        batch.accounts = {claim.identity: prl.Account(claim)}
         batch.rows = [(claim.identity, 1000 + n // 99, 1, str(n), "DATA", None)
                       for n in range(100_000)]
         ledger.standby.keep(batch)
