@@ -1523,10 +1523,8 @@ class PostgreSQL(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
-        config = dict(settings.pgsql_config)
-        if "database" in config:
-            config["dbname"] = config.pop("database")
-        return config
+        return {"dbname" if name == "database" else name: value
+                for name, value in settings.pgsql_config.items()}
 
     def __init__(self, settings: Settings) -> None:
         """Start to watch the time, since libpq waits for ever."""
@@ -1621,7 +1619,6 @@ class Batch:
     def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self.charges = list(charges)
         self.lock = threading.Lock()  # of who settles it, then of who waited
-        self.closed = False  # its transaction has begun
         self.accounts: dict[str, Account] = {}
         self.merged: list[tuple[Tab, int, dict[str, int]]] = []
         self.verdicts: list[Verdict] = []
@@ -1776,7 +1773,7 @@ class Ledger:
             batch = self._open
             batch.charges.append(charge)
             with batch.lock:
-                if not batch.closed:
+                if batch is self._open:
                     self._settle(batch)
         return charge.verdict
 
@@ -1804,8 +1801,8 @@ class Ledger:
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
-        batch.closed, waited = True, batch is self._open
-        if waited:
+        waited = batch is self._open
+        if waited:  # from now on mails join the next
             self._open = Batch()
         try:
             if self._hung is not None and waited:  # for one that hung
