@@ -163,11 +163,8 @@ def fold(identity: str) -> str:
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
     if "@" in folded:  # mail for example.org. goes to example.org
-        folded = folded.rstrip(". ")
-    address = None if "@" in folded else parse_address(folded)
-    if address is not None:
-        return str(address)
-    return shorten(folded)
+        return shorten(folded.rstrip(". "))
+    return shorten(str(parse_address(folded) or folded))
 
 
 def shorten(key: str) -> str:
@@ -787,7 +784,7 @@ class Claim(NamedTuple):
     identity: str  # or a quota's key: name=value
     cost: int
     limits: Limits
-    rule: Rule | None = None  # that it comes from
+    rule: Rule = Rule()  # that it comes from
     value: str | None = None  # where different values are counted
 
 
@@ -807,11 +804,6 @@ class Verdict(NamedTuple):
     tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
     room_at: int | None = None  # when a mail passes again, if it was asked
 
-    @property
-    def charged(self) -> bool:
-        """Say whether the mail was written down."""
-        return bool(self.usage) and self.broken is None
-
 
 class Refusal(NamedTuple):
     """How often a limit refused mail: a row of mail_refused."""
@@ -825,28 +817,27 @@ class Refusal(NamedTuple):
     client: str  # the address that the last one came from
 
 
+@dataclass
 class Charge:
     """One mail on its way through the ledger: claims in, verdict out."""
 
-    def __init__(self, claims: Sequence[Claim], now: float,
-                 instance: str = "", protocol_state: str = "",
-                 client: str = "") -> None:
-        """Take the claims of a mail at the time now, in epoch seconds."""
-        self.claims = claims
-        self.now = now
-        self.client = client
-        self.origin = (instance[:40] if instance.isascii() else "",
-                       protocol_state)
-        self.verdict: Verdict | None = None
-        self.error: LedgerError | None = None  # it was judged in memory
+    claims: Sequence[Claim]
+    now: float  # epoch seconds
+    instance: str = ""
+    protocol_state: str = ""
+    client: str = ""  # its address
+    others: Sequence[Claim] = ()  # whose mails in memory are to be written
+    verdict: Verdict | None = None
+    error: LedgerError | None = None  # it was judged in memory
 
 
 class Account:
     """What an identity has used, mail by mail, within one transaction."""
 
-    def __init__(self, identity: str, limits: Limits) -> None:
-        self.identity = identity
-        self.limits = self.given = limits  # the claim's, unless others hold
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.identity = claim.identity
+        self.limits = claim.limits  # unless others hold
         self.now = 0  # the second in which windows end
         self.date = 0  # of the mails to come: rounded up
         self.total = 0
@@ -857,19 +848,21 @@ class Account:
         return [Usage(claim, limit, self.total - before)
                 for limit, before in zip(self.limits, self.before)]
 
-    def charge(self, claim: Claim, origin: tuple[str, str]) -> list[Row]:
+    def charge(self, claim: Claim, charge: Charge) -> list[Row]:
         """Count a mail and return its row of mail_count."""
         if not self.limits:
             return []
         self.total += claim.cost
-        return [(self.identity, self.date, claim.cost, *origin, self.total)]
+        instance = charge.instance[:40] if charge.instance.isascii() else ""
+        return [(self.identity, self.date, claim.cost, instance,
+                 charge.protocol_state, self.total)]
 
 
 class Variety(Account):
     """What an identity has used, where different values are counted."""
 
-    def __init__(self, identity: str, limits: Limits) -> None:
-        super().__init__(identity, limits)
+    def __init__(self, claim: Claim) -> None:
+        super().__init__(claim)
         self.seen: dict[str, int] = {}  # values, and when each was last seen
         self.new: dict[str, int] = {}  # those that have to be written
 
@@ -880,7 +873,7 @@ class Variety(Account):
             for value, date in self.seen.items() if value != claim.value))
             for limit in self.limits]
 
-    def charge(self, claim: Claim, origin: tuple[str, str]) -> list[Row]:
+    def charge(self, claim: Claim, charge: Charge) -> list[Row]:
         """Count a mail's value; that is no row of mail_count."""
         if claim.value is not None and self.limits:
             self.seen[claim.value] = self.new[claim.value] = self.date
@@ -1000,8 +993,7 @@ def decide(charges: Sequence[Charge], accounts: Mapping[str, Account],
             without = {usage.claim.identity for usage in verdict.tried}
             for claim in charge.claims:
                 if claim.identity not in without:
-                    rows += accounts[claim.identity].charge(
-                        claim, charge.origin)
+                    rows += accounts[claim.identity].charge(claim, charge)
     return verdicts, rows
 
 
@@ -1012,7 +1004,7 @@ def judge(usage: Sequence[Usage]) -> Verdict:
         claim = use.claim
         if use.used + claim.cost <= use.limit.mails:
             continue
-        if claim.rule is None or not claim.rule.dry_run:
+        if not claim.rule.dry_run:
             return Verdict(tuple(usage), use, tuple(tried.values()))
         tried.setdefault(claim.identity, use)
     return Verdict(tuple(usage), None, tuple(tried.values()))
@@ -1053,7 +1045,6 @@ NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
 MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
-TOO_SLOW = "the database is too slow"
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
@@ -1078,18 +1069,16 @@ class Transaction:
 
     def run(self, statement: str, *values: object) -> Cursor:
         """Execute what waits, and a statement; return that one's result."""
-        if not self._waiting:
-            self.cursor.execute(
-                statement.replace("?", self.backend.placeholder),
-                self.backend.fit(values))
-        else:
-            every, self._waiting = [*self._waiting, (statement, values)], []
-            joined = "; ".join(text for text, _ in every)
-            self.cursor.execute(
-                joined.replace("?", self.backend.placeholder),
-                self.backend.fit([value for _, given in every
-                                  for value in given]))
-            self.backend.skip_results(self.cursor, len(every) - 1)
+        waited, self._waiting = self._waiting, []
+        if waited:
+            statement = "; ".join([*(text for text, _ in waited), statement])
+            before = [value for _, given in waited for value in given]
+            values = (*before, *values)
+        self.cursor.execute(
+            statement.replace("?", self.backend.placeholder),
+            self.backend.fit(values))
+        if waited:
+            self.backend.skip_results(self.cursor, len(waited))
         self.answered = True
         return self.cursor
 
@@ -1157,7 +1146,7 @@ class Database:
             deadline = time.monotonic() + self.backend.timeout
         left = deadline - time.monotonic()
         if left < 0 or not self.lock.acquire(timeout=left):
-            raise LedgerError(TOO_SLOW)
+            raise LedgerError("the database is too slow")
         try:
             while True:
                 self.backend.deadline = deadline
@@ -1210,33 +1199,32 @@ class Database:
     def _roll_back(self, keep: bool) -> bool:
         """Undo what is half done; return whether the database says it is."""
         connection, undone = self._connection, False
-        if not keep:
-            self._connection = None
-        if connection is None:
-            return False
         with contextlib.suppress(Exception):  # a lock outlives close() alone
             connection.cursor().execute("ROLLBACK")
             undone = True
-        with contextlib.suppress(Exception):
-            if not keep:
+        if not keep:
+            self._connection = None
+            with contextlib.suppress(Exception):  # there may be none
                 connection.close()
         return undone
 
     def _connect(self) -> None:
         """Connect; what fails on the way leaves no connection behind."""
         self._roll_back(keep=False)
-        with contextlib.ExitStack() as undo:
-            connection = self.backend.connect(self.backend.timeout)
-            undo.callback(connection.close)
-            self._prepare(connection)
-            undo.pop_all()
-        self._connection = connection
+        self._connection = self.backend.connect(self.backend.timeout)
+        try:
+            for statement in self.backend.first:
+                self._connection.execute(statement)
+            self._prepare()
+        except Exception:
+            self._roll_back(keep=False)
+            raise
 
-    def _prepare(self, connection: Connection) -> None:
+    def _prepare(self) -> None:
         """See that the tables are there, as an update makes them."""
         for again in (True, True, False):
             looking = Transaction(
-                self.backend, connection, self.backend.begin_reading)
+                self.backend, self._connection, self.backend.begin_reading)
             present = ("total" in columns_of(looking, "mail_count")
                        and columns_of(looking, NEWEST))
             if (self.backend.wants_rate_limits
@@ -1324,6 +1312,7 @@ class Backend:
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of all text: see PostgreSQL
+    first: tuple[str, ...] = ()  # of the statements on a connection
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
@@ -1405,6 +1394,9 @@ class SQLite(Backend):
     drivers = (("sqlite3", "libpython3-stdlib"),)
     placeholder = "?"
     joins = False
+    first = (  # so that a commit outlives a power cut
+        "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL",
+        f"PRAGMA journal_size_limit = {2**24}")  # else its log stays large
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
     add_total = ("DROP INDEX IF EXISTS mail_count_index",
@@ -1416,15 +1408,8 @@ class SQLite(Backend):
                 "isolation_level": None, "check_same_thread": False}
 
     def connect(self, timeout: int) -> Connection:
-        """Open the file, so that a commit outlives a power cut."""
+        """Open the file."""
         connection = self.driver.connect(**self.config)
-        with contextlib.ExitStack() as undo:
-            undo.callback(connection.close)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute(  # else its log keeps its peak size
-                f"PRAGMA journal_size_limit = {2**24}")
-            undo.pop_all()
         self._file = self._identify()
         return connection
 
@@ -1538,10 +1523,8 @@ class PostgreSQL(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
-        config = dict(settings.pgsql_config)
-        if "database" in config:
-            config["dbname"] = config.pop("database")
-        return config
+        return {"dbname" if name == "database" else name: value
+                for name, value in settings.pgsql_config.items()}
 
     def __init__(self, settings: Settings) -> None:
         """Start to watch the time, since libpq waits for ever."""
@@ -1633,24 +1616,13 @@ Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 class Batch:
     """The charges that one transaction settles, and what becomes of them."""
 
-    def __init__(self, charges: Sequence[Charge] = (), now: float = 0,
-                 others: Sequence[Claim] = ()) -> None:
-        """Take charges, and others whose mails in memory are to be written."""
+    def __init__(self, charges: Iterable[Charge] = ()) -> None:
         self.charges = list(charges)
-        self.now = now  # if there are only others
-        self.others = others
         self.lock = threading.Lock()  # of who settles it, then of who waited
-        self.closed = False  # its transaction has begun
         self.accounts: dict[str, Account] = {}
         self.merged: list[tuple[Tab, int, dict[str, int]]] = []
         self.verdicts: list[Verdict] = []
         self.rows: list[Row] = []
-
-    def claims(self) -> Iterator[Claim]:
-        """Yield all claims."""
-        yield from self.others
-        for charge in self.charges:
-            yield from charge.claims
 
 
 class Tab(NamedTuple):
@@ -1671,7 +1643,7 @@ class Standby:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._accounts: OrderedDict[str, Account] = OrderedDict()  # as settled
-        self._tabs: OrderedDict[str, Tab] = OrderedDict()
+        self.tabs: OrderedDict[str, Tab] = OrderedDict()
         self._size = 0  # rows of all tabs
 
     def judge(self, charge: Charge) -> Verdict:
@@ -1688,31 +1660,32 @@ class Standby:
 
     def keep(self, batch: Batch) -> None:
         """Keep what a batch could not write, or cannot tell whether it did."""
-        claims = {claim.identity: claim for claim in batch.claims()}
         new = {name: account.new for name, account in batch.accounts.items()
                if isinstance(account, Variety) and account.new}
         with self.lock:
             for name in {*new, *(row[0] for row in batch.rows)}:
-                tab = self._tabs.setdefault(name, Tab(claims[name], [], {}))
-                self._tabs.move_to_end(name)
+                tab = self.tabs.setdefault(
+                    name, Tab(batch.accounts[name].claim, [], {}))
+                self.tabs.move_to_end(name)
                 tab.new.update(new.get(name, {}))
             for row in batch.rows:
-                self._tabs[row[0]].rows.append(row)
+                self.tabs[row[0]].rows.append(row)
             self._size += len(batch.rows)
-            while self._size > 5 * MAX_KEPT or len(self._tabs) > MAX_KEPT:
-                self._size -= len(self._tabs.popitem(last=False)[1].rows)
+            while self._size > 5 * MAX_KEPT or len(self.tabs) > MAX_KEPT:
+                self._size -= len(self.tabs.popitem(last=False)[1].rows)
 
-    def claims(self) -> list[Claim]:
-        """Return a claim of each identity that has mails here."""
+    def charges(self, now: float) -> list[Charge]:
+        """Return an empty mail for each of some identities with mails here."""
         with self.lock:
-            return [tab.claim for tab in self._tabs.values()]
+            some = itertools.islice(self.tabs.values(), MERGE_STEP)
+            return [Charge((), now, others=[tab.claim]) for tab in some]
 
     def bring(self, transaction: Transaction, batch: Batch) -> None:
         """Write what is kept of a batch's identities."""
-        if not self._tabs:
+        if not self.tabs:
             return
         with self.lock:
-            tabs = map(self._tabs.get, batch.accounts)
+            tabs = map(self.tabs.get, batch.accounts)
             batch.merged = [(tab, len(tab.rows), tab.new.copy())
                             for tab in tabs if tab is not None]
         for tab, count, new in batch.merged:
@@ -1731,25 +1704,25 @@ class Standby:
             while len(self._accounts) > MAX_KEPT:
                 self._accounts.popitem(last=False)
             for tab, count, new in batch.merged:
-                if self._tabs.get(tab.claim.identity) is not tab:
+                if self.tabs.get(tab.claim.identity) is not tab:
                     continue  # it has been forgotten
                 del tab.rows[:count]
                 self._size -= count
                 if tab.new == new:
                     tab.new.clear()
                 if not tab.rows and not tab.new:
-                    del self._tabs[tab.claim.identity]
+                    del self.tabs[tab.claim.identity]
 
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
-        known = self._accounts.get(claim.identity, Account("", ()))
-        tab = self._tabs.get(claim.identity, Tab(claim, [], {}))
-        limits = (claim.limits if known.limits == known.given
-                  else known.limits)  # of the query, or of --limit
-        account = Account(claim.identity, limits)
+        known = self._accounts.get(claim.identity, Account(claim))
+        tab = self.tabs.get(claim.identity, Tab(claim, [], {}))
+        account = Account(claim)
         if claim.value is not None:
-            account = Variety(claim.identity, limits)
+            account = Variety(claim)
             account.seen = {**getattr(known, "seen", {}), **tab.new}
+        if known.limits != known.claim.limits:
+            account.limits = known.limits  # of the query, or of --limit
         now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
         account.now, account.date = math.floor(now), math.ceil(now)
         used = {limit.seconds: known.total - before for limit, before
@@ -1759,7 +1732,7 @@ class Standby:
             -used.get(limit.seconds, 0)
             - sum(row[2] for row in tab.rows
                   if row[1] > account.now - limit.seconds)
-            for limit in limits)
+            for limit in account.limits)
         return account
 
 
@@ -1800,7 +1773,7 @@ class Ledger:
             batch = self._open
             batch.charges.append(charge)
             with batch.lock:
-                if not batch.closed:
+                if batch is self._open:
                     self._settle(batch)
         return charge.verdict
 
@@ -1810,7 +1783,7 @@ class Ledger:
             if self._hung is None or time.monotonic() < self._try_at:
                 return self._hung is None
             self._try_at = time.monotonic() + 5 * self.database.backend.timeout
-        self._settle(Batch((), now, self.standby.claims()[:MERGE_STEP]))
+        self._settle(Batch(self.standby.charges(now)))
         return self._hung is None
 
     def catch_up(self, now: float) -> None:
@@ -1818,27 +1791,23 @@ class Ledger:
 
         What is left has to wait: for its next mail, or the next call.
         """
-        for some in chunks(self.standby.claims(), MERGE_STEP):
-            left = len(self.standby.claims())
-            if self._hung is None:
-                self._settle(Batch((), now, some))
-            if len(self.standby.claims()) >= left:
-                return
+        left = math.inf
+        while self._hung is None and 0 < len(self.standby.tabs) < left:
+            left = len(self.standby.tabs)
+            self._settle(Batch(self.standby.charges(now)))
 
     def _settle(self, batch: Batch) -> None:
         """Settle a batch when the one before is done."""
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
-        batch.closed = True
-        if batch is self._open:
+        waited = batch is self._open
+        if waited:  # from now on mails join the next
             self._open = Batch()
         try:
-            if not held:
-                self._fall_back(batch, LedgerError(TOO_SLOW), hung=True)
-            elif self._hung is not None and batch.charges:  # the one before it
-                self._fall_back(batch, self._hung, hung=True)
-            else:
+            if self._hung is not None and waited:  # for one that hung
+                self._finish(batch, self._hung, hung=True)
+            else:  # which fails at once where the lock is not held
                 self._transact(batch, deadline)
         finally:
             if held:
@@ -1852,29 +1821,26 @@ class Ledger:
                                    deadline=deadline)
         except LedgerError as error:
             hung = time.monotonic() > min(half, deadline)
-            parts = [*(Batch([charge]) for charge in batch.charges),
-                     *(Batch((), batch.now, [claim])
-                       for claim in batch.others)]
-            if not error.undone or hung or len(parts) == 1:
-                self._fall_back(batch, error, hung)
+            if not error.undone or hung or len(batch.charges) < 2:
+                self._finish(batch, error, hung)
                 return
-            for part in parts:  # so that one mail's failure is no other's
-                self._transact(part, deadline)
-            return
-        with self.standby.lock:
-            self._hung = None
-            self.standby.settled(batch)
-        for charge, verdict in zip(batch.charges, batch.verdicts):
-            charge.verdict = verdict
+            for charge in batch.charges:  # one's failure must be no other's
+                self._transact(Batch([charge]), deadline)
+        else:
+            self._finish(batch)
 
-    def _fall_back(self, batch: Batch, error: LedgerError, hung: bool) -> None:
-        """Judge in memory what the database did not."""
+    def _finish(self, batch: Batch, error: LedgerError | None = None,
+                hung: bool = False) -> None:
+        """Hand out verdicts; judge in memory what the database did not."""
         with self.standby.lock:
             self._hung = error if hung else None
-            self._try_at = time.monotonic() + self.database.backend.timeout
-            self.standby.keep(batch)
-            for charge in batch.charges[len(batch.verdicts):]:
-                batch.verdicts.append(self.standby.judge(charge))
+            if error is None:
+                self.standby.settled(batch)
+            else:
+                self._try_at = time.monotonic() + self.database.backend.timeout
+                self.standby.keep(batch)
+                for charge in batch.charges[len(batch.verdicts):]:
+                    batch.verdicts.append(self.standby.judge(charge))
         for charge, verdict in zip(batch.charges, batch.verdicts):
             charge.error, charge.verdict = error, verdict
 
@@ -1883,17 +1849,18 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
            standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
-    claims = {claim.identity: claim for claim in batch.claims()}
+    claims = {claim.identity: claim for charge in charges
+              for claim in charge.claims or charge.others}
     for name, claim in claims.items():
         kind = Account if claim.value is None else Variety
-        accounts[name] = kind(name, claim.limits)
+        accounts[name] = kind(claim)
     take_turns(transaction, accounts)
     standby.bring(transaction, batch)
     for name, claim in claims.items() if query else ():
-        if claim.rule is None or not claim.rule.by:  # no quota's
+        if not claim.rule.by:  # no quota's
             own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
             accounts[name].limits = claim.limits if own is None else own
-    now = max((charge.now for charge in charges), default=batch.now)
+    now = max((charge.now for charge in charges), default=0)
     read_accounts(transaction, list(accounts.values()), now)
     varied = [account for account in accounts.values()
               if isinstance(account, Variety)]
@@ -1982,7 +1949,7 @@ def with_room(transaction: Transaction, verdict: Verdict,
               accounts: Mapping[str, Account]) -> Verdict:
     """Add to a verdict when such a mail passes again, if that is asked."""
     broken = verdict.broken
-    if (broken is None or broken.claim.rule is None
+    if (broken is None
             or "$room" not in broken.claim.rule.fail_action.replace("{", "")
             or broken.claim.cost > broken.limit.mails):
         return verdict
@@ -2393,7 +2360,7 @@ class Service:
             self._tell_database(charge.error)
             if verdict.usage or settings.sql_limits_by_id:
                 return verdict, settings.db_error_action
-        elif self._away and verdict.charged:
+        elif self._away and verdict.usage and verdict.broken is None:
             self._tell_database(None)  # what writes nothing tells nothing
         return verdict, settings.success_action
 
@@ -2456,8 +2423,7 @@ class Last:
              action: str) -> None:
         """Note the action for the states to come."""
         self.counted = self.counted.union([
-            claim.identity for claim in passed
-            if claim.rule is not None and claim.rule.count in ONCE])
+            claim.identity for claim in passed if claim.rule.count in ONCE])
         self.instance, self.state, self.action = (
             request.instance, request.protocol_state, action)
 
@@ -2507,7 +2473,7 @@ def ratio(limit: Limit | Refusal) -> str:
 def explain(broken: Usage, room: int | None, now: float) -> str:
     """Return the rule's fail_action with what was found in it."""
     claim, limit = broken.claim, broken.limit
-    action = "" if claim.rule is None else claim.rule.fail_action
+    action = claim.rule.fail_action
     if "$" not in action:
         return action
     at = within = "never" if claim.cost > limit.mails else "unknown"
