@@ -170,13 +170,17 @@ def fold(identity: str) -> str:
 def shorten(key: str) -> str:
     """Return a key as it fits into a database, too long a one with its hash.
 
-    The domain of an address stays, if it is not too long itself.
+    The domain of an address stays, or as many of its parents as fit.
     """
     if len(key) <= MAX_IDENTITY:
         return key
-    digest = "#" + hashlib.sha256(key.encode()).hexdigest()
     _, at, domain = key.rpartition("@")
-    end = digest + at + domain if len(domain) < 100 else digest
+    parent = domain
+    while len(parent) >= 100:
+        parent = parent.partition(".")[2]
+    end = "#" + hashlib.sha256(key.encode()).hexdigest()
+    if parent:
+        end += at + (domain if parent == domain else "." + parent)
     return key[:MAX_IDENTITY - len(end)] + end
 
 
@@ -213,6 +217,9 @@ DERIVED = {  # what is made of such an attribute
     "sasl_domain": "sasl_username", "sender_domain": "sender",
     "recipient_domain": "recipient", "client_network": "client_address",
     "server": ""}
+ADDRESSES = (  # what may mean a host's address: no client chooses these
+    ("client_address",), ("client_network",), ("server_address",),
+    ("sasl_username",))
 FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
          "room_in")  # what fail_action may name
 
@@ -333,16 +340,19 @@ class Patterns(NamedTuple):
     texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
     networks: tuple[tuple[Network, Any], ...] = ()  # the longest first
 
-    def find(self, value: str) -> Any:
+    def find(self, value: str, is_address: bool = True) -> Any:
         """Return the entry of the pattern that fits best, or None.
 
         That is the value itself, the longest network, @domain, or @. and the
         nearest domain above; for a value that is a domain, the same without @.
         """
+        if not self.texts and not self.networks:
+            return None
+        address = parse_address(value.partition("/")[0])  # or a network's
+        if address and not is_address:
+            return None  # a sender 127.0.0.1 is not this host
         if value in self.texts:
             return self.texts[value]
-        address = (parse_address(value.partition("/")[0])  # or a network's
-                   if self.networks else None)
         for network, entry in self.networks if address else ():
             if address in network:
                 return entry
@@ -362,11 +372,12 @@ class Choice(NamedTuple):
     wanted: Patterns | None  # None: all that is not unwanted
     unwanted: Patterns
 
-    def fits(self, value: str) -> bool:
+    def fits(self, value: str, is_address: bool = True) -> bool:
         """Say whether a value is chosen."""
-        if self.unwanted.find(value):
+        if self.unwanted.find(value, is_address):
             return False
-        return self.wanted is None or bool(self.wanted.find(value))
+        return (self.wanted is None
+                or bool(self.wanted.find(value, is_address)))
 
 
 @dataclass(frozen=True)
@@ -834,6 +845,10 @@ class Charge:
 class Account:
     """What an identity has used, mail by mail, within one transaction."""
 
+    own: Limits | None = None  # of the query sql_limits_by_id
+    override: Limits | None = None  # of --limit
+    seen: Mapping[str, int] = {}  # see Variety
+
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
         self.identity = claim.identity
@@ -893,14 +908,15 @@ def claims_of(request: Request, settings: Settings,
         return []
     claims = []
     for rule in settings.rules:
-        name = (value_of(request, rule.by) if rule.by else
-                identify(request, settings))
+        by, name = ((rule.by, value_of(request, rule.by)) if rule.by else
+                    identify(request, settings))
         cost, value = cost_of(request, rule, settings.count_mode)
         if not name or not cost or any(
-                not choice.fits(attribute_of(request, attribute))
+                not choice.fits(attribute_of(request, attribute),
+                                (attribute,) in ADDRESSES)
                 for attribute, choice in rule.when):
             continue
-        limits = rule.limits_by_id.find(name)
+        limits = rule.limits_by_id.find(name, by in ADDRESSES)
         limits = rule.limits if limits is None else limits
         key = shorten(f"{rule.name}={name}" if rule.by
                       else escape(name, settings))
@@ -916,18 +932,19 @@ def is_counted(protocol_state: str, count_mode: str | int) -> bool:
     return protocol_state in (STATES[1:] if count_mode else STATES[:1])
 
 
-def identify(request: Request, settings: Settings) -> str | None:
-    """Return the identity whose mail it is: user, sender or address."""
+def identify(request: Request, settings: Settings,
+             ) -> tuple[tuple[str, ...], str | None]:
+    """Return whose mail it is, user, sender or address, and which of them."""
     if settings.limit_by_sasl and request.sasl_username:
-        return fold(request.sasl_username)
+        return ("sasl_username",), fold(request.sasl_username)
     if settings.limit_by_sender and request.sender:
-        return fold(request.sender)
+        return ("sender",), fold(request.sender)
     if not settings.limit_by_ip or settings.limited_networks is None:
-        return None
+        return (), None
     address = parse_address(request.client_address)
     if address is None or not settings.limited_networks.fits(str(address)):
-        return None
-    return str(address)
+        return (), None
+    return ("client_address",), str(address)
 
 
 def escape(identity: str, settings: Settings) -> str:
@@ -1044,6 +1061,7 @@ TABLES = {
 NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
+TOO_SLOW = "the database is too slow"
 MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
@@ -1146,7 +1164,7 @@ class Database:
             deadline = time.monotonic() + self.backend.timeout
         left = deadline - time.monotonic()
         if left < 0 or not self.lock.acquire(timeout=left):
-            raise LedgerError("the database is too slow")
+            raise LedgerError(TOO_SLOW)
         try:
             while True:
                 self.backend.deadline = deadline
@@ -1620,7 +1638,7 @@ class Batch:
         self.charges = list(charges)
         self.lock = threading.Lock()  # of who settles it, then of who waited
         self.accounts: dict[str, Account] = {}
-        self.merged: list[tuple[Tab, int, dict[str, int]]] = []
+        self.merged: list[tuple[Tab, list[Row], dict[str, int]]] = []
         self.verdicts: list[Verdict] = []
         self.rows: list[Row] = []
 
@@ -1644,7 +1662,9 @@ class Standby:
         self.lock = threading.RLock()
         self._accounts: OrderedDict[str, Account] = OrderedDict()  # as settled
         self.tabs: OrderedDict[str, Tab] = OrderedDict()
-        self._size = 0  # rows of all tabs
+        self.flying: Sequence[Charge] = ()  # in the transaction under way
+        self.overrides: Overrides = {}  # when they were last looked at
+        self._values = self._size = 0  # of all accounts; in all tabs
 
     def judge(self, charge: Charge) -> Verdict:
         """Judge a mail, and keep its rows for the table."""
@@ -1653,26 +1673,31 @@ class Standby:
             batch.accounts = {
                 claim.identity: self._account(claim, charge.now)
                 for claim in charge.claims}
-            [verdict], rows = decide([charge], batch.accounts)
-            batch.rows = [(*row[:-1], None) for row in rows]
-            self.keep(batch)
+            [verdict], batch.rows = decide([charge], batch.accounts)
+            self.keep(batch, sent=False)
         return verdict
 
-    def keep(self, batch: Batch) -> None:
-        """Keep what a batch could not write, or cannot tell whether it did."""
+    def keep(self, batch: Batch, sent: bool) -> None:
+        """Keep what a batch did not write, or may have if it was sent."""
         new = {name: account.new for name, account in batch.accounts.items()
                if isinstance(account, Variety) and account.new}
         with self.lock:
+            for tab, rows, _ in batch.merged if sent else ():
+                tab.rows[:len(rows)] = rows
             for name in {*new, *(row[0] for row in batch.rows)}:
                 tab = self.tabs.setdefault(
                     name, Tab(batch.accounts[name].claim, [], {}))
                 self.tabs.move_to_end(name)
+                self._size -= len(tab.new)
                 tab.new.update(new.get(name, {}))
+                self._size += len(tab.new)
             for row in batch.rows:
-                self.tabs[row[0]].rows.append(row)
+                self.tabs[row[0]].rows.append(
+                    row if sent else (*row[:-1], None))
             self._size += len(batch.rows)
             while self._size > 5 * MAX_KEPT or len(self.tabs) > MAX_KEPT:
-                self._size -= len(self.tabs.popitem(last=False)[1].rows)
+                _, tab = self.tabs.popitem(last=False)
+                self._size -= len(tab.rows) + len(tab.new)
 
     def charges(self, now: float) -> list[Charge]:
         """Return an empty mail for each of some identities with mails here."""
@@ -1686,12 +1711,13 @@ class Standby:
             return
         with self.lock:
             tabs = map(self.tabs.get, batch.accounts)
-            batch.merged = [(tab, len(tab.rows), tab.new.copy())
-                            for tab in tabs if tab is not None]
-        for tab, count, new in batch.merged:
-            transaction.backend.deadline += count / 1000  # they take long
-            if count:
-                tab.rows[:count] = merge(transaction, tab.rows[:count])
+            kept = [(tab, tab.rows[:], tab.new.copy())
+                    for tab in tabs if tab is not None]
+        batch.merged = []
+        for tab, rows, new in kept:
+            if rows:
+                rows = merge(transaction, rows)
+            batch.merged.append((tab, rows, new))
             account = batch.accounts[tab.claim.identity]
             getattr(account, "new", {}).update(new)
 
@@ -1699,16 +1725,26 @@ class Standby:
         """Note the accounts of a batch that is committed."""
         with self.lock:
             for name, account in batch.accounts.items():
+                before = self._accounts.pop(name, None)
                 self._accounts[name] = account
-                self._accounts.move_to_end(name)
-            while len(self._accounts) > MAX_KEPT:
-                self._accounts.popitem(last=False)
-            for tab, count, new in batch.merged:
+                self._values += len(account.seen)
+                self._values -= len(before.seen) if before else 0
+                limits, _ = self.overrides.get(name, (None, 0))
+                if account.override is None:
+                    self.overrides.pop(name, None)
+                elif account.override != limits:  # until it is looked up
+                    self.overrides[name] = account.override, FOR_GOOD
+            while (len(self._accounts) > MAX_KEPT
+                   or self._values > 5 * MAX_KEPT):
+                _, account = self._accounts.popitem(last=False)
+                self._values -= len(account.seen)
+            for tab, rows, new in batch.merged:
                 if self.tabs.get(tab.claim.identity) is not tab:
                     continue  # it has been forgotten
-                del tab.rows[:count]
-                self._size -= count
+                del tab.rows[:len(rows)]
+                self._size -= len(rows)
                 if tab.new == new:
+                    self._size -= len(new)
                     tab.new.clear()
                 if not tab.rows and not tab.new:
                     del self.tabs[tab.claim.identity]
@@ -1717,14 +1753,19 @@ class Standby:
         """Return what a claim's identity has used, as far as is known."""
         known = self._accounts.get(claim.identity, Account(claim))
         tab = self.tabs.get(claim.identity, Tab(claim, [], {}))
+        now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
+        flying = [other for charge in self.flying for other in charge.claims
+                  if other.identity == claim.identity]
         account = Account(claim)
         if claim.value is not None:
             account = Variety(claim)
-            account.seen = {**getattr(known, "seen", {}), **tab.new}
-        if known.limits != known.claim.limits:
-            account.limits = known.limits  # of the query, or of --limit
-        now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
+            account.seen = {**known.seen, **tab.new, **{
+                str(other.value): math.ceil(now) for other in flying}}
+        limits, ends = self.overrides.get(claim.identity, ((), 0))
+        own = limits if ends > now else known.own
+        account.limits = claim.limits if own is None else own
         account.now, account.date = math.floor(now), math.ceil(now)
+        account.total = sum(other.cost for other in flying)
         used = {limit.seconds: known.total - before for limit, before
                 in zip(known.limits, known.before)
                 if known.date > account.now - limit.seconds}
@@ -1792,7 +1833,7 @@ class Ledger:
         What is left has to wait: for its next mail, or the next call.
         """
         left = math.inf
-        while self._hung is None and 0 < len(self.standby.tabs) < left:
+        while 0 < len(self.standby.tabs) < left:
             left = len(self.standby.tabs)
             self._settle(Batch(self.standby.charges(now)))
 
@@ -1805,9 +1846,11 @@ class Ledger:
         if waited:  # from now on mails join the next
             self._open = Batch()
         try:
-            if self._hung is not None and waited:  # for one that hung
+            if not held:
+                self._finish(batch, LedgerError(TOO_SLOW), hung=True)
+            elif self._hung is not None and waited:  # for one that hung
                 self._finish(batch, self._hung, hung=True)
-            else:  # which fails at once where the lock is not held
+            else:
                 self._transact(batch, deadline)
         finally:
             if held:
@@ -1816,6 +1859,7 @@ class Ledger:
     def _transact(self, batch: Batch, deadline: float) -> None:
         """Settle a batch in one transaction, or else singly."""
         half = time.monotonic() + self.database.backend.timeout / 2
+        self.standby.flying = batch.charges
         try:
             self.database.transact(settle, batch, self.query, self.standby,
                                    deadline=deadline)
@@ -1834,11 +1878,13 @@ class Ledger:
         """Hand out verdicts; judge in memory what the database did not."""
         with self.standby.lock:
             self._hung = error if hung else None
+            if self.standby.flying is batch.charges:
+                self.standby.flying = ()
             if error is None:
                 self.standby.settled(batch)
             else:
                 self._try_at = time.monotonic() + self.database.backend.timeout
-                self.standby.keep(batch)
+                self.standby.keep(batch, sent=not error.undone)
                 for charge in batch.charges[len(batch.verdicts):]:
                     batch.verdicts.append(self.standby.judge(charge))
         for charge, verdict in zip(batch.charges, batch.verdicts):
@@ -1859,6 +1905,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
     for name, claim in claims.items() if query else ():
         if not claim.rule.by:  # no quota's
             own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
+            accounts[name].own = own
             accounts[name].limits = claim.limits if own is None else own
     now = max((charge.now for charge in charges), default=0)
     read_accounts(transaction, list(accounts.values()), now)
@@ -1887,6 +1934,7 @@ def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
              " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
              " AND date <= ?), 0) ORDER BY date, total")
     there = transaction.run(query, identity, identity, first).fetchall()
+    transaction.backend.deadline += (len(rows) + len(there)) / 1000
     if None in (row[-1] for row in there):  # the original's
         retotal(transaction, identity, there[-1][1])
         there = transaction.run(query, identity, identity, first).fetchall()
@@ -2027,7 +2075,7 @@ def read_accounts(transaction: Transaction, accounts: Sequence[Account],
             account = some[n]
             limits = None if own is None else parse_override(own)
             if limits is not None and limits != account.limits:
-                account.limits = limits
+                account.limits = account.override = limits
                 others.append(account)  # it has other windows
                 continue
             if date is not None and (total is None
@@ -2113,11 +2161,9 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
         if last is None:
             break
         if oldest <= now - keep:
-            own = query and transaction.attempt(
-                QUERY_FAILED, ask_limits, query, last)
-            own = overrides.get(last, (own,))[0]
-            until = now - max([keep, *(
-                kept_for(limit.seconds) for limit in own or ())])
+            limits = own_limits(transaction, query, last, overrides)
+            until = 0 if limits is None else now - max([keep, *(
+                kept_for(limit.seconds) for limit in limits)])
             step = transaction.run(
                 "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
                 " ORDER BY date LIMIT 1 OFFSET ?",
@@ -2131,6 +2177,17 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
         before = last
     more = clean_others(transaction, after, last, now, keep)
     return after if more else last, deleted
+
+
+def own_limits(transaction: Transaction, query: str | None, identity: str,
+               overrides: Overrides) -> Limits | None:
+    """Return what query and --limit say of an identity; None: it fails."""
+    limits, _ = overrides.get(identity, ((), 0))
+    if not query:
+        return limits
+    found = transaction.attempt(
+        QUERY_FAILED, lambda *given: [ask_limits(*given)], query, identity)
+    return None if found is None else (*limits, *(found[0] or ()))
 
 
 def clean_others(transaction: Transaction, after: str, last: str | None,
@@ -2335,6 +2392,7 @@ class Service:
         self._ledger.catch_up(now)
         transact = self._ledger.database.transact
         try:
+            self._ledger.standby.overrides = transact(read_overrides, now)
             last, deleted = transact(
                 clean_some, settings.sql_limits_by_id, self._cleaned,
                 now, kept_for(settings.longest_window))

@@ -1910,8 +1910,8 @@ class PolicyTest(unittest.TestCase):
                  {"client_address": "::ffff:192.0.2.9"}, "192.0.2.9"))
         for switches, attributes, identity in cases:
             settings = prl.Settings(**{**everything, **switches})
-            self.assertEqual(prl.identify(request(**attributes), settings),
-                             identity, (switches, attributes))
+            _, found = prl.identify(request(**attributes), settings)
+            self.assertEqual(found, identity, (switches, attributes))
 
     def test_count_mode_says_when_and_what_is_counted(self) -> None:
         for mode, state, recipients, cost in (
@@ -1957,8 +1957,26 @@ class PolicyTest(unittest.TestCase):
                 ("2001:db8::7", "2001:db8::/32"), ("a.example.net",
                 ".example.net"), ("example.net", None), ("a.org", None),
                 ("joe@a.example.net", None), ("joe@example.com",
-                "@EXAMPLE.com"), ("example", "example"), ("", None)):
+                "@EXAMPLE.com"), ("example", "example"), ("", None),
+                ("x" * 190 + "@a.example.org", "@a.example.org"),
+                ("x@" + "y." * 90 + "b.example.org", "@.example.org"),
+                ("y." * 99 + "example.net", ".example.net"),
+                ("y" * 190 + "@" + "z" * 190, None)):
             self.assertEqual(found.find(value), pattern, value)
+            self.assertEqual(found.find(prl.fold(value)), pattern, value)
+
+    def test_a_name_that_a_client_chose_is_no_address(self) -> None:
+        settings = prl.Settings(
+            limit_by_sasl=False, limit_by_sender=True,
+            limits_by_id=prl.as_limits_by_id(
+                {"10.0.0.0/8": [], "::1": [], "192.0.2.1": []}),
+            quotas=prl.as_quotas([{"by": "sender", "when": {
+                "sender": "10.0.0.0/8"}, "limits": []}]))
+        for sender in ("10.6.6.6", "10.6.6.6/x", "10.0.0.0/8", "::1",
+                       "192.0.2.1", "0::1/64"):
+            claims = prl.claims_of(request(sender=sender), settings)
+            self.assertEqual([claim.limits for claim in claims],
+                             [settings.limits], sender)
 
     def test_a_choice_fits_by_one_pattern_and_never_by_an_unwanted(self
                                                                    ) -> None:
@@ -2159,7 +2177,7 @@ class StoreContract:
         for instance in "ab":  # the answer to the commit is lost
             batch = prl.Batch([prl.Charge(claims, 1010, instance, "DATA")])
             one.database.transact(prl.settle, batch, None, one.standby)
-            one.standby.keep(batch)
+            one.standby.keep(batch, sent=True)
         other.standby.judge(prl.Charge(claims, 1000, "c", "DATA"))
         for ledger in other, one:
             ledger.catch_up(1020)
@@ -2370,6 +2388,85 @@ class StoreContract:
             " ORDER BY date, total"), [
                 (1000, 1, 1), (1001, 1, 2), (1002, 2, 4), (1003, 2, 6),
                 (1003, 1, 7), (1003, 1, 8), (1004, 2, 10)])
+
+    def test_who_waits_too_long_is_judged_with_what_is_under_way(self) -> None:
+        ledger = self.open()
+        backend, read = ledger.database.backend, prl.read_accounts
+        begun, go_on = threading.Event(), threading.Event()
+
+        def stall(*given: Any) -> None:
+            begun.set()
+            go_on.wait(PATIENCE)
+            read(*given)
+
+        for value in None, "x":
+            begun.clear()
+            go_on.clear()
+            claim = prl.Claim(f"{value}", 1, (prl.Limit(1, 600),), value=value)
+            first = prl.Charge([claim], 1000)
+            second = prl.Charge([claim._replace(value=value and "y")], 1000)
+            with self.subTest(value), patch.object(
+                    prl, "read_accounts", stall):
+                thread = in_background(ledger.charge, first)
+                begun.wait(PATIENCE)
+                with patch.object(backend, "timeout", 0):
+                    ledger.charge(second)
+                go_on.set()
+                thread.join()
+            assert first.verdict is not None and second.verdict is not None
+            self.assertIsNone(first.verdict.broken)
+            self.assertIsNotNone(second.verdict.broken)
+            self.assertIsNone(first.error)
+
+    def test_what_was_rolled_back_is_not_taken_for_sent(self) -> None:
+        ledger = self.open()
+        self.passes(ledger, 1000)
+        with patch.object(prl, "INSERT", prl.INSERT + " nonsense"):
+            charge = prl.Charge(
+                [prl.Claim("joe", 1, self.LIMITS)], 1000, "a", "RCPT")
+            for _ in range(2):  # the second brings the first, in vain
+                charge.verdict = None
+                ledger.charge(charge)
+                self.assertIsNotNone(charge.error)
+        [tab] = ledger.standby.tabs.values()
+        self.assertEqual([row[-1] for row in tab.rows], [None, None])
+        ledger.catch_up(1000)
+        self.assertEqual(self.used(ledger, 1000), 3)
+
+    def test_a_stop_writes_what_memory_has_even_if_it_hung_before(self
+                                                                  ) -> None:
+        ledger = self.open()
+        ledger.standby.judge(prl.Charge(
+            [prl.Claim("joe", 1, self.LIMITS)], 1000))
+        ledger._hung, ledger._try_at = prl.LedgerError("it hung"), math.inf
+        ledger.catch_up(1000)
+        self.assertEqual(self.used(ledger, 1000), 1)
+
+    def test_an_override_holds_in_an_outage_for_as_long_as_given(self) -> None:
+        ledger = self.open()
+        service = prl.Service(prl.Settings(), ledger, lambda: 1000)
+        ledger.database.transact(
+            prl.set_override, "joe", ((0, 60),), 2000, 900)
+        service.clean_step()
+        self.assertEqual([
+            ledger.standby.judge(prl.Charge(
+                [prl.Claim("joe", 1, self.LIMITS)], now)).broken is None
+            for now in (1000, 1999, 2000)], [False, False, True])
+
+    def test_cleaning_heeds_the_query_and_the_override(self) -> None:
+        ledger = self.open()
+        mark = ledger.database.backend.placeholder
+        limits = "[[100, 20000]]"
+        works = f"SELECT '{limits}' WHERE {mark} <> ''"
+        self.passes(ledger, 1000)
+        ledger.database.transact(
+            prl.set_override, "joe", ((0, 60),), 10**6, 1000)
+        for query, kept in ((f"SELECT nothing, {mark} FROM nowhere", True),
+                            (works, True), (works.replace("2", "1"), False)):
+            with self.subTest(query), quiet():
+                ledger.database.transact(
+                    prl.clean_some, query, "", 30000, 600)
+                self.assertEqual(self.used(ledger, 1000) > 0, kept)
 
     def test_cleaning_forgets_nothing_that_a_limit_sees(self) -> None:
         ledger = self.open()
@@ -3289,7 +3386,7 @@ class Psycopg2Test(HostsTest):
         batch.accounts = {claim.identity: prl.Account(claim)}
         batch.rows = [(claim.identity, 1000 + n // 99, 1, str(n), "DATA", None)
                       for n in range(100_000)]
-        ledger.standby.keep(batch)
+        ledger.standby.keep(batch, sent=True)
         last = prl.Charge([claim], 9000)
         ledger.charge(last)
         self.assertIsNone(last.error)
@@ -3697,6 +3794,7 @@ class DatabaseFailureTest(AwayTest):
                  *values: object) -> Any:
             cursor = run_statement(transaction, statement, *values)
             if statement == "COMMIT":
+                cursor.connection.close()
                 raise OSError("the line is cut")
             return cursor
 
@@ -3724,6 +3822,22 @@ class DatabaseFailureTest(AwayTest):
                              [True] * 150)
             self.assertEqual([passes(f"u{n}") for n in (149, 50, 49, 50)],
                              [False, False, True, True])
+
+    def test_different_values_in_memory_are_bounded(self) -> None:
+        standby, limits = prl.Standby(), (prl.Limit(10**6, 600),)
+        ledger = prl.open_ledger(settings_of(
+            {"sqlite_config": {"database": self.path("db")}}))
+        self.addCleanup(ledger.database.close)
+        with patch.object(prl, "MAX_KEPT", 100):
+            for n in range(2000):
+                claim = prl.Claim(f"{n % 20}", 1, limits, value=f"{n}")
+                standby.judge(prl.Charge([claim], 1000))
+                ledger.charge(prl.Charge([claim], 1000))
+        self.assertLessEqual(sum(
+            len(tab.new) for tab in standby.tabs.values()), 500)
+        self.assertLessEqual(sum(
+            len(account.seen)
+            for account in ledger.standby._accounts.values()), 500)
 
     def test_on_a_full_disk_who_is_over_a_limit_stays_refused(self) -> None:
         daemon = self.daemon(self.config.replace("1000", "1")
