@@ -1699,11 +1699,11 @@ class Standby:
                 _, tab = self.tabs.popitem(last=False)
                 self._size -= len(tab.rows) + len(tab.new)
 
-    def charges(self, now: float) -> list[Charge]:
-        """Return an empty mail for each of some identities with mails here."""
+    def charges(self, now: float) -> Iterator[Charge]:
+        """Return an empty mail for each identity that has mails here."""
         with self.lock:
-            some = itertools.islice(self.tabs.values(), MERGE_STEP)
-            return [Charge((), now, others=[tab.claim]) for tab in some]
+            tabs = list(self.tabs.values())
+        return (Charge((), now, others=[tab.claim]) for tab in tabs)
 
     def bring(self, transaction: Transaction, batch: Batch) -> None:
         """Write what is kept of a batch's identities."""
@@ -1824,7 +1824,8 @@ class Ledger:
             if self._hung is None or time.monotonic() < self._try_at:
                 return self._hung is None
             self._try_at = time.monotonic() + 5 * self.database.backend.timeout
-        self._settle(Batch(self.standby.charges(now)))
+        charges = self.standby.charges(now)
+        self._settle(Batch(itertools.islice(charges, MERGE_STEP)))
         return self._hung is None
 
     def catch_up(self, now: float) -> None:
@@ -1832,10 +1833,10 @@ class Ledger:
 
         What is left has to wait: for its next mail, or the next call.
         """
-        left = math.inf
+        left, charges = math.inf, self.standby.charges(now)
         while 0 < len(self.standby.tabs) < left:
             left = len(self.standby.tabs)
-            self._settle(Batch(self.standby.charges(now)))
+            self._settle(Batch(itertools.islice(charges, MERGE_STEP)))
 
     def _settle(self, batch: Batch) -> None:
         """Settle a batch when the one before is done."""
