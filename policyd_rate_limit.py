@@ -3405,11 +3405,18 @@ def parse_with_pyyaml(text: str) -> tuple[object, Lines]:
         **known, "0": [("tag:yaml.org,2002:str", YAML_ZERO), *known["0"]]}
     root, lines = loader.get_single_node(), Lines()
     nodes: list[tuple[tuple[str, ...], Any]] = [((), root)]
+    seen: set[int] = set()  # or aliases of aliases are without end
     for names, node in nodes:  # which grows
-        if isinstance(node, yaml.MappingNode) and len(names) < 2:
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 nodes.append(((*names, str(key.value)), value))
                 note_line(lines, nodes[-1][0], key.start_mark.line + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [((*names, str(place)), item)
+                      for place, item in enumerate(node.value)]
     return root and loader.construct_document(root), lines
 
 

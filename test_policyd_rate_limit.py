@@ -5391,11 +5391,37 @@ class TestReader(unittest.TestCase):
                 ("\n# c\na:\n  b: 1\nc: 'd\n e'\n1: 3", {
                     ("a",): 3, ("a", "b"): 4, ("c",): 5, ("1",): 7}),
                 ("{a: 1,\n b: {c: 1}}", {("a",): 1, ("b",): 2, ("b", "c"): 2}),
-                ("- a:\n- a: 1", {("0", "a"): 1, ("1", "a"): 2})):
+                ("- a:\n- a: 1", {("0", "a"): 1, ("1", "a"): 2}),
+                ("q:\n  - a: [1]\n    b: {c: [{d: 1},\n      {d: 2}]}", {
+                    ("q",): 1, ("q", "0", "a"): 2, ("q", "0", "b"): 3,
+                    ("q", "0", "b", "c"): 3, ("q", "0", "b", "c", "0", "d"): 3,
+                    ("q", "0", "b", "c", "1", "d"): 4})):
             with self.subTest(text=text):
                 self.assertEqual(prl.parse_yaml(text)[1], lines)
-                if yaml is not None and text[0] != "-":
+                if yaml is not None:
                     self.assertEqual(prl.parse_with_pyyaml(text)[1], lines)
+
+    def test_a_key_given_twice_is_refused_wherever_it_stands(self) -> None:
+        for text, line in (
+                ("a: 1\nb: 2\na: 3", 3), ("a: {b: 1,\n b: 2}", 2),
+                ("quotas:\n- limits: []\n  by: x\n  limits: [1]", 4),
+                ("- [[1], {a: {b: {c: 1,\n c: 2}}}]", 2)):
+            with self.subTest(text=text):
+                # The anchor is one that only PyYAML reads.
+                for whole in (text, "- &x" + text[1:] if text[0] == "-" else
+                              text.replace(": ", ": &x ", 1)):
+                    with self.assertRaisesRegex(
+                            prl.ConfigError, f"^f:{line}: .* is given twice"
+                            if yaml or whole == text else ""):
+                        prl.read_yaml(whole, "f")
+
+    def test_aliases_of_aliases_are_read_once(self) -> None:
+        if yaml is None:
+            skip("PyYAML is missing")
+        text = "a0: &a0 {b: 1}\n" + "".join(
+            f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n"
+            for n in range(1, 30))
+        self.assertEqual(len(prl.read_yaml(text, "f")[1]), 31)
 
     def test_rubbish_is_refused_or_read_quickly(self) -> None:
         size = 40_000 if QUICK else 100_000
