@@ -2802,8 +2802,11 @@ def send_reports(database: Database, settings: Settings) -> None:
         try:
             owed = [(row, new) for row, new in database.transact(owed_to, key)
                     if new > 0 and row.seconds in settings.noted_windows]
-            if owed or not settings.report_only_if_needed:
-                mail(settings, address, settings.report_subject, report(owed))
+            refused = [(row, new) for row, new in owed
+                       if not rule_of(settings, row.identity).dry_run]
+            if refused or not settings.report_only_if_needed:
+                mail(settings, address, settings.report_subject,
+                     report(refused))
             for some in chunks(owed, 100):  # the daemon waits for each
                 database.transact(tell, [
                     (*row[:2], key, row.hits) for row, _ in some])
@@ -2822,6 +2825,13 @@ def owed_to(transaction: Transaction, address: str,
                             " WHERE address = ?", address).fetchall()}
     return [(row, row.hits - told.get(row[:2], 0))
             for row in read_refusals(transaction)]
+
+
+def rule_of(settings: Settings, identity: str) -> Rule:
+    """Return the rule that an identity is counted for."""
+    name, equals, _ = identity.partition("=")
+    quotas = [rule for rule in settings.rules[1:] if rule.name == name]
+    return quotas[0] if equals and quotas else settings.rules[0]
 
 
 def tell(transaction: Transaction, rows: Sequence[Row]) -> None:
@@ -3110,9 +3120,7 @@ def read_notes(transaction: Transaction, now: int, where: str,
 def limits_of(transaction: Transaction, settings: Settings, identity: str,
               overrides: Overrides) -> tuple[Limits, str, int, bool]:
     """Return limits, where from, until when, and if they are only tried."""
-    rule, (name, equals, value) = settings.rules[0], identity.partition("=")
-    for quota in settings.rules[1:] if equals else ():
-        rule = quota if quota.name == name else rule
+    rule = rule_of(settings, identity)
     if identity in overrides:
         limits, ends = overrides[identity]
         return limits, "--limit", ends, rule.dry_run
@@ -3121,7 +3129,8 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
         own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
     if own is not None:
         return own, "sql_limits_by_id", 0, rule.dry_run
-    own = rule.limits_by_id.find(value if rule.by else fold(identity))
+    own = rule.limits_by_id.find(
+        identity.partition("=")[2] if rule.by else fold(identity))
     source = "limits" if own is None else "limits_by_id"
     return (rule.limits if own is None else own,
             "quotas" if rule.by else source, 0, rule.dry_run)

@@ -4591,6 +4591,18 @@ class ReportTest(ReportsTest):
         self.clean(sink, "a@x.org", report_only_if_needed=False)
         self.assertEqual(sink.texts()[1], [])
 
+    def test_what_a_dry_run_let_pass_is_no_refusal(self) -> None:
+        sink = self.sink()
+        quota = {"by": "server", "limits": [[9, 60]], "dry_run": True}
+        for who, told in (("joe", ["joe"]), ("server=all", [])):
+            self.refuse("server=all")
+            self.refuse(who)
+            self.clean(sink, "a@x.org", quotas=[quota])
+            self.assertEqual(self.noted(), {})  # nor is it in later reports
+            self.assertEqual([row[0] for text in sink.texts()
+                              for row in text], told)
+            sink.mails.clear()
+
     def test_a_hit_noted_meanwhile_is_in_the_next_report(self) -> None:
         self.refuse("joe", 2)
         sink = self.sink(taking=lambda: self.refuse("joe", 3))
