@@ -3099,7 +3099,7 @@ def survey(transaction: Transaction, settings: Settings, now: int,
             standings.append(Standing(
                 name, newest[name], source, until, dry_run, tuple(
                     Window(*limit, use, room_at(
-                        transaction, tables[0], name, limit, use, now),
+                        transaction, tables, name, limit, use, now),
                         hits.get(limit.seconds, 0))
                     for limit, use in zip(limits, uses)), rows))
     return standings
@@ -3136,16 +3136,17 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
             "quotas" if rule.by else source, 0, rule.dry_run)
 
 
-def room_at(transaction: Transaction, mails: str, identity: str, limit: Limit,
-            used: int, now: int) -> int | None:
+def room_at(transaction: Transaction, tables: Sequence[str], identity: str,
+            limit: Limit, used: int, now: int) -> int | None:
     """Return when a mail passes again; None: it does now, or never."""
     over = used + 1 - limit.mails
     if over <= 0 or limit.mails == 0:
         return None
-    for date, freed in transaction.run(
-            f"SELECT date, cost FROM {mails} WHERE id = ? AND date > ?"
-            " ORDER BY date LIMIT ?", identity, now - limit.seconds,
-            over).fetchall():
+    rows = [row for table in tables for row in transaction.run(
+        f"SELECT date, cost FROM {table} WHERE id = ? AND date > ?"
+        " ORDER BY date LIMIT ?", identity, now - limit.seconds,
+        over).fetchall()]
+    for date, freed in sorted(rows):
         over -= freed
         if over <= 0:
             return int(date) + limit.seconds

@@ -5023,6 +5023,16 @@ class StatusTest(ReportsTest):
                                (window.room_at, True)):
                 self.assertIs(self.spend(who, 1, at, 10), passes)
 
+    def test_a_quota_of_values_has_room_when_the_oldest_leaves(self) -> None:
+        rule = prl.Rule(name="places", by=("sasl_username",),
+                        count="client_address", limits=(prl.Limit(2, 60),))
+        for n, date in enumerate((1000, 1000, 1010)):
+            self.ledger.charge(prl.Charge([prl.Claim(
+                "places=joe", 1, rule.limits, rule, str(n))], date))
+        [standing] = self.ledger.database.look(
+            prl.survey, prl.Settings(quotas=(rule,)), 1020, "places=joe")
+        self.assertEqual(standing.limits, (prl.Window(2, 60, 2, 1060, 1),))
+
     def test_prometheus_can_read_any_name(self) -> None:
         self.spend('a"b\\c\u00e9', 1)
         self.refuse('a"b\\c\u00e9', 5, 60)
@@ -5087,7 +5097,7 @@ class StatusTest(ReportsTest):
                 sasl_username=who, client_address=f"192.0.2.{n}"), expected)
         shown = run(*daemon.options, "--status").stdout
         for line in (r"sasl_domain=x.org +1h \[#{10}\] 3/3 +1 ..:.. .*",
-                     r"places=joe@x.org +1m \[#{10}\] 2/2 +dry_run"):
+                     r"places=joe@x.org +1m \[#{10}\] 2/2 +..:.. +dry_run"):
             self.assertRegex(re.sub(" +", " ", shown),
                              f"(?m)^{line.replace(' +', ' ')}$")
         shown = run(*daemon.options, "--status", "places=joe@x.org").stdout
