@@ -1279,10 +1279,8 @@ def columns_of(transaction: Transaction, table: str) -> list[str]:
 def update_tables(transaction: Transaction) -> None:
     """Make the tables, or bring those of the original up to date."""
     backend = transaction.backend
-    for table, columns in TABLES.items():
-        columns = columns.format(name=f"{backend.identity} NOT NULL",
-                                 number="bigint NOT NULL")
-        transaction.run(f"CREATE TABLE IF NOT EXISTS {table} ({columns})")
+    for statement in creations(backend):
+        transaction.run(statement)
     present = columns_of(transaction, "mail_count")
     if "total" in present:
         return
@@ -1302,6 +1300,14 @@ def update_tables(transaction: Transaction) -> None:
             "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
             LARGE).fetchall():
         retotal(transaction, identity, math.inf)
+
+
+def creations(backend: Backend) -> Iterator[str]:
+    """Return the statements that make the tables which are missing."""
+    for table, columns in TABLES.items():
+        columns = columns.format(name=f"{backend.identity} NOT NULL",
+                                 number="bigint NOT NULL")
+        yield f"CREATE TABLE IF NOT EXISTS {table} ({columns})"
 
 
 def retotal(transaction: Transaction, identity: str, now: float) -> None:
@@ -1339,6 +1345,7 @@ class Backend:
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
     try_total = ""  # fails without the right to do so, and changes nothing
+    try_table = "{}"  # so does this, for a statement that makes a table
     turn = ""  # how an identity's turn is taken where many hosts may write
     note = (f"{REFUSED} ON CONFLICT (id, seconds) DO UPDATE SET"
             " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
@@ -1491,6 +1498,7 @@ class MySQL(Backend):
         " AND table_name = 'mail_count' AND index_name = 'mail_count_total')",
         "PREPARE add_total FROM @alter", "EXECUTE add_total")
     try_total = "ALTER TABLE mail_count"
+    try_table = "PREPARE try_table FROM '{}'"
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = (f"{REFUSED} ON DUPLICATE KEY UPDATE mails = VALUES(mails),"
@@ -2035,9 +2043,13 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
 
 def check_counting(transaction: Transaction, query: str | None) -> None:
     """Raise an error where mails could not be counted; for --check."""
+    backend = transaction.backend
     present = columns_of(transaction, "mail_count")
-    if present and "total" not in present and transaction.backend.try_total:
-        transaction.run(transaction.backend.try_total)
+    if "total" not in present or not columns_of(transaction, NEWEST):
+        for statement in creations(backend):
+            transaction.run(backend.try_table.format(statement))
+    if present and "total" not in present and backend.try_total:
+        transaction.run(backend.try_total)
     if query and (columns_of(transaction, "rate_limits")
                   or "rate_limits" not in query):  # else a start makes it
         try:

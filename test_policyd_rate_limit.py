@@ -3199,6 +3199,31 @@ class HostsTest(DriverTest):
                 self.assertEqual(len(done.stderr.splitlines()), bool(message))
         self.assertEqual(self.execute_all("SELECT * FROM mail_count"), before)
 
+    @slow
+    def test_check_tells_that_tables_cannot_be_made(self) -> None:
+        def check(user: str, denied: str = "") -> None:
+            done = self.command("--check", **self.connecting(user=user))
+            self.assertEqual(done.returncode, 6 if denied else 0, done.stdout)
+            self.assertIn(denied, done.stderr)
+
+        def tables() -> list[Any]:
+            return self.execute_all(
+                "SELECT table_name FROM information_schema.tables"
+                " WHERE table_schema IN ('test', 'public')")
+
+        self.server.sql(self.server.grant)
+        check("weak", "denied")
+        check("test")
+        self.assertEqual(tables(), [])
+        self.host().stop()
+        self.server.sql(self.server.grant)
+        check("weak")
+        self.execute_all(f"DROP TABLE {prl.NEWEST}")
+        there = tables()
+        check("weak", "denied")
+        check("test")
+        self.assertEqual(tables(), there)
+
     def test_a_user_with_no_right_to_alter_needs_none(self) -> None:
         self.hosts({"sql_limits_by_id": "SELECT %s"})[0].stop()
         self.server.sql(self.server.grant)
