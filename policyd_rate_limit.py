@@ -2584,6 +2584,8 @@ def printable(text: str) -> str:
 # that a stranger can send or keep open.
 # ---------------------------------------------------------------------------
 
+PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait at no FIFO
+
 
 class PolicyHandler(socketserver.BaseRequestHandler):
     """One connection: any number of requests, each answered in turn."""
@@ -2745,7 +2747,7 @@ def hold_lock(path: str) -> Iterator[None]:
     Who may read a file may lock it: this one is for its owner alone.
     """
     with open(path + ".lock", "w", opener=lambda name, flags: os.open(
-            name, flags | os.O_NOFOLLOW, 0o600)) as file:
+            name, flags | PLAIN, 0o600)) as file:
         held = False  # stays so too while the one that had it ends
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3884,7 +3886,7 @@ def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
         return
     with hold_lock(path):  # else it is stale, whatever process has its id
         with open(path, "w", opener=lambda name, flags: os.open(
-                name, flags | os.O_NOFOLLOW, 0o644)) as file:
+                name, flags | PLAIN, 0o644)) as file:
             file.write(f"{os.getpid()}\n")
             if owner is not None:
                 os.fchown(file.fileno(), owner.pw_uid, owner.pw_gid)

@@ -5954,6 +5954,16 @@ class ProcessTest(NetTest):
                 self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
                 self.assertFalse(os.path.exists(self.path("daemon/policy")))
 
+    def test_a_start_does_not_wait_at_a_fifo(self) -> None:
+        for name in "pid", "pid.lock":
+            with self.subTest(name):
+                os.mkfifo(self.path(name))
+                done = run("--standalone", self.folder, "-o",
+                           "pidfile=" + self.path("pid"))
+                self.assertEqual(done.returncode, 6, done.stderr)
+                self.assertIn(f"{self.path(name)}'\n", done.stderr)
+                os.unlink(self.path(name))
+
     def test_a_pidfile_that_is_no_file_is_left_alone(self) -> None:
         path = self.path("fifo")  # it could as well be /dev/null
         os.mkfifo(path)
