@@ -3854,12 +3854,17 @@ def make_folders(settings: Settings, owner: Owner) -> None:
             os.makedirs(folder, mode)
         elif owner is None or not is_volume(folder):
             continue
-        if owner is not None:
-            os.lchown(folder, owner.pw_uid, owner.pw_gid)
-        if mode == FOR_POSTFIX:
-            with contextlib.suppress(KeyError, PermissionError):
-                os.lchown(folder, -1, grp.getgrnam("postfix").gr_gid)
-                os.chmod(folder, 0o750)
+        # The daemon's user may put a link there at any moment.
+        opened = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, opened)
+            if owner is not None:
+                os.fchown(opened, owner.pw_uid, owner.pw_gid)
+            if mode == FOR_POSTFIX:
+                stack.enter_context(
+                    contextlib.suppress(KeyError, PermissionError))
+                os.fchown(opened, -1, grp.getgrnam("postfix").gr_gid)
+                os.fchmod(opened, 0o750)
 
 
 def is_open(settings: Settings) -> bool:
@@ -3873,8 +3878,9 @@ def is_open(settings: Settings) -> bool:
 
 def is_volume(folder: str) -> bool:
     """Say whether a folder is root's and empty, as a container's volume."""
-    status = os.stat(folder)
-    return (status.st_uid == 0 and not status.st_mode & 0o022  # as /tmp has
+    status = os.lstat(folder)  # of a link too, which is no folder
+    return (stat.S_ISDIR(status.st_mode) and status.st_uid == 0
+            and not status.st_mode & 0o022  # as /tmp has
             and not os.listdir(folder))
 
 

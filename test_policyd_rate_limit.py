@@ -6074,6 +6074,24 @@ class ProcessTest(NetTest):
                 self.assertEqual(daemon.ask(), answer)
                 self.assertEqual(os.stat(volume).st_uid, owner)
 
+    def test_a_folder_of_root_behind_a_link_is_left_as_it_is(self) -> None:
+        if not is_root():
+            skip("root")
+        link, target = self.path("link"), self.path("target")
+        nobody = pwd.getpwnam("nobody")
+        settings = settings_of({"SOCKET": f"{link}/policy", "sqlite_config": {
+            "database": f"{link}/db"}, "pidfile": f"{link}/pid"})
+        self.addCleanup(os.umask, os.umask(0o022))
+        os.mkdir(target, 0o755)
+        os.symlink(target, link)
+        prl.make_folders(settings, nobody)
+        with patch.object(prl, "is_volume", lambda folder: True), \
+                self.assertRaises(OSError):  # planted just behind that
+            prl.make_folders(settings, nobody)
+        found = os.stat(target)
+        self.assertEqual((found.st_uid, stat.S_IMODE(found.st_mode)),
+                         (0, 0o755))
+
     def test_an_unknown_user_is_exit_2_for_root(self) -> None:
         if not is_root():
             skip("root")
