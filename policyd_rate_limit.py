@@ -2188,7 +2188,7 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
                 last = before  # for this one may have more
                 break
         before = last
-    more = clean_others(transaction, after, last, now, keep)
+    more = transaction.backend.turn and clean_turns(transaction, after, last)
     return after if more else last, deleted
 
 
@@ -2203,24 +2203,48 @@ def own_limits(transaction: Transaction, query: str | None, identity: str,
     return None if found is None else (*limits, *(found[0] or ()))
 
 
-def clean_others(transaction: Transaction, after: str, last: str | None,
-                 now: int, keep: int) -> bool:
-    """Delete old values and turns between two names; say if more is left."""
+def clean_turns(transaction: Transaction, after: str, last: str | None,
+                ) -> bool:
+    """Delete turns of no use between two names; say if more are left."""
     between, names = "id > ?", [after]
     if last is not None:
         between, names = "id > ? AND id <= ?", [after, last]
-    transaction.run(
-        f"DELETE FROM mail_value WHERE {between} AND date <= ? AND NOT EXISTS"
-        " (SELECT 1 FROM mail_limit WHERE mail_limit.id = mail_value.id"
-        " AND ends > ?)", *names, now - keep, now)
-    if not transaction.backend.turn:
-        return False
     useless = transaction.run(  # first, since a DELETE locks what it looks at
         f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
         " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
         *names, CLEAN_STEP).fetchall()
     transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
     return len(useless) == CLEAN_STEP
+
+
+def clean_values(transaction: Transaction, after: tuple[str, str], now: int,
+                 keep: int) -> tuple[str, str] | None:
+    """Delete values that no limit sees; look at some CLEAN_STEP of them.
+
+    Returns the identity and value after which to go on, None if that was all.
+    """
+    overrides, deleted = read_overrides(transaction, now), 0
+    for _ in range(CLEAN_STEP // 10):
+        identity, value = after
+        rest = "FROM mail_value WHERE id = ? AND value > ?"
+        [last] = transaction.run(
+            f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
+            identity, value, CLEAN_STEP - 1).fetchone() or (None,)
+        until = 0 if identity in overrides else now - keep
+        if last is not None:
+            transaction.run(f"DELETE {rest} AND value <= ? AND date <= ?",
+                            identity, value, last, until)
+            return identity, last
+        deleted += transaction.run(
+            f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
+        [identity] = transaction.run(
+            "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
+        if identity is None:
+            return None
+        after = identity, ""
+        if deleted >= CLEAN_STEP:
+            break
+    return after
 
 
 def clean_refused(transaction: Transaction, settings: Settings, after: str,
@@ -2355,6 +2379,7 @@ class Service:
         self._away = False  # the database
         self._lock = threading.Lock()  # of counts, and a change of _away
         self._cleaned = self._cleaned_refused = ""  # where cleaning goes on
+        self._cleaned_values = "", ""
 
     def answer(self, request: Request, last: Last) -> str:
         """Return the action for a request, having counted its mail."""
@@ -2404,11 +2429,14 @@ class Service:
             return
         self._ledger.catch_up(now)
         transact = self._ledger.database.transact
+        keep = kept_for(settings.longest_window)
         try:
             self._ledger.standby.overrides = transact(read_overrides, now)
             last, deleted = transact(
-                clean_some, settings.sql_limits_by_id, self._cleaned,
-                now, kept_for(settings.longest_window))
+                clean_some, settings.sql_limits_by_id, self._cleaned, now,
+                keep)
+            self._cleaned_values = transact(
+                clean_values, self._cleaned_values, now, keep) or ("", "")
             self._cleaned_refused = transact(
                 clean_refused, settings, self._cleaned_refused, now) or ""
         except LedgerError as error:
@@ -4205,14 +4233,19 @@ def clean_all(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
     settings, database = open_as_owner(options)
     after: str | None = ""
-    deleted = 0
+    value: tuple[str, str] | None = ("", "")
+    deleted, keep = 0, kept_for(settings.longest_window)
     try:
         while after is not None:
             after, some = database.transact(
                 clean_some, settings.sql_limits_by_id, after,
-                int(time.time()), kept_for(settings.longest_window))
+                int(time.time()), keep)
             deleted += some
             time.sleep(0.005)  # the daemon's turn
+        while value is not None:
+            value = database.transact(
+                clean_values, value, int(time.time()), keep)
+            time.sleep(0.005)
         after = ""
         while after is not None:
             after = database.transact(
