@@ -1904,6 +1904,11 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
            standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
+    for charge in charges if transaction.backend.encoding != "UTF8" else ():
+        values: Sequence[Any] = transaction.backend.fit(
+            [claim.value for claim in charge.claims])
+        charge.claims = [claim._replace(value=value)  # as they are read
+                         for claim, value in zip(charge.claims, values)]
     claims = {claim.identity: claim for charge in charges
               for claim in charge.claims or charge.others}
     for name, claim in claims.items():

@@ -3475,8 +3475,11 @@ class Psycopg2Test(HostsTest):
                 self.addCleanup(
                     self.server.sql, f"DROP DATABASE {name} WITH (FORCE)")
                 there = self.connecting(database=name)
-                host = self.host(encoding, limits=[[3, 3600]], **there)
-                mails = [{"sasl_username": who} for who in names * 5]
+                host = self.host(encoding, limits=[[3, 3600]], quotas=[{
+                    "by": "server", "count": "helo_name",
+                    "limits": [[1, 3600]]}], **there)
+                mails = [{"sasl_username": who, "helo_name": "\u0434"}
+                         for who in names * 5]
                 answers = flood([host], mails)
                 for who in names:
                     self.assert_exact([one for one in answers if one[0][
