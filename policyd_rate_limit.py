@@ -1663,7 +1663,7 @@ class Standby:
     """Judges mails while the database is away, by what this host has seen.
 
     That is what the identity had used when its last mail was settled, until
-    the window has passed, and its mails since then.
+    the window has passed, its mails since then, and those under way.
     """
 
     def __init__(self) -> None:
