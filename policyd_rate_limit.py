@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import contextlib
 import copy
 import difflib
@@ -1656,7 +1657,16 @@ class Tab(NamedTuple):
 
     claim: Claim
     rows: list[Row]  # one with a total was sent: it may be in the table
+    sums: list[tuple[int, int]]  # of each row: date, costs so far
     new: dict[str, int]  # as of a Variety
+
+    def used(self, since: int) -> int:
+        """Return what the mails after a date cost."""
+        first = bisect.bisect_left(self.sums, (since + 1,))
+        if first == len(self.sums):
+            return 0
+        before = self.sums[first][1] - int(self.rows[first][2])
+        return self.sums[-1][1] - before
 
 
 class Standby:
@@ -1694,14 +1704,16 @@ class Standby:
                 tab.rows[:len(rows)] = rows
             for name in {*new, *(row[0] for row in batch.rows)}:
                 tab = self.tabs.setdefault(
-                    name, Tab(batch.accounts[name].claim, [], {}))
+                    name, Tab(batch.accounts[name].claim, [], [], {}))
                 self.tabs.move_to_end(name)
                 self._size -= len(tab.new)
                 tab.new.update(new.get(name, {}))
                 self._size += len(tab.new)
             for row in batch.rows:
-                self.tabs[row[0]].rows.append(
-                    row if sent else (*row[:-1], None))
+                tab = self.tabs[row[0]]
+                tab.rows.append(row if sent else (*row[:-1], None))
+                before = tab.sums[-1][1] if tab.sums else 0
+                tab.sums.append((row[1], before + row[2]))
             self._size += len(batch.rows)
             while self._size > 5 * MAX_KEPT or len(self.tabs) > MAX_KEPT:
                 _, tab = self.tabs.popitem(last=False)
@@ -1749,7 +1761,7 @@ class Standby:
             for tab, rows, new in batch.merged:
                 if self.tabs.get(tab.claim.identity) is not tab:
                     continue  # it has been forgotten
-                del tab.rows[:len(rows)]
+                del tab.rows[:len(rows)], tab.sums[:len(rows)]
                 self._size -= len(rows)
                 if tab.new == new:
                     self._size -= len(new)
@@ -1760,7 +1772,7 @@ class Standby:
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
         known = self._accounts.get(claim.identity, Account(claim))
-        tab = self.tabs.get(claim.identity, Tab(claim, [], {}))
+        tab = self.tabs.get(claim.identity, Tab(claim, [], [], {}))
         now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
         flying = [other for charge in self.flying for other in charge.claims
                   if other.identity == claim.identity]
@@ -1778,9 +1790,7 @@ class Standby:
                 in zip(known.limits, known.before)
                 if known.date > account.now - limit.seconds}
         account.before = tuple(
-            -used.get(limit.seconds, 0)
-            - sum(row[2] for row in tab.rows
-                  if row[1] > account.now - limit.seconds)
+            -used.get(limit.seconds, 0) - tab.used(account.now - limit.seconds)
             for limit in account.limits)
         return account
 

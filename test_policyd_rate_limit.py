@@ -3869,6 +3869,24 @@ class DatabaseFailureTest(AwayTest):
             self.assertEqual([passes(f"u{n}") for n in (149, 50, 49, 50)],
                              [False, False, True, True])
 
+    def test_a_long_outage_makes_no_mail_slow(self) -> None:
+        def spent(mails: int) -> float:
+            standby = prl.Standby()
+            claim = prl.Claim("joe", 1, (prl.Limit(10**6, 600),))
+            charge = prl.Charge([claim], 1000)
+            batch = prl.Batch([charge])
+            batch.accounts = {"joe": prl.Account(claim)}
+            batch.rows = [("joe", 1000, 1, "", "DATA", 0)] * mails
+            standby.keep(batch, sent=False)
+            start = time.process_time()
+            for n in range(200):
+                verdict = standby.judge(charge)
+                self.assertEqual(verdict.usage[0].used, mails + n)
+            return time.process_time() - start
+
+        self.assertTrue(any(
+            spent(20_000) < 5 * spent(20) + 0.05 for _ in range(5)))
+
     def test_different_values_in_memory_are_bounded(self) -> None:
         standby, limits = prl.Standby(), (prl.Limit(10**6, 600),)
         ledger = prl.open_ledger(settings_of(
