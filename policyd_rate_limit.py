@@ -346,10 +346,12 @@ class Patterns(NamedTuple):
 
         That is the value itself, the longest network, @domain, or @. and the
         nearest domain above; for a value that is a domain, the same without @.
+        A value that a client chose is no address, however it is spelt.
         """
         if not self.texts and not self.networks:
             return None
-        address = parse_address(value.partition("/")[0])  # or a network's
+        host, _, bits = value.partition("/")  # it may be a network
+        address = None if bits.strip("0123456789") else parse_address(host)
         if address and not is_address:
             return None  # a sender 127.0.0.1 is not this host
         if value in self.texts:

@@ -1954,12 +1954,17 @@ class PolicyTest(unittest.TestCase):
                 ".example.net"), ("example.net", None), ("a.org", None),
                 ("joe@a.example.net", None), ("joe@example.com",
                 "@EXAMPLE.com"), ("example", "example"), ("", None),
+                ("10.1.2.3/x@a.example.org", "@a.example.org"),
+                ("::1/@example.com", "@EXAMPLE.com"),
+                ("10.1.2.3/x.example.net", ".example.net"),
                 ("x" * 190 + "@a.example.org", "@a.example.org"),
                 ("x@" + "y." * 90 + "b.example.org", "@.example.org"),
                 ("y." * 99 + "example.net", ".example.net"),
                 ("y" * 190 + "@" + "z" * 190, None)):
             self.assertEqual(found.find(value), pattern, value)
             self.assertEqual(found.find(prl.fold(value)), pattern, value)
+            if "@" in value:  # whoever chose it
+                self.assertEqual(found.find(value, False), pattern, value)
 
     def test_a_name_that_a_client_chose_is_no_address(self) -> None:
         settings = prl.Settings(
