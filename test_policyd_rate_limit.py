@@ -3514,6 +3514,11 @@ class GaleraTest(DatabaseTest):
         return self.hosts(*[{"mysql_config": node.config, "db_timeout": 80}
                             for node in self.servers.nodes if node.process])
 
+    def execute_all(self, *statements: str) -> list[tuple[Any, ...]]:
+        """Run statements on a node when it has all that others committed."""
+        return super().execute_all(
+            "SET SESSION wsrep_sync_wait = 1", *statements)
+
     def test_hosts_on_all_nodes_share_one_limit_exactly(self) -> None:
         self.assert_exact(flood(self.on_nodes(), numbered(1000)), 100)
         self.assertEqual(self.counted(), 100)
