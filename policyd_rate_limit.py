@@ -2175,15 +2175,14 @@ def kept_for(longest: int) -> int:
     return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
 
 
-def clean_some(transaction: Transaction, query: str | None, after: str,
-               now: int, keep: int) -> tuple[str | None, int]:
-    """Delete some CLEAN_STEP rows that no limit sees, of identities after one.
+def clean_mails(transaction: Transaction, settings: Settings, after: str,
+                now: int) -> tuple[str | None, int]:
+    """Delete mails of identities after one that no limit sees.
 
-    Rows of the last keep seconds stay, as do those that a limit of the query
-    or of --limit may still see.  Returns the identity after which to go on,
-    None if that was all, and how many rows of mail_count were deleted.
+    Those stay that a limit of the query or of --limit may still see.
     """
     overrides, deleted, before = read_overrides(transaction, now), 0, after
+    keep = kept_for(settings.longest_window)
     for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
         last, oldest = transaction.run(
             "SELECT id, date FROM mail_count WHERE id > ?"
@@ -2191,7 +2190,8 @@ def clean_some(transaction: Transaction, query: str | None, after: str,
         if last is None:
             break
         if oldest <= now - keep:
-            limits = own_limits(transaction, query, last, overrides)
+            limits = own_limits(
+                transaction, settings.sql_limits_by_id, last, overrides)
             until = 0 if limits is None else now - max([keep, *(
                 kept_for(limit.seconds) for limit in limits)])
             step = transaction.run(
@@ -2234,42 +2234,38 @@ def clean_turns(transaction: Transaction, after: str, last: str | None,
     return len(useless) == CLEAN_STEP
 
 
-def clean_values(transaction: Transaction, after: tuple[str, str], now: int,
-                 keep: int) -> tuple[str, str] | None:
-    """Delete values that no limit sees; look at some CLEAN_STEP of them.
-
-    Returns the identity and value after which to go on, None if that was all.
-    """
+def clean_values(transaction: Transaction, settings: Settings,
+                 after: tuple[str, str], now: int) -> tuple[Any, int]:
+    """Delete values that no limit sees, after an identity's value."""
     overrides, deleted = read_overrides(transaction, now), 0
+    keep = kept_for(settings.longest_window)
     for _ in range(CLEAN_STEP // 10):
-        identity, value = after
+        identity, value = after or ("", "")
         rest = "FROM mail_value WHERE id = ? AND value > ?"
         [last] = transaction.run(
             f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
             identity, value, CLEAN_STEP - 1).fetchone() or (None,)
         until = 0 if identity in overrides else now - keep
         if last is not None:
-            transaction.run(f"DELETE {rest} AND value <= ? AND date <= ?",
-                            identity, value, last, until)
-            return identity, last
+            deleted += transaction.run(
+                f"DELETE {rest} AND value <= ? AND date <= ?",
+                identity, value, last, until).rowcount
+            return (identity, last), deleted
         deleted += transaction.run(
             f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
         [identity] = transaction.run(
             "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
         if identity is None:
-            return None
+            return None, deleted
         after = identity, ""
         if deleted >= CLEAN_STEP:
             break
-    return after
+    return after, deleted
 
 
-def clean_refused(transaction: Transaction, settings: Settings, after: str,
-                  now: int) -> str | None:
-    """Delete limits that ended, and old refusals that all were told of.
-
-    Looks at CLEAN_STEP rows; returns the identity to go on from, or None.
-    """
+def clean_refusals(transaction: Transaction, settings: Settings, after: str,
+                   now: int) -> tuple[str | None, int]:
+    """Delete limits that ended, and old refusals that all were told of."""
     transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
     rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
                          f" LIMIT {CLEAN_STEP}", after)
@@ -2291,7 +2287,13 @@ def clean_refused(transaction: Transaction, settings: Settings, after: str,
             "DELETE FROM report_told WHERE id = ? AND seconds = ?"
             " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
             " report_told.id AND r.seconds = report_told.seconds)", *key)
-    return last if len(rows) == CLEAN_STEP else None
+    return last if len(rows) == CLEAN_STEP else None, 0
+
+
+# Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
+# after what to go on, None if that was all, and how many it deleted.
+CLEANINGS: Sequence[Callable[..., tuple[Any, int]]] = (
+    clean_mails, clean_values, clean_refusals)
 
 
 def read_refusals(transaction: Transaction, which: str = "", *values: object,
@@ -2395,8 +2397,7 @@ class Service:
         self._counted = -math.inf  # when a mail was last counted
         self._away = False  # the database
         self._lock = threading.Lock()  # of counts, and a change of _away
-        self._cleaned = self._cleaned_refused = ""  # where cleaning goes on
-        self._cleaned_values = "", ""
+        self._cleaned: list[Any] = [None] * len(CLEANINGS)  # up to what
 
     def answer(self, request: Request, last: Last) -> str:
         """Return the action for a request, having counted its mail."""
@@ -2446,22 +2447,15 @@ class Service:
             return
         self._ledger.catch_up(now)
         transact = self._ledger.database.transact
-        keep = kept_for(settings.longest_window)
         try:
             self._ledger.standby.overrides = transact(read_overrides, now)
-            last, deleted = transact(
-                clean_some, settings.sql_limits_by_id, self._cleaned, now,
-                keep)
-            self._cleaned_values = transact(
-                clean_values, self._cleaned_values, now, keep) or ("", "")
-            self._cleaned_refused = transact(
-                clean_refused, settings, self._cleaned_refused, now) or ""
+            for place, clean in enumerate(CLEANINGS):
+                self._cleaned[place], deleted = transact(
+                    clean, settings, self._cleaned[place] or "", now)
+                if deleted:
+                    log.info("%d old records deleted", deleted)
         except LedgerError as error:
             self._tell_database(error)
-            return
-        self._cleaned = last or ""
-        if deleted:
-            log.info("%d old records deleted", deleted)
 
     def _charge(self, charge: Charge, settings: Settings,
                 ) -> tuple[Verdict, str]:
@@ -4249,25 +4243,15 @@ def run_daemon(options: argparse.Namespace) -> None:
 def clean_all(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
     settings, database = open_as_owner(options)
-    after: str | None = ""
-    value: tuple[str, str] | None = ("", "")
-    deleted, keep = 0, kept_for(settings.longest_window)
+    deleted = 0
     try:
-        while after is not None:
-            after, some = database.transact(
-                clean_some, settings.sql_limits_by_id, after,
-                int(time.time()), keep)
-            deleted += some
-            time.sleep(0.005)  # the daemon's turn
-        while value is not None:
-            value = database.transact(
-                clean_values, value, int(time.time()), keep)
-            time.sleep(0.005)
-        after = ""
-        while after is not None:
-            after = database.transact(
-                clean_refused, settings, after, int(time.time()))
-            time.sleep(0.005)
+        for clean in CLEANINGS:
+            after: Any = ""
+            while after is not None:
+                after, some = database.transact(
+                    clean, settings, after, int(time.time()))
+                deleted += some
+                time.sleep(0.005)  # the daemon's turn
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")

@@ -2112,6 +2112,7 @@ class StoreContract:
     """What every backend keeps to; a subclass opens the ledger."""
 
     LIMITS = (prl.Limit(10, 60), prl.Limit(15, 600))
+    SHORT = prl.Settings(limits=(prl.Limit(1, 1),))  # keeps rows for 601 s
 
     assertEqual: Any
     assertLess: Any
@@ -2466,7 +2467,8 @@ class StoreContract:
                             (works, True), (works.replace("2", "1"), False)):
             with self.subTest(query), quiet():
                 ledger.database.transact(
-                    prl.clean_some, query, "", 30000, 600)
+                    prl.clean_mails, dataclasses.replace(
+                        self.SHORT, sql_limits_by_id=query), "", 30000)
                 self.assertEqual(self.used(ledger, 1000) > 0, kept)
 
     def test_cleaning_forgets_nothing_that_a_limit_sees(self) -> None:
@@ -2479,7 +2481,7 @@ class StoreContract:
         deleted = 0
         while after is not None:
             after, some = ledger.database.transact(
-                prl.clean_some, None, after, 1109, 60)
+                prl.clean_mails, self.SHORT, after, 1650)
             deleted += some
         self.assertEqual(deleted, 150)
         self.assertEqual(self.execute(
@@ -2495,7 +2497,7 @@ class StoreContract:
         ledger = self.open()
         self.passes(ledger, 9000, "ann")
         self.passes(ledger, 1000, "zoe", limits=(prl.Limit(0, 60),))
-        ledger.database.transact(prl.clean_some, None, "", 9000, 60)
+        ledger.database.transact(prl.clean_mails, self.SHORT, "", 9000)
         self.assertEqual(self.execute(
             ledger, "SELECT id FROM mail_turn WHERE id <> 'ann'"), [])
 
@@ -2505,13 +2507,15 @@ class StoreContract:
                   enumerate((700, 3, 0, 400)) for n in range(count)]
         ledger.database.transact(
             prl.Transaction.write, ledger.database.backend.see, values)
-        left, after = [len(values)], ("", "")
+        left = [len(values)]
+        after: Any = ""
         with patch.object(prl, "CLEAN_STEP", 200):
             while after is not None:
-                after = ledger.database.transact(  # type: ignore[assignment]
-                    prl.clean_values, after, 1060, 60)
+                after, deleted = ledger.database.transact(
+                    prl.clean_values, self.SHORT, after, 1601)
                 left += self.execute(
                     ledger, "SELECT count(*) FROM mail_value")[0]
+                self.assertEqual(left[-2] - left[-1], deleted)
         self.assertLessEqual(max(
             more - fewer for more, fewer in zip(left, left[1:])), 200)
         self.assertEqual(self.execute(
@@ -2526,10 +2530,12 @@ class StoreContract:
                 ("joe", 1000 + n, 1, "", "DATA", n + 1)
                 for n in range(begin, begin + 500)])
         self.passes(ledger, 9000, "zoe")
-        steps, after = [], ""
+        steps: list[int] = []
+        after: str | None = ""
         while after is not None:
-            after, some = ledger.database.transact(  # type: ignore
-                prl.clean_some, None, after or "", 9000, 5000)
+            after, some = ledger.database.transact(
+                prl.clean_mails, prl.Settings(limits=(prl.Limit(1, 2500),)),
+                after, 9000)
             steps.append(some)
         self.assertEqual(steps, [step, step, step, 1])
         self.assertEqual(self.execute(
@@ -2541,11 +2547,12 @@ class StoreContract:
                    for i in range(500)]
         ledger.database.transact(
             prl.settle, prl.Batch(charges), None, prl.Standby())
-        steps, after = [], ""
+        steps: list[int] = []
+        after: str | None = ""
         with patch.object(prl, "CLEAN_STEP", 200):
             while after is not None:
-                after, some = ledger.database.transact(  # type: ignore
-                    prl.clean_some, None, after or "", 9999, 600)
+                after, some = ledger.database.transact(
+                    prl.clean_mails, self.SHORT, after, 9999)
                 steps.append(some)
         self.assertEqual(sum(steps), 500)
         self.assertLessEqual(max(steps), 201)
@@ -2588,7 +2595,8 @@ class StoreContract:
             after: str | None = ""
             with patch.object(prl, "CLEAN_STEP", 2):
                 while after is not None:
-                    after = transact(prl.clean_refused, settings, after, now)
+                    after, _ = transact(
+                        prl.clean_refusals, settings, after, now)
             rows = transact(prl.read_refusals)
             self.assertEqual(
                 " ".join(sorted(row.identity for row in rows)), left)
@@ -2638,7 +2646,8 @@ class StoreContract:
         with quiet() as said:
             self.assertEqual([self.passes(ledger, 1000) for _ in range(11)],
                              [True] * 10 + [False])
-            ledger.database.transact(prl.clean_some, None, "", 9999, 60)
+            ledger.database.transact(
+                prl.clean_mails, self.SHORT, "", 9999)
         self.assertEqual(len(said), 1)
 
     def test_cleaning_minds_limits_set_by_hand(self) -> None:
@@ -2650,10 +2659,8 @@ class StoreContract:
             self.execute(ledger, "INSERT INTO mail_value (id, value, date)"
                          " VALUES (?, 'x', 1000)", who)
         for now in (3000, 9000):
-            ledger.database.transact(prl.clean_some, None, "", now, 60)
-            ledger.database.transact(prl.clean_values, ("", ""), now, 60)
-            ledger.database.transact(
-                prl.clean_refused, prl.Settings(), "", now)
+            for clean in prl.CLEANINGS:
+                ledger.database.transact(clean, self.SHORT, "", now)
             for table in ("mail_count", "mail_limit", "mail_value"):
                 self.assertEqual(self.execute(
                     ledger, f"SELECT id FROM {table}"),
@@ -2808,7 +2815,8 @@ class StoreContract:
                 sent.append((at, cost))
             if step % 97 == 0:
                 ledgers[0].database.transact(
-                    prl.clean_some, None, "", at, 1200)
+                    prl.clean_mails, prl.Settings(
+                        limits=(prl.Limit(1, 600),)), "", at)
 
 
 class SQLiteTest(StoreContract, FolderTest):
@@ -3673,7 +3681,8 @@ class RandomTest(FolderTest):
             elif what < .1:
                 keep = chance.choice((1200, 4000))
                 model.clean(int(now), keep)
-                database.transact(prl.clean_some, None, "", int(now), keep)
+                database.transact(prl.clean_mails, prl.Settings(
+                    limits=(prl.Limit(1, keep // 2),)), "", int(now))
             else:
                 self.charge(chance, database, settings, model, now, [
                     (chance.choice(users), chance.choice((1, 1, 2, 3, 10)))
