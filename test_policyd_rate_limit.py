@@ -3149,6 +3149,9 @@ class HostsTest(DriverTest):
             wait_for_more()
             self.server.kill()
             self.server.start()
+        wait_for(  # for a connection that took long passes for hung
+            lambda: {host.ask(sasl_username="ann") for host in hosts}
+            == {PASS}, "the database to be back")
         wait_for_more()
         enough.set()
         clients.join()
