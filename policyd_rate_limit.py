@@ -344,8 +344,8 @@ class Patterns(NamedTuple):
     def find(self, value: str, is_address: bool = True) -> Any:
         """Return the entry of the pattern that fits best, or None.
 
-        That is the value itself, the longest network, @domain, or @. and the
-        nearest domain above; for a value that is a domain, the same without @.
+        That is the value itself, the longest network, @domain, or @. and it or
+        the nearest above; for a value that is a domain, the same without @.
         A value that a client chose is no address, however it is spelt.
         """
         if not self.texts and not self.networks:
@@ -361,12 +361,10 @@ class Patterns(NamedTuple):
                 return entry
         _, at, domain = value.rpartition("@")
         pattern = at + domain
-        while pattern not in self.texts:
-            domain = domain.partition(".")[2]
-            if not domain:
-                return None
+        while pattern not in self.texts and domain:
             pattern = f"{at}.{domain}"
-        return self.texts[pattern]
+            domain = domain.partition(".")[2]
+        return self.texts.get(pattern)
 
 
 class Choice(NamedTuple):
