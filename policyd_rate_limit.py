@@ -814,7 +814,7 @@ class Verdict(NamedTuple):
     usage: tuple[Usage, ...]
     broken: Usage | None
     tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
-    room_at: int | None = None  # when a mail passes again, if it was asked
+    room_at: int | None = None  # when it passes, if that was asked; 0: never
 
 
 class Refusal(NamedTuple):
@@ -2022,21 +2022,31 @@ def with_room(transaction: Transaction, verdict: Verdict,
     """Add to a verdict when such a mail passes again, if that is asked."""
     broken = verdict.broken
     if (broken is None
-            or "$room" not in broken.claim.rule.fail_action.replace("{", "")
-            or broken.claim.cost > broken.limit.mails):
+            or "$room" not in broken.claim.rule.fail_action.replace("{", "")):
         return verdict
-    account, (mails, seconds) = accounts[broken.claim.identity], broken.limit
+    full = [use for use in verdict.usage if not use.claim.rule.dry_run
+            and use.used + use.claim.cost > use.limit.mails]
+    never = any(use.claim.cost > use.limit.mails for use in full)
+    return verdict._replace(room_at=0 if never else max(
+        room_in(transaction, use, accounts) for use in full))
+
+
+def room_in(transaction: Transaction, full: Usage,
+            accounts: Mapping[str, Account]) -> int:
+    """Return when a limit that is full has room again."""
+    claim, (mails, seconds) = full.claim, full.limit
+    account = accounts[claim.identity]
     if isinstance(account, Variety):
         dates = sorted(date for value, date in account.seen.items()
-                       if value != broken.claim.value)
+                       if value != claim.value)
         date = dates[-mails]
     else:
         [date] = transaction.run(  # reads no more rows than have to leave
             "SELECT date FROM mail_count WHERE id = ? AND date > ?"
             " AND total >= ? ORDER BY date, total LIMIT 1", account.identity,
-            account.now - seconds, account.total + broken.claim.cost - mails,
+            account.now - seconds, account.total + claim.cost - mails,
             ).fetchone() or [account.date]
-    return verdict._replace(room_at=int(date) + seconds)
+    return int(date) + seconds
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
@@ -2584,8 +2594,9 @@ def explain(broken: Usage, room: int | None, now: float) -> str:
     action = claim.rule.fail_action
     if "$" not in action:
         return action
-    at = within = "never" if claim.cost > limit.mails else "unknown"
-    if room is not None:
+    never = room == 0 or claim.cost > limit.mails
+    at = within = "never" if never else "unknown"
+    if room:
         at, within = moment(room), spell(max(room - math.ceil(now), 1))
     return string.Template(action).substitute(
         identity=printable(claim.identity), used=broken.used,

@@ -2253,7 +2253,7 @@ class StoreContract:
             if verdict.broken is None:
                 continue
             if cost > 10:
-                self.assertIsNone(verdict.room_at)
+                self.assertEqual(verdict.room_at, 0)
                 continue
             assert verdict.room_at is not None
             for at, fits in ((verdict.room_at - 1, False),
@@ -2262,6 +2262,24 @@ class StoreContract:
                     ledger, "SELECT coalesce(sum(recipient_count), 0) FROM"
                     " mail_count WHERE id = 'joe' AND date > ?", at - 60)
                 self.assertEqual(used + cost <= 10, fits, (now, at))
+
+    def test_there_is_room_when_all_limits_have_it(self) -> None:
+        ledger, limits = self.open(), (prl.Limit(2, 60), prl.Limit(3, 600))
+        wanting = prl.Settings(fail_action="450 $room_in").rules[0]
+        tried = dataclasses.replace(wanting, dry_run=True)
+        for now in (1000, 1550, 1551):
+            self.passes(ledger, now, limits=limits)
+        for now, cost, blocked, room in (
+                (1552, 1, tried, 1610), (1552, 2, tried, 2150),
+                (1552, 3, tried, 0), (1552, 1, wanting, 0),
+                (1600, 2, tried, 2150), (1605, 1, tried, 1610)):
+            verdict = ledger.charge(prl.Charge([
+                prl.Claim("joe", cost, limits, wanting),
+                prl.Claim("d=x", 1, (prl.Limit(0, 60),), blocked)], now))
+            self.assertEqual(verdict.room_at, room, (now, cost, blocked))
+        verdict = ledger.charge(prl.Charge([prl.Claim(
+            "joe", 1, (prl.Limit(2, 600), prl.Limit(3, 900)), wanting)], 1605))
+        self.assertEqual(verdict.room_at, 2150)
 
     def test_a_window_covers_its_seconds_of_real_time(self) -> None:
         ledger, limit = self.open(), (prl.Limit(2, 2),)
