@@ -405,7 +405,7 @@ def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
             raise Wrong(f"put quotes around {key}", (str(key),))
         name = str(key)
         pattern: Any = fold(name) if name else ""
-        if re.fullmatch(r"[0-9a-f.:]+/[0-9]+", pattern):
+        if re.fullmatch(r"[0-9a-f.:]+/[0-9.]+", pattern):
             pattern = ipaddress.ip_network(pattern, strict=False)
             networks[pattern] = entry
         else:
@@ -2253,7 +2253,9 @@ def clean_values(transaction: Transaction, settings: Settings,
         [last] = transaction.run(
             f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
             identity, value, CLEAN_STEP - 1).fetchone() or (None,)
-        until = 0 if identity in overrides else now - keep
+        limits, _ = overrides.get(identity, ((), 0))
+        until = now - max([keep, *(
+            kept_for(limit.seconds) for limit in limits)])
         if last is not None:
             deleted += transaction.run(
                 f"DELETE {rest} AND value <= ? AND date <= ?",
@@ -4349,7 +4351,8 @@ def check_known(settings: Settings, database: Database, identity: str,
     """Return how an identity stands; warn if nothing is known of it."""
     [found] = database.transact(survey, settings, int(time.time()), identity)
     named = {f"{rule.name}={text}" if rule.by else text
-             for rule in settings.rules for text in rule.limits_by_id.texts}
+             for rule in settings.rules for text in rule.limits_by_id.texts
+             if text[:1] not in ("@", ".")}  # no mail is counted for these
     if not (found.last_mail or found.refusals or identity in named
             or found.source in ("--limit", "sql_limits_by_id")):
         log.warning("%s: nothing is recorded of it: is it spelt right?",

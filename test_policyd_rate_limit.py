@@ -1937,7 +1937,7 @@ class PolicyTest(unittest.TestCase):
 
     def test_the_most_specific_pattern_gives_the_limits(self) -> None:
         patterns = ("joe@a.example.org", "@a.example.org", "@.example.org",
-                    "@.org", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.3",
+                    "@.org", "10.0.0.0/255.0.0.0", "10.1.0.0/16", "10.1.2.3",
                     "2001:db8::/32", ".example.net", "@EXAMPLE.com", "example")
         found = prl.as_patterns({name: name for name in patterns})
         for value, pattern in (
@@ -1947,7 +1947,7 @@ class PolicyTest(unittest.TestCase):
                 ("ann@example.org", "@.example.org"), ("ann@org", "@.org"),
                 ("x@y@a.example.org", "@a.example.org"),
                 ("10.1.2.3", "10.1.2.3"), ("10.1.2.4", "10.1.0.0/16"),
-                ("10.2.0.1", "10.0.0.0/8"), ("11.0.0.1", None),
+                ("10.2.0.1", "10.0.0.0/255.0.0.0"), ("11.0.0.1", None),
                 ("10.1.9.0/24", "10.1.0.0/16"), ("11.0.0.0/24", None),
                 ("2001:db8:0:7::/64", "2001:db8::/32"),
                 ("2001:db8::7", "2001:db8::/32"), ("a.example.net",
@@ -2543,6 +2543,16 @@ class StoreContract:
             " GROUP BY id ORDER BY id"), [
                 ("k0", 1001, 350), ("k1", 1001, 1), ("k3", 1001, 200)])
 
+    def test_values_under_limits_set_by_hand_are_cleaned(self) -> None:
+        ledger = self.open()
+        self.override(ledger, "places=joe", prl.Limit(9, 5000))
+        ledger.database.transact(
+            prl.Transaction.write, ledger.database.backend.see,
+            [("places=joe", f"{date}", date) for date in (1000, 9000, 19000)])
+        ledger.database.transact(prl.clean_values, self.SHORT, "", 19000)
+        self.assertEqual(
+            self.execute(ledger, "SELECT date FROM mail_value"), [(19000,)])
+
     def test_many_rows_of_an_identity_are_cleaned_in_small_steps(self) -> None:
         ledger, step = self.open(), prl.CLEAN_STEP
         for begin in range(0, 3500, 500):
@@ -2868,7 +2878,8 @@ class SQLiteTest(StoreContract, FolderTest):
 
     def test_what_is_committed_outlives_a_power_cut(self) -> None:
         ledger = self.open()
-        for pragma, value in (("synchronous", 2), ("journal_mode", "wal")):
+        for pragma, value in (("synchronous", 2), ("journal_mode", "wal"),
+                              ("journal_size_limit", 2**24)):
             self.assertEqual(self.execute(ledger, f"PRAGMA {pragma}"),
                              [(value,)])
 
@@ -4134,6 +4145,15 @@ class ServiceTest(FolderTest):
                 request(recipient_count=4), prl.Last()), "450 never never")
         self.assertIn("it can never pass", logged.output[0])
 
+    def test_an_answer_is_short_and_printable_whatever_a_client_says(self
+                                                                     ) -> None:
+        rule = dataclasses.replace(
+            prl.Settings().rules[0], fail_action="450 $identity" + ", no" * 99)
+        usage = prl.Usage(prl.Claim("a\u2028\u202eb\x7f", 1, (), rule),
+                          prl.Limit(1, 60), 1)
+        said = prl.explain(usage, None, 1000)
+        self.assertEqual((said[:14], len(said)), ("450 a??b?, no,", 400))
+
     def test_a_dry_run_counts_and_logs_and_refuses_nothing(self) -> None:
         service = self.service(dry_run=True)
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
@@ -4992,7 +5012,7 @@ class StatusTest(ReportsTest):
 
     config = json.dumps({
         "limits": [[10, 60], [100, 86400]], "limits_by_id": {
-            "Boss": [[1000, 3600]], "free": []}})
+            "Boss": [[1000, 3600]], "free": [], "@x.org": [[9, 60]]}})
 
     def show(self, *options: str, **more: Any) -> str:
         """Run a command and return what it shows."""
@@ -5218,14 +5238,15 @@ class StatusTest(ReportsTest):
                         ("--reset", "jo")):
             for name, warned in (("jo", True), ("joe", False),
                                  ("ann", False), ("free", False),
-                                 ("jo@x.org", True), ("server=al", True)):
+                                 ("jo@x.org", True), ("server=al", True),
+                                 ("@x.org", True)):
                 result = self.command(
                     options[0], name, *options[2:], config=self.config)
                 self.assertEqual(result.returncode, 0)
                 self.assertEqual("is it spelt right?" in result.stderr,
                                  warned and options[0] != "--reset"
                                  or warned, (options, name))
-            for name in "jo", "jo@x.org", "server=al":
+            for name in "jo", "jo@x.org", "server=al", "@x.org":
                 self.show("--unlimit", name)
 
     def test_a_limit_that_is_only_tried_is_told(self) -> None:
