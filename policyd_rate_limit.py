@@ -1318,6 +1318,7 @@ def retotal(transaction: Transaction, identity: str, now: float) -> None:
             "SELECT date, recipient_count, instance, protocol_state"
             " FROM mail_count WHERE id = ? ORDER BY date, total",
             identity).fetchall():
+        transaction.backend.deadline += 0.001  # each row has to be written
         count = 1 if count is None else count
         total += count
         rows.append((identity, min(date, now), count, *origin, total))

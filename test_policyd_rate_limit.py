@@ -3479,6 +3479,21 @@ class Psycopg2Test(HostsTest):
         self.assertEqual(len(ledger.standby.tabs), 0)
         self.assertEqual(self.counted(claim.identity), 100_002)
 
+    @slow
+    def test_a_clock_set_back_locks_out_no_identity_with_many_rows(self
+                                                                   ) -> None:
+        ledger = self.open()
+        self.passes(ledger, 1000)
+        self.execute_all(
+            "INSERT INTO mail_count SELECT 'joe', 9000 + n, 1, '', '', n"
+            " FROM generate_series(2, 100000) AS rows (n)")
+        ledger.database.backend.timeout = 1
+        charge = prl.Charge(
+            [prl.Claim("joe", 1, (prl.Limit(10**6, 86400),))], 2000)
+        ledger.charge(charge)
+        self.assertIsNone(charge.error)
+        self.assertEqual(self.used(ledger, 2000), 10**5)
+
     def test_the_mail_that_finds_old_tables_has_a_transaction(self) -> None:
         self.execute_all(
             *self.original,
