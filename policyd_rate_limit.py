@@ -3315,7 +3315,8 @@ def urgency(standing: Standing, now: int) -> tuple[float, ...]:
 
 def show_most(standings: Sequence[Standing], now: int) -> Iterator[str]:
     """Yield lines that show the first: what fits the terminal, or all."""
-    columns, lines = shutil.get_terminal_size((80, 0))
+    columns, lines = shutil.get_terminal_size(
+        (80 if sys.stdout.isatty() else 999, 0))
     rows: list[tuple[str, ...]] = [
         ("identity", "", "", "used", "refused", "last", "room", "until")]
     left = len(standings)

@@ -5094,6 +5094,12 @@ class StatusTest(ReportsTest):
                 self.assertEqual(shown[-1][:12].split()[1],
                                  str(20 - len(names)))
 
+    def test_names_are_whole_in_a_pipe(self) -> None:
+        name = "a-very-long-name" * 5 + "@mail.example.org"
+        self.spend(name, 3)
+        self.assertIn(f"\n{name} 1m [###.......]", self.show(
+            "--status", env={"PATH": os.environ["PATH"]}))
+
     def test_one_identity_with_where_its_limits_come_from(self) -> None:
         self.spend("boss", 20)
         self.refuse("boss", 2, 900)
