@@ -2899,6 +2899,14 @@ def rule_of(settings: Settings, identity: str) -> Rule:
     return quotas[0] if equals and quotas else settings.rules[0]
 
 
+def key_of(settings: Settings, spelt: str) -> str:
+    """Return the identity, or the quota's key, that an admin has spelt."""
+    name, _, value = spelt.partition("=")
+    if rule_of(settings, fold(spelt)).by:
+        return shorten(f"{fold(name)}={fold(value)}")
+    return fold(spelt)
+
+
 def tell(transaction: Transaction, rows: Sequence[Row]) -> None:
     """Keep the hits that addresses were told: rows of report_told."""
     for row in rows:
@@ -4290,7 +4298,7 @@ def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, database = open_as_owner(options, make=False)
     now = int(time.time())
-    chosen = [fold(options.status)] if options.status else []
+    chosen = [key_of(settings, options.status)] if options.status else []
     standings = sorted(
         database.look(survey, settings, now, *chosen),
         key=lambda standing: urgency(standing, now), reverse=True)
@@ -4320,7 +4328,7 @@ def show_prometheus(options: argparse.Namespace) -> None:
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
     settings, database = open_as_owner(options)
-    identity = fold(options.reset)
+    identity = key_of(settings, options.reset)
     check_known(settings, database, identity)
     mails = database.transact(forget, identity)
     print(f"{printable(identity)}: {mails} recorded mails forgotten")
@@ -4330,7 +4338,7 @@ def set_limit(options: argparse.Namespace) -> None:
     """Give an identity other limits at once, on every host."""
     settings, database = open_as_owner(options)
     identity, limits = options.limit or (options.block, BLOCKED)
-    key, now = fold(identity), int(time.time())
+    key, now = key_of(settings, identity), int(time.time())
     ends = now + options.term if options.term else FOR_GOOD
     if check_known(settings, database, key).dry_run:
         log.warning("%s: dry_run: no mail of it is refused", printable(key))
@@ -4341,8 +4349,8 @@ def set_limit(options: argparse.Namespace) -> None:
 
 def unlimit(options: argparse.Namespace) -> None:
     """Let the limits of file or query hold for an identity again."""
-    _, database = open_as_owner(options)
-    key = fold(options.unlimit)
+    settings, database = open_as_owner(options)
+    key = key_of(settings, options.unlimit)
     had = database.transact(drop_override, key)
     print(f"{printable(key)}:",
           "its usual limits hold again" if had else "it has its usual limits")

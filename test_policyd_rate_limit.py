@@ -5230,6 +5230,7 @@ class StatusTest(ReportsTest):
             "limits": [[100, 60]], "quotas": [
                 {"by": "sasl_domain", "limits": [[3, 3600]], "limits_by_id":
                  {"free.example": []}},
+                {"by": "client_address", "limits": [[9, 60]]},
                 {"name": "places", "by": "sasl_username", "dry_run": True,
                  "count": "client_address", "limits": [[2, 60]]}]}))
         for who, n, expected in (
@@ -5251,6 +5252,13 @@ class StatusTest(ReportsTest):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(
             daemon.ask(sasl_username="joe@free.example"), REFUSED)
+        spelt, address = "Client_Address=2001:DB8:0::1", "2001:db8::1"
+        for option, expected in (("--block", REFUSED), ("--unlimit", PASS)):
+            done = run(*daemon.options, option, spelt)
+            self.assertEqual(done.returncode, 0)
+            self.assertIn(f"client_address={address}: ", done.stdout)
+            self.assertEqual(daemon.ask(client_address=address), expected)
+        self.assertIn(" 1/9\n", run(*daemon.options, "--status", spelt).stdout)
 
     def test_a_typo_is_told(self) -> None:
         self.spend("joe", 1)
@@ -5265,8 +5273,7 @@ class StatusTest(ReportsTest):
                     options[0], name, *options[2:], config=self.config)
                 self.assertEqual(result.returncode, 0)
                 self.assertEqual("is it spelt right?" in result.stderr,
-                                 warned and options[0] != "--reset"
-                                 or warned, (options, name))
+                                 warned, (options, name))
             for name in "jo", "jo@x.org", "server=al", "@x.org":
                 self.show("--unlimit", name)
 
