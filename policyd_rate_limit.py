@@ -1517,15 +1517,14 @@ class MySQL(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(); no other charset holds all."""
-        flags = settings.mysql_config.get("client_flag", 0)
-        return {**settings.mysql_config, "charset": "utf8mb4",
-                "client_flag": flags | MULTI_STATEMENTS}
+        return {**settings.mysql_config, "charset": "utf8mb4"}
 
     def connect(self, timeout: int) -> Connection:
         """Connect with a bound on each answer."""
         connection = self.driver.connect(**{
             "connect_timeout": self.timeout, "read_timeout": timeout,
-            "write_timeout": timeout, **self.config})
+            "write_timeout": timeout, **self.config, "client_flag":
+            (self.config.get("client_flag") or 0) | MULTI_STATEMENTS})
         connection.autocommit(False)
         with contextlib.closing(connection.cursor()) as cursor:  # an empty
             cursor.execute("SET sql_mode = 'STRICT_ALL_TABLES'")  # text is one

@@ -1776,7 +1776,8 @@ class SettingsTest(FolderTest):
         for number in "12":
             for what in ("--check", "--clean"):
                 with self.subTest(backend=number, command=what):
-                    path = self.write("test.yaml", f"backend: {number}\n")
+                    path = self.write("test.yaml", f"backend: {number}\n"
+                                      "mysql_config: {client_flag: x}\n")
                     done = run("-f", path, what, *here_as_ourselves(self))
                     self.assertIn(done.returncode, (5, 6, 8), done.stderr)
                     self.assertNotIn("Traceback", done.stderr)
