@@ -226,8 +226,9 @@ FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
 
 ANY_WINDOW = range(1, MAX_NUMBER + 1)
 ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
-    r"(?i:ok|[45]..|dunno|defer|defer_if_(?:permit|reject)|bcc|discard|filter"
-    r"|hold|info|prepend|redirect|warn|(?:permit|reject)(?:_\w+)?|check_\w+)")
+    r"(?i:ok|[45]\d\d|dunno|defer|defer_if_(?:permit|reject)|bcc|discard"
+    r"|filter|hold|info|prepend|redirect|warn|(?:permit|reject)(?:_\w+)?"
+    r"|check_\w+)")
 Limits = tuple[Limit, ...]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -702,6 +703,8 @@ def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
         yield False, "fail_action, dry_run: as they are, no mail is refused"
     if (settings.report or mails_alert) and not settings.report_to:
         yield False, "report_to: nobody is named to get reports and alerts"
+    if settings.report_limits == () and (settings.report or settings.alert):
+        yield False, "report_limits: empty, so nobody is told of a refusal"
     for window in settings.report_limits or ():
         if (settings.report or settings.alert) and window not in windows:
             yield False, f"report_limits: no limit has the window {window}"

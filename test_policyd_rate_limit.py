@@ -1695,11 +1695,14 @@ class SettingsTest(FolderTest):
                             " and alerts"),
             ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]",
              "report_limits: no limit has the window 61"),
+            ("report: True\nreport_to: a@b.c\nreport_limits: []",
+             "report_limits: empty, so nobody is told of a refusal"),
             *((text, "fail_action, dry_run: as they are, no mail is"
                      " refused") for text in (
                          "dry_run: True", "fail_action: DUNNO")),
             ("fail_action: dunnno x",
              "fail_action: access(5) knows no dunnno"),
+            ("fail_action: 4xx", "fail_action: access(5) knows no 4xx"),
             ("quotas: [{by: server, limits: [[1, 60]], fail_action: hol}]",
              "fail_action: access(5) knows no hol"),
             ("db_error_action: 4.7.1 x",
