@@ -1462,8 +1462,7 @@ class SQLite(Backend):
                     **self.config, "database": path if there else ":memory:",
                     })) as connection:
                 transaction = Transaction(self, connection, self.begin)
-                if there:
-                    examine(transaction)
+                examine(transaction)  # in memory: would the query work?
         except Exception as error:  # a TypeError is connect()'s
             raise LedgerError(self.explain(error)) from error
         return f"SQLite {self.driver.sqlite_version}, {path}"

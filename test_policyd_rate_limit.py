@@ -6429,6 +6429,15 @@ class CommandLineTest(FolderTest):
                 self.assertIn(f"error: {message}", done.stderr)
                 self.assertNotIn("OK", done.stdout)
 
+    def test_check_tries_the_query_before_the_first_start(self) -> None:
+        for query, status in (("rubbish", 6), ("SELECT x FROM y WHERE ?", 6),
+                              ("SELECT '[[1, 60]]' WHERE 'x' = ?", 0),
+                              ("SELECT limits FROM rate_limits", 0)):
+            with self.subTest(query):
+                self.assertEqual(status, command(
+                    "--check", "--standalone", self.path("none"), "-o",
+                    f"sql_limits_by_id={query}")[0])
+
     def test_check_fails_where_a_start_would(self) -> None:
         file = self.write("a.yaml", "debug: no\n")
         long, other = self.path("x" * 200), self.write("other", "")
