@@ -3898,7 +3898,8 @@ def drop_root(owner: Owner) -> None:
 
 def folders(settings: Settings) -> Mapping[str, int]:
     """Return the folders that a start needs, and the modes to make them."""
-    modes = {settings.pidfile: 0o755}
+    modes = {path: 0o755 for path in [settings.pidfile]
+             if path != os.devnull}
     if settings.backend == 0:
         modes[settings.sqlite_config["database"]] = 0o750
     if isinstance(settings.SOCKET, str):
@@ -3941,7 +3942,7 @@ def is_volume(folder: str) -> bool:
     """Say whether a folder is root's and empty, as a container's volume."""
     status = os.lstat(folder)  # of a link too, which is no folder
     return (stat.S_ISDIR(status.st_mode) and status.st_uid == 0
-            and not status.st_mode & 0o022  # as /tmp has
+            and status.st_mode & 0o222 == 0o200  # else as /tmp has, or shut
             and not os.listdir(folder))
 
 
@@ -3981,6 +3982,7 @@ def serve(settings: Settings, owner: Owner,
         if owner is not None and server.path is not None:
             os.lchown(server.path, owner.pw_uid, owner.pw_gid)
         drop_root(owner)
+        tell_command(settings)
         keep_to_one_processor()
         server.max_connections = max(16, min(
             server.max_connections, raise_file_limit() - 64))
@@ -4065,8 +4067,17 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
+    tell_command(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
+
+
+def tell_command(settings: Settings) -> None:
+    """Warn if this user, no longer root, cannot run alert_command."""
+    for program in settings.alert_command[:settings.alert]:
+        if not shutil.which(program):
+            log.warning("alert_command: %s: not there or not executable",
+                        program)
 
 
 def notify(state: str) -> None:
@@ -4220,10 +4231,6 @@ def tell_doubts(settings: Settings, strict: bool) -> None:
             raise ConfigError(message)
         log.log(logging.ERROR if nothing_counts else logging.WARNING,
                 "%s", message)
-    for program in settings.alert_command[:settings.alert]:
-        if not shutil.which(program):
-            log.warning("alert_command: %s: not there or not executable",
-                        program)
 
 
 def configure(options: argparse.Namespace) -> Config:
@@ -4377,13 +4384,15 @@ def check_start(options: argparse.Namespace) -> None:
     owner = find_owner(settings, options.standalone)
     needed = folders(settings)
     makeable = [name for name in needed  # as long as it is root
-                if not os.path.isdir(name) and can_write(name)]
+                if (owner and is_volume(name) if os.path.isdir(name)
+                    else can_write(name))]
     check_socket(settings.SOCKET)
     if is_open(settings):
         log.warning("any account of this host may connect to SOCKET, and use"
                     " up anybody's limits")
     backend = BACKENDS[settings.backend](settings)
     drop_root(owner)
+    tell_command(settings)
     unusable = [name for name in needed
                 if name not in makeable and not can_write(name)]
     if os.path.isdir(settings.pidfile):

@@ -6199,8 +6199,10 @@ class ProcessTest(NetTest):
             shutil.rmtree(volume)
             os.makedirs(os.path.join(volume, entry))
             os.chmod(volume, mode)
-            daemon.start()
             with self.subTest(mode=mode, entry=entry):
+                checked = run("--check", "-f", daemon.config)
+                self.assertEqual(checked.returncode, 6 * (answer != PASS))
+                daemon.start()
                 self.assertEqual(daemon.ask(), answer)
                 self.assertEqual(os.stat(volume).st_uid, owner)
 
@@ -6466,6 +6468,15 @@ class CommandLineTest(FolderTest):
         self.addCleanup(daemon.stop)
         self.assertEqual(run("--check", "-f", daemon.config).returncode, 0)
         self.assertNotIn("error", daemon.log())
+        private = self.write("private", "#!/bin/sh\n")
+        os.chmod(private, 0o700)
+        for override, told in (("pidfile=/dev/null", 0),
+                               ("alert_command=/bin/sh", 0),
+                               (f"alert_command={private}", 1)):
+            done = run("--check", "-f", daemon.config, "-o", "alert=True",
+                       "-o", override, "-o", "report_to=a@b.c")
+            self.assertEqual((done.returncode, done.stderr.count(
+                "not executable")), (0, told), done.stderr)
         daemon.stop()
         os.chmod(daemon.config, 0o600)
         line = (f"error: {daemon.config}: nobody cannot read it, so a reload"
