@@ -1379,6 +1379,21 @@ class DocsTest(unittest.TestCase):
         assert match is not None
         self.assertAlmostEqual(int(match[1].replace(",", "")), lines, delta=50)
 
+    def test_readme_tells_how_to_upgrade_and_who_may_connect(self) -> None:
+        at = 0
+        for text in (  # in this order
+                "test -e /etc/policyd-rate-limit.yaml || install ",
+                "\nSet your limits", "enable --now policyd-rate-limit\n",
+                "setfacl -m u:NAME:x /var/spool/postfix/ratelimit\n",
+                "dpkg-divert --local --rename --add /usr/bin/policyd-rate-",
+                "install -m 755 policyd_rate_limit.py /usr/bin/policyd-rate-",
+                "`apt-mark", "`lower(email)`", "\nThe way back",
+                "Identities with capitals start anew"):
+            self.assertIn(text, self.readme[at:])
+            at = self.readme.index(text, at)
+        with open(PROGRAM, encoding="utf-8") as file:
+            self.assertEqual(file.readline(), "#!/usr/bin/python3\n")
+
     def test_the_docstring_tells_the_exit_codes(self) -> None:
         told = re.search(r"Exit status:(.*?)\n\n", prl.__doc__ or "", re.S)
         assert told is not None
@@ -1424,6 +1439,17 @@ class UnitTest(FolderTest):
                      "RestartPreventExitStatus=2 3 4 5",
                      "StartLimitIntervalSec=0"):
             self.assertIn(line, lines)
+
+    def test_it_has_what_a_mail_host_needs(self) -> None:
+        with open(os.path.join(HERE, "policyd-rate-limit.service"),
+                  encoding="utf-8") as file:
+            unit = file.read()
+        for text in ("\nSyslogFacility=mail\n", "\nTimeoutStartSec=1h\n",
+                     "\n#   ReadWritePaths=/the/folder\n",
+                     "-g postfix -m 0750 /var/spool/postfix/ratelimit ||"):
+            self.assertIn(text, unit)
+        tasks, = re.findall("(?m)^TasksMax=([0-9]+)$", unit)
+        self.assertGreater(int(tasks), prl.PolicyServer.max_connections)
 
     def test_its_exposure_is_1_5_at_most(self) -> None:
         done = self.analyze("security", "--offline=yes", "--threshold=15")
