@@ -2419,7 +2419,8 @@ class Service:
         if settings.log_requests:
             log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
                 f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
-                for name, value in request.attributes.items() if value)))
+                for name, value in request.attributes.items() if value
+                )[:40 * MAX_TOLD]))
         self._watch_state(request, settings, now)
         if last.covers(request):
             return last.action

@@ -4642,6 +4642,8 @@ class HostileTest(NetTest):
         for name, state in itertools.product(names, ("DATA", "RCPT")):
             daemon.ask(**{"protocol_state": state, name: "x" * 30000})
         self.assertLess(max(map(len, daemon.log().splitlines())), 800)
+        daemon.ask(**{f"new{number}": "x" * 20 for number in range(900)})
+        self.assertLess(max(map(len, daemon.log().splitlines())), 4100)
 
 
 class ReportsTest(FolderTest):
