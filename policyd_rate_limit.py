@@ -4108,8 +4108,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
     logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
     logging.raiseExceptions = False  # a full disk under the log stops nothing
-    journal = "JOURNAL_STREAM" in os.environ and os.environ[
-        "JOURNAL_STREAM"] == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    journal = sys.stderr is not None and os.environ.get(
+        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
     for level, priority, label in (  # as sd-daemon(3) has it
             (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
             (logging.WARNING, "<4>", "warning: "),

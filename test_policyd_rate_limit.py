@@ -5935,7 +5935,8 @@ class ProcessTest(NetTest):
                     ["sh", "-c", f"{gone * (arguments[-1] == 'x')} "
                      f"{sys.executable} -W error {PROGRAM} {arguments}"],
                     stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                    text=True, timeout=PATIENCE, check=False)
+                    text=True, timeout=PATIENCE, check=False,
+                    env={**os.environ, "JOURNAL_STREAM": "1:2"})
                 self.assertEqual(done.returncode, status, done.stderr)
                 self.assertEqual(done.stderr.count("\n"),
                                  int(status > 0 and "2>" not in arguments))
