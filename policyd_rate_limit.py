@@ -176,9 +176,9 @@ def shorten(key: str) -> str:
     if len(key) <= MAX_IDENTITY:
         return key
     _, at, domain = key.rpartition("@")
-    parent = domain
-    while len(parent) >= 100:
-        parent = parent.partition(".")[2]
+    parent = domain  # label by label this would take the square, too
+    if len(domain) >= 100:
+        parent = domain[-100:].partition(".")[2]
     end = "#" + hashlib.sha256(key.encode()).hexdigest()
     if parent:
         end += at + (domain if parent == domain else "." + parent)
