@@ -3935,8 +3935,11 @@ def is_open(settings: Settings) -> bool:
     if not isinstance(settings.SOCKET, str):
         return True
     above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
+    shuts = os.geteuid() == 0 and any(  # what it is going to make
+        group.gr_name == "postfix" for group in grp.getgrall())
     return bool(settings.socket_permission & 0o2) and all(
-        os.path.isdir(path) and os.stat(path).st_mode & 0o1 for path in above)
+        os.stat(path).st_mode & 0o1 if os.path.isdir(path) else not shuts
+        for path in above)
 
 
 def is_volume(folder: str) -> bool:
