@@ -227,8 +227,8 @@ FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
 ANY_WINDOW = range(1, MAX_NUMBER + 1)
 ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
     r"(?i:ok|[45]\d\d|dunno|defer|defer_if_(?:permit|reject)|bcc|discard"
-    r"|filter|hold|info|prepend|redirect|warn|(?:permit|reject)(?:_\w+)?"
-    r"|check_\w+)")
+    r"|filter|hold|info|prepend|redirect|sleep|warn|warn_if_reject"
+    r"|(?:permit|reject)(?:_\w+)?|check_\w+)")
 Limits = tuple[Limit, ...]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -396,6 +396,14 @@ class Rule:
     dry_run: bool = False
 
 
+def as_network(text: str) -> Network:
+    """a network such as 10.0.0.0/8"""
+    network = ipaddress.ip_network(text, strict=False)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    bits = network.prefixlen - 96
+    return ipaddress.ip_network((mapped, bits)) if mapped else network
+
+
 def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
     """Sort entries by the kind of their patterns."""
     texts: dict[str, Any] = {}
@@ -407,7 +415,7 @@ def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
         name = str(key)
         pattern: Any = fold(name) if name else ""
         if re.fullmatch(r"[0-9a-f.:]+/[0-9.]+", pattern):
-            pattern = ipaddress.ip_network(pattern, strict=False)
+            pattern = as_network(pattern)
             networks[pattern] = entry
         else:
             texts[pattern] = entry

@@ -1615,7 +1615,7 @@ class SettingsTest(FolderTest):
 
     def test_networks_may_have_host_bits_and_both_families(self) -> None:
         settings = self.settings(
-            'limited_networks: [10.1.2.3/8, "::/0", 192.0.2.7]\n')
+            'limited_networks: [10.1.2.3/8, "::/0", "::ffff:192.0.2.7"]\n')
         assert settings.limited_networks and settings.limited_networks.wanted
         self.assertEqual(
             [str(one) for one, _ in settings.limited_networks.wanted.networks],
@@ -1967,8 +1967,9 @@ class PolicyTest(unittest.TestCase):
 
     def test_the_most_specific_pattern_gives_the_limits(self) -> None:
         patterns = ("joe@a.example.org", "@a.example.org", "@.example.org",
-                    "@.org", "10.0.0.0/255.0.0.0", "10.1.0.0/16", "10.1.2.3",
-                    "2001:db8::/32", ".example.net", "@EXAMPLE.com", "example")
+                    "@.org", "10.0.0.0/255.0.0.0", "::ffff:10.1.0.0/112",
+                    "10.1.2.3", "2001:db8::/32", ".example.net",
+                    "@EXAMPLE.com", "example")
         found = prl.as_patterns({name: name for name in patterns})
         for value, pattern in (
                 ("joe@a.example.org", "joe@a.example.org"),
@@ -1976,9 +1977,9 @@ class PolicyTest(unittest.TestCase):
                 ("ann@b.a.example.org", "@.example.org"),
                 ("ann@example.org", "@.example.org"), ("ann@org", "@.org"),
                 ("x@y@a.example.org", "@a.example.org"),
-                ("10.1.2.3", "10.1.2.3"), ("10.1.2.4", "10.1.0.0/16"),
+                ("10.1.2.3", "10.1.2.3"), ("10.1.2.4", "::ffff:10.1.0.0/112"),
                 ("10.2.0.1", "10.0.0.0/255.0.0.0"), ("11.0.0.1", None),
-                ("10.1.9.0/24", "10.1.0.0/16"), ("11.0.0.0/24", None),
+                ("10.1.9.0/24", "::ffff:10.1.0.0/112"), ("11.0.0.0/24", None),
                 ("2001:db8:0:7::/64", "2001:db8::/32"),
                 ("2001:db8::7", "2001:db8::/32"), ("a.example.net",
                 ".example.net"), ("example.net", ".example.net"),
