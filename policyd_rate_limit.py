@@ -1574,13 +1574,13 @@ class PostgreSQL(Backend):
             "connect_timeout": self.timeout, **self.config,
             "client_encoding": "UTF8"})
         connection.autocommit = True
+        if timeout == self.timeout:
+            self._watched = connection
         connection.cursor().execute(  # or each cut leaves one that waits on
             f"SET lock_timeout = {timeout * 900}")
         self.encoding = connection.info.parameter_status("server_encoding")
         if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
             connection.cursor_factory = self.driver.ClientCursor
-        if timeout == self.timeout:
-            self._watched = connection
         return connection
 
     def fit(self, values: Sequence[object]) -> Sequence[object]:

@@ -968,6 +968,22 @@ class Relay:
                 one.shutdown(socket.SHUT_RDWR)
 
 
+class Pooler(Relay):
+    """Lets one log in to PostgreSQL, but is silent about statements."""
+
+    silent = True
+
+    def carry(self, source: socket.socket, sink: socket.socket) -> None:
+        """Pass on what comes, no statement while it is silent."""
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.silent or data[:1] not in (b"P", b"Q"):
+                    sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
 MAIN_CF = """\
 compatibility_level = 3.6
 queue_directory = {0}/queue
@@ -3538,6 +3554,14 @@ class Psycopg2Test(HostsTest):
             [])
 
 
+    def test_a_pooler_whose_server_is_away_holds_nobody_up(self) -> None:
+        pooler = Pooler(self.server.port, 0)
+        self.addCleanup(pooler.close)
+        host = self.host(db_timeout=1, **self.connecting(port=pooler.port))
+        self.assertEqual(host.ask(), DB_AWAY)
+        pooler.silent = False
+        wait_for(lambda: host.ask() == PASS, "the database to be back")
+
     @slow
     def test_a_locked_table_leaves_no_server_process_behind(self) -> None:
         host = self.host(db_timeout=1, limits=[[10**6, 3600]])
@@ -3581,6 +3605,8 @@ class Psycopg2Test(HostsTest):
 class PsycopgTest(DriverTest):
     """PostgreSQL through psycopg (3)."""
 
+    test_a_pooler_whose_server_is_away_holds_nobody_up = (
+        Psycopg2Test.test_a_pooler_whose_server_is_away_holds_nobody_up)
     test_a_name_that_the_encoding_cannot_hold_is_counted = (
         Psycopg2Test.test_a_name_that_the_encoding_cannot_hold_is_counted)
 
