@@ -1924,6 +1924,7 @@ def settle(transaction: Transaction, batch: Batch, query: str | None,
            standby: Standby) -> None:
     """Judge mails and charge those that pass, one after the other."""
     charges, accounts = tuple(batch.charges), batch.accounts
+    batch.verdicts, batch.rows = [], []  # of a conflict's: it wrote nothing
     for charge in charges if transaction.backend.encoding != "UTF8" else ():
         values: Sequence[Any] = transaction.backend.fit(
             [claim.value for claim in charge.claims])

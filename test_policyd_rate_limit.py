@@ -2237,6 +2237,21 @@ class StoreContract:
             [("c", 1), ("a", 2), ("b", 3)])
         self.assertEqual(len(one.standby.tabs), 0)
 
+    def test_a_value_is_kept_if_a_conflict_and_a_failure_meet(self) -> None:
+        ledger = self.open()
+
+        def passes(value: str) -> bool:
+            claim = prl.Claim("key", 1, (prl.Limit(1, 60),), value=value)
+            return ledger.charge(prl.Charge([claim], 1000)).broken is None
+
+        conflict = OSError("somebody was first")
+        with patch.object(prl, "take_turns", side_effect=[None, OSError]), \
+                patch.object(prl, "note_refusals", side_effect=conflict), \
+                patch.object(ledger.database.backend, "is_conflict",
+                             lambda error: error is conflict):
+            self.assertTrue(passes("a"))
+        self.assertEqual(passes("b"), False)
+
     def test_a_value_s_date_heeds_other_hosts_and_a_wrong_clock(self) -> None:
         one, other = self.open(), self.open()
 
