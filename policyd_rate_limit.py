@@ -1070,7 +1070,6 @@ TABLES = {
     "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
                   " ends {number}, made {number}",
 }
-NEWEST = "mail_limit"  # the table that an update makes last
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
 TOO_SLOW = "the database is too slow"
@@ -1255,8 +1254,7 @@ class Database:
         for again in (True, True, False):
             looking = Transaction(
                 self.backend, self._connection, self.backend.begin_reading)
-            present = ("total" in columns_of(looking, "mail_count")
-                       and columns_of(looking, NEWEST))
+            present = are_complete(looking)
             if (self.backend.wants_rate_limits
                     and not columns_of(looking, "rate_limits")):
                 with contextlib.suppress(Exception):  # if the query needs it
@@ -1286,6 +1284,12 @@ def columns_of(transaction: Transaction, table: str) -> list[str]:
     return transaction.attempt("", lambda _: [
         column[0] for column in transaction.run(
             f"SELECT * FROM {table} LIMIT 0").description]) or []
+
+
+def are_complete(transaction: Transaction) -> bool:
+    """Say whether all tables are there, as an update makes them."""
+    return ("total" in columns_of(transaction, "mail_count")
+            and all(columns_of(transaction, table) for table in TABLES))
 
 
 def update_tables(transaction: Transaction) -> None:
@@ -2081,7 +2085,7 @@ def check_counting(transaction: Transaction, query: str | None) -> None:
     """Raise an error where mails could not be counted; for --check."""
     backend = transaction.backend
     present = columns_of(transaction, "mail_count")
-    if "total" not in present or not columns_of(transaction, NEWEST):
+    if not are_complete(transaction):
         for statement in creations(backend):
             transaction.run(backend.try_table.format(statement))
     if present and "total" not in present and backend.try_total:
@@ -3193,7 +3197,7 @@ def read_notes(transaction: Transaction, now: int, where: str,
                chosen: Sequence[str],
                ) -> tuple[Overrides, dict[str, tuple[Refusal, ...]]]:
     """Read limits of --limit, and refusals: the original has neither."""
-    if not columns_of(transaction, NEWEST):
+    if not columns_of(transaction, "mail_limit"):
         return {}, {}
     rows = read_refusals(transaction, f"{where} ORDER BY id, seconds", *chosen)
     return read_overrides(transaction, now), {

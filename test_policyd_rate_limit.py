@@ -2237,6 +2237,15 @@ class StoreContract:
             [("c", 1), ("a", 2), ("b", 3)])
         self.assertEqual(len(one.standby.tabs), 0)
 
+    def test_each_table_that_is_missing_is_made_at_the_next_connection(
+            self) -> None:
+        ledger = self.open()
+        for table in prl.TABLES:
+            self.execute(ledger, f"DROP TABLE {table}")
+            ledger.database.close()
+            self.assertEqual(self.execute(
+                ledger, f"SELECT * FROM {table}"), [], table)
+
     def test_a_value_is_kept_if_a_conflict_and_a_failure_meet(self) -> None:
         ledger = self.open()
 
@@ -3341,7 +3350,7 @@ class HostsTest(DriverTest):
         self.host().stop()
         self.server.sql(self.server.grant)
         check("weak")
-        self.execute_all(f"DROP TABLE {prl.NEWEST}")
+        self.execute_all("DROP TABLE mail_limit")
         there = tables()
         check("weak", "denied")
         check("test")
