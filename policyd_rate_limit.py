@@ -1416,6 +1416,7 @@ class Backend:
 
     def probe(self, examine: Callable[[Transaction], None]) -> str:
         """Examine the database, changing nothing; return what it is."""
+        self.deadline = time.monotonic() + self.timeout
         try:
             with contextlib.closing(self.connect(self.timeout)) as connection:
                 transaction = Transaction(self, connection, self.begin)

@@ -3583,6 +3583,8 @@ class Psycopg2Test(HostsTest):
         self.addCleanup(pooler.close)
         host = self.host(db_timeout=1, **self.connecting(port=pooler.port))
         self.assertEqual(host.ask(), DB_AWAY)
+        self.assertEqual(self.command("--check", db_timeout=1, **(
+            self.connecting(port=pooler.port))).returncode, 6)
         pooler.silent = False
         wait_for(lambda: host.ask() == PASS, "the database to be back")
 
