@@ -2405,7 +2405,7 @@ log.addFilter(Seldom())
 
 COUNTED = ("requests", "passed", "refused", "database_errors",
            "judged_in_memory", "decision_seconds")
-MAX_ACTION = 400  # characters; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
+MAX_ACTION = 400  # bytes; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
 
 
 class Service:
@@ -2617,10 +2617,11 @@ def explain(broken: Usage, room: int | None, now: float) -> str:
     at = within = "never" if never else "unknown"
     if room:
         at, within = moment(room), spell(max(room - math.ceil(now), 1))
-    return string.Template(action).substitute(
+    text = string.Template(action).substitute(
         identity=printable(claim.identity), used=broken.used,
         mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
-        room_at=at, room_in=within)[:MAX_ACTION]
+        room_at=at, room_in=within)
+    return text.encode()[:MAX_ACTION].decode(errors="ignore")
 
 
 def spell(seconds: int) -> str:

@@ -4252,6 +4252,12 @@ class ServiceTest(FolderTest):
         said = prl.explain(usage, None, 1000)
         self.assertEqual((said[:14], len(said)), ("450 a??b?, no,", 400))
 
+    def test_a_reply_has_no_more_bytes_than_smtp_allows(self) -> None:
+        service = self.service(fail_action="450 $identity $identity")
+        said = service.answer(request(
+            sasl_username="\U0001f600" * 190, recipient_count=4), prl.Last())
+        self.assertEqual(said, "450 " + "\U0001f600" * 99)
+
     def test_a_dry_run_counts_and_logs_and_refuses_nothing(self) -> None:
         service = self.service(dry_run=True)
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
