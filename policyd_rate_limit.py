@@ -2878,7 +2878,6 @@ FULL = "[##########]"  # of --status
 
 def send_reports(database: Database, settings: Settings) -> None:
     """Mail each address the refusals that it was not told of yet."""
-    database.transact(take_over, int(time.time()))
     failed: dict[str, list[str]] = {}
     for key, address in {fold(to): to for to in settings.report_to}.items():
         try:
@@ -2947,7 +2946,7 @@ def take_over(transaction: Transaction, now: int) -> None:
     if columns_of(transaction, "limit_report"):
         for identity, window, hit in transaction.run(
                 "SELECT id, delta, hit FROM limit_report").fetchall():
-            hits[fold(identity), window] += hit
+            hits[fold(identity), window] += hit or 0
         transaction.run("DELETE FROM limit_report")
     transaction.write(transaction.backend.note, [
         (*key, -1, hits[key], now, now, "") for key in sorted(hits)])
@@ -4300,6 +4299,8 @@ def clean_all(options: argparse.Namespace) -> None:
                     clean, settings, after, int(time.time()))
                 deleted += some
                 time.sleep(0.005)  # the daemon's turn
+        if settings.report:
+            database.transact(take_over, int(time.time()))
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")

@@ -4875,6 +4875,18 @@ class ReportTest(ReportsTest):
                 self.assertIn(why, line)
                 self.assertEqual(self.noted(), {("joe", 60): 2})
 
+    def test_a_table_of_the_original_that_is_odd_fails_as_clean_does(
+            self) -> None:
+        for columns, status in (
+                ("'joe' AS id, 60 AS delta, NULL AS hit", 0),
+                ("'joe' AS id", 8)):
+            with contextlib.closing(sqlite3.connect(
+                    self.path("db.sqlite3"))) as other:
+                other.execute("DROP TABLE IF EXISTS limit_report")
+                other.execute(f"CREATE TABLE limit_report AS SELECT {columns}")
+                other.commit()
+            self.assertEqual(self.clean(None, "a@x.org").returncode, status)
+
     def test_without_an_address_hits_are_kept(self) -> None:
         self.refuse("joe")
         result = self.clean(None)
