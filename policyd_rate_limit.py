@@ -1272,6 +1272,7 @@ class Database:
                 except Exception:
                     if not again:  # else another daemon may have been first
                         raise
+            self.backend.deadline = time.monotonic() + self.backend.timeout
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -2313,7 +2314,8 @@ def clean_refusals(transaction: Transaction, settings: Settings, after: str,
             "DELETE FROM report_told WHERE id = ? AND seconds = ?"
             " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
             " report_told.id AND r.seconds = report_told.seconds)", *key)
-    return last if len(rows) == CLEAN_STEP else None, 0
+    more = len(rows) == CLEAN_STEP and last != after
+    return last if more else None, 0
 
 
 # Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
@@ -2806,6 +2808,7 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if self.path is not None and os.path.samestat(
                     os.lstat(self.path), self.made):
                 os.unlink(self.path)
+                self.path = None  # what comes there is another daemon's
 
 
 @contextlib.contextmanager

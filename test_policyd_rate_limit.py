@@ -2705,6 +2705,17 @@ class StoreContract:
                 ledger, "SELECT count(*) FROM report_told"),
                 [(left.count("ann") * 2 + left.count("joe"),)])
 
+    def test_cleaning_ends_however_many_windows_an_identity_has(self) -> None:
+        ledger = self.open()
+        for window in range(60, 65):
+            self.passes(ledger, 1000, limits=(prl.Limit(0, window),))
+        places: list[str | None] = [""]
+        with patch.object(prl, "CLEAN_STEP", 2):
+            while places[-1] is not None and len(places) < 9:
+                places.append(ledger.database.transact(
+                    prl.clean_refusals, self.SHORT, places[-1], 1000)[0])
+        self.assertEqual(places, ["", "joe", None])
+
     def override(self, ledger: prl.Ledger, identity: str, *limits: prl.Limit,
                  ends: int = prl.FOR_GOOD) -> None:
         """Set the limits of an identity."""
