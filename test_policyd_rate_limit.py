@@ -3249,6 +3249,7 @@ class HostsTest(DriverTest):
             while not enough.is_set():
                 sent.append(len(sent))
                 yield {"instance": f"1.{len(sent)}"}
+                time.sleep(0.002)  # else memory takes more than merges bring
 
         def wait_for_more() -> None:
             more = len(sent) + 300
