@@ -1673,16 +1673,13 @@ class Tab(NamedTuple):
 
     claim: Claim
     rows: list[Row]  # one with a total was sent: it may be in the table
-    sums: list[tuple[int, int]]  # of each row: date, costs so far
+    sums: list[tuple[int, int]]  # dates, costs so far: ahead, at each row
     new: dict[str, int]  # as of a Variety
 
     def used(self, since: int) -> int:
         """Return what the mails after a date cost."""
-        first = bisect.bisect_left(self.sums, (since + 1,))
-        if first == len(self.sums):
-            return 0
-        before = self.sums[first][1] - int(self.rows[first][2])
-        return self.sums[-1][1] - before
+        first = bisect.bisect_left(self.sums, (since + 1,), 1)
+        return self.sums[-1][1] - self.sums[first - 1][1]
 
 
 class Standby:
@@ -1720,7 +1717,7 @@ class Standby:
                 tab.rows[:len(rows)] = rows
             for name in {*new, *(row[0] for row in batch.rows)}:
                 tab = self.tabs.setdefault(
-                    name, Tab(batch.accounts[name].claim, [], [], {}))
+                    name, Tab(batch.accounts[name].claim, [], [(0, 0)], {}))
                 self.tabs.move_to_end(name)
                 self._size -= len(tab.new)
                 tab.new.update(new.get(name, {}))
@@ -1728,8 +1725,7 @@ class Standby:
             for row in batch.rows:
                 tab = self.tabs[row[0]]
                 tab.rows.append(row if sent else (*row[:-1], None))
-                before = tab.sums[-1][1] if tab.sums else 0
-                tab.sums.append((row[1], before + row[2]))
+                tab.sums.append((row[1], tab.sums[-1][1] + row[2]))
             self._size += len(batch.rows)
             while self._size > 5 * MAX_KEPT or len(self.tabs) > MAX_KEPT:
                 _, tab = self.tabs.popitem(last=False)
@@ -1788,7 +1784,7 @@ class Standby:
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
         known = self._accounts.get(claim.identity, Account(claim))
-        tab = self.tabs.get(claim.identity, Tab(claim, [], [], {}))
+        tab = self.tabs.get(claim.identity, Tab(claim, [], [(0, 0)], {}))
         now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
         flying = [other for charge in self.flying for other in charge.claims
                   if other.identity == claim.identity]

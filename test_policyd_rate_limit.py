@@ -4028,6 +4028,25 @@ class DatabaseFailureTest(AwayTest):
             self.assertEqual([passes(f"u{n}") for n in (149, 50, 49, 50)],
                              [False, False, True, True])
 
+    def test_mails_that_a_merge_puts_in_another_order_cost_the_same(self
+                                                                    ) -> None:
+        standby, sent = prl.Standby(), prl.Batch()
+        claim = prl.Claim("joe", 1, (prl.Limit(10, 60),))
+
+        def used() -> int:
+            return standby.judge(prl.Charge([claim], 1000)).usage[0].used
+
+        sent.accounts = {"joe": prl.Account(claim)}
+        sent.rows = [("joe", 1000, cost, str(cost), "DATA", cost)
+                     for cost in (1, 5)]
+        standby.keep(sent, sent=True)
+        merged, tab = prl.Batch(), standby.tabs["joe"]
+        merged.merged = [(tab, tab.rows[::-1], {})]
+        standby.keep(merged, sent=True)
+        self.assertEqual(used(), 6)
+        standby.settled(merged)
+        self.assertEqual(used(), 1)  # that of the mail before
+
     def test_a_long_outage_makes_no_mail_slow(self) -> None:
         def spent(mails: int) -> float:
             standby = prl.Standby()
