@@ -11,9 +11,10 @@ The path of one request:
     bytes -> Request -> claims -> [ usage -> verdict -> charge ] -> action
              parse      policy        one ledger transaction       reply
 
-    1 Vocabulary   2 Settings   3 Protocol   4 Policy   5 Database
-    6 Ledger   7 Service   8 Server   9 Reports   10 Configuration file
-    11 Process   12 Command line
+    1 Vocabulary   2 Settings   3 Protocol   4 Policy   5 Wording
+    6 Database   7 Schema   8 Ledger   9 Batches and outages   10 Service
+    11 Server   12 Upkeep   13 Reports and alerts   14 Status
+    15 Configuration file   16 Process   17 Command line
 
 Exit status: 0 done, or stopped by a signal; 1 --get-config: no such
 setting; 2 no such user or group, or a usage error; 3 another instance is
@@ -88,12 +89,14 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------
 
 PROGRAM = "policyd-rate-limit"
+VERSION = "2.0.0"
 MAX_REQUEST = 32768  # bytes; the largest that Postfix sent in tests is 6 kB
 MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
 MAX_NUMBER = 2**31 - 1  # what a column of type int holds
 MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
+FOR_GOOD = 10**12  # seconds: the year 33658
 NOTICE = 25  # the log level of what is said even with debug: False
 SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
 log = logging.getLogger(PROGRAM)
@@ -151,6 +154,24 @@ class LedgerError(PolicydError):
 
 class BadRequest(PolicydError):
     """What came is not a request of the policy protocol."""
+
+
+class Seldom(logging.Filter):
+    """Lets each message that is marked SELDOM through once a minute."""
+
+    said: dict[str, float] = {}  # when each was let through
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whether to let a record through."""
+        seldom = hasattr(record, "seldom")
+        if seldom and 0 <= record.created - self.said.get(record.msg, 0) < 60:
+            return False
+        if seldom:
+            self.said[record.msg] = record.created
+        return True
+
+
+log.addFilter(Seldom())
 
 
 def fold(identity: str) -> str:
@@ -223,7 +244,6 @@ ADDRESSES = (  # what may mean a host's address: no client chooses these
     ("sasl_username",))
 FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
          "room_in")  # what fail_action may name
-
 ANY_WINDOW = range(1, MAX_NUMBER + 1)
 ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
     r"(?i:ok|[45]\d\d|dunno|defer|defer_if_(?:permit|reject)|bcc|discard"
@@ -724,6 +744,41 @@ def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
             yield False, f"{name}: access(5) knows no {action.split()[0]}"
 
 
+@functools.lru_cache(1000)  # it takes as long as a third of a decision
+def parse_limits(text: str) -> Limits:
+    """Parse limits as Python writes lists: [[10, 60], [150, 86400]]."""
+    try:
+        # Its parser's recursion kills the process: no more than can be meant.
+        return as_limits(ast.literal_eval(str(text)[:1000].strip()))
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"found {str(text)[:200]!r}, expected"
+                         f" {as_limits.__doc__}") from None
+
+
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_given(text: str) -> Limits:
+    """Parse LIMITS: as in the file, or such as 10/min,500/day."""
+    if text.strip().startswith(("[", "(")):
+        return parse_limits(text)
+    try:
+        return as_limits([[int(mails), duration(span)] for mails, _, span in
+                          (part.partition("/") for part in text.split(","))])
+    except ValueError:
+        raise ValueError(f"LIMITS: found {text!r}, expected such as 500/day,"
+                         " 10/min,90/h, [[10, 60]]") from None
+
+
+def duration(text: str) -> int:
+    """Parse a time such as 90s, 2h, day or 60; return seconds."""
+    found = re.fullmatch(r"(?=.)(\d{0,9})(|s|sec|second|m|min|minute|h|hour"
+                         r"|d|day|w|week)s?", text.strip().lower())
+    if not found:
+        raise ValueError
+    return as_seconds(int(found[1] or 1) * UNITS[found[2][:1]])
+
+
 # ---------------------------------------------------------------------------
 # 3. Protocol
 #
@@ -795,9 +850,7 @@ def parse_count(text: str) -> int:
 # input, no output, no clock.
 # ---------------------------------------------------------------------------
 
-
 STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of a mail's
-
 Row = tuple[Any, ...]  # of mail_count: see COLUMNS
 
 
@@ -1039,8 +1092,131 @@ def judge(usage: Sequence[Usage]) -> Verdict:
     return Verdict(tuple(usage), None, tuple(tried.values()))
 
 
+def rule_of(settings: Settings, identity: str) -> Rule:
+    """Return the rule that an identity is counted for."""
+    name, equals, _ = identity.partition("=")
+    quotas = [rule for rule in settings.rules[1:] if rule.name == name]
+    return quotas[0] if equals and quotas else settings.rules[0]
+
+
+def key_of(settings: Settings, spelt: str) -> str:
+    """Return the identity, or the quota's key, that an admin has spelt."""
+    name, _, value = spelt.partition("=")
+    if rule_of(settings, fold(spelt)).by:
+        return shorten(f"{fold(name)}={fold(value)}")
+    return fold(spelt)
+
+
 # ---------------------------------------------------------------------------
-# 5. Database
+# 5. Wording
+#
+# How a time, a limit, a verdict or an address is written, and what a line of
+# the log may contain.  Pure.
+# ---------------------------------------------------------------------------
+
+MAX_ACTION = 400  # bytes; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
+
+
+def describe(verdict: Verdict, client: str = "", refused: int = 0) -> str:
+    """Return a verdict in Postfix's key=value style."""
+    broken, parts = verdict.broken, []
+    for claim, group in itertools.groupby(
+            verdict.usage, operator.attrgetter("claim")):
+        cost = 0 if broken else claim.cost
+        used = " ".join(f"{usage.used + cost}/{ratio(usage.limit)}"
+                        for usage in group)
+        parts.append(f"identity=<{printable(claim.identity)}>,"
+                     f" cost={claim.cost}, used={used}")
+    parts += [f"would refuse for <{printable(usage.claim.identity)}>"
+              f" {ratio(usage.limit)}" for usage in verdict.tried]
+    if broken:
+        parts.append(f"client={client}, broken={ratio(broken.limit)},"
+                     f" refused={refused}")
+        if broken.claim.cost > broken.limit.mails:
+            parts.append("it can never pass")
+    return ", ".join(parts) or "no limits"
+
+
+def explain(broken: Usage, room: int | None, now: float) -> str:
+    """Return the rule's fail_action with what was found in it."""
+    claim, limit = broken.claim, broken.limit
+    action = claim.rule.fail_action
+    if "$" not in action:
+        return action
+    never = room == 0 or claim.cost > limit.mails
+    at = within = "never" if never else "unknown"
+    if room:
+        at, within = moment(room), spell(max(room - math.ceil(now), 1))
+    text = string.Template(action).substitute(
+        identity=printable(claim.identity), used=broken.used,
+        mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
+        room_at=at, room_in=within)
+    return text.encode()[:MAX_ACTION].decode(errors="ignore")
+
+
+def ratio(limit: Limit | Refusal) -> str:
+    """Return a limit as the log shows it."""
+    return f"{limit.mails}/{limit.seconds}s".replace("-1/", "")
+
+
+def spell(seconds: int) -> str:
+    """Return a time in words, rounded up: 1 hour, 90 minutes."""
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+        if seconds % size == 0 or seconds >= 10 * size)
+    number = math.ceil(seconds / size)
+    return f"{number} {unit}{'s' if number > 1 else ''}"
+
+
+def moment(date: float) -> str:
+    """Return a time as people write it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
+
+
+def term(ends: int) -> str:
+    """Return until when limits of --limit hold."""
+    return "for good" if ends >= FOR_GOOD else f"until {moment(ends)}"
+
+
+def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
+    """Return the line of main.cf that makes Postfix ask at an address."""
+    stage = "recipient" if count_mode == 0 else "data"
+    kind = "unix" if isinstance(address, str) else "inet"
+    where = format_address(address).replace("/var/spool/postfix/", "", 1)
+    return (f"smtpd_{stage}_restrictions = check_policy_service"
+            f" {{ {kind}:{where}, default_action=DUNNO }}")
+
+
+def format_address(address: str | tuple[str, int]) -> str:
+    """Return the path of a socket, or host:port as Postfix writes it."""
+    if isinstance(address, str):
+        return address
+    host, port, *_ = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def printable(text: str) -> str:
+    """Return text without what could forge a line of the log."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def align(rows: Sequence[Sequence[str]], columns: int = 999) -> Iterator[str]:
+    """Yield a table's lines: the first column makes room, empty ones go."""
+    width, *widths = [max(map(len, column)) * any(column[1:])
+                      for column in zip(*rows)]
+    room = columns - sum(widths) - len(widths) + widths.count(0)
+    width = max(12, min(width, room))
+    for name, *cells in rows:
+        name = name if len(name) <= width else name[:width - 3] + "..."
+        yield " ".join([f"{name:{width}}", *(
+            f"{cell:>{wide}}" for cell, wide in zip(cells, widths) if wide)
+            ])[:columns].rstrip()
+
+
+# ---------------------------------------------------------------------------
+# 6. Database
 #
 # One connection, statements in few round trips, and what differs between
 # the three databases.
@@ -1048,7 +1224,6 @@ def judge(usage: Sequence[Usage]) -> Verdict:
 
 Connection = Any  # of the DB-API (PEP 249)
 Cursor = Any
-
 COLUMNS = {  # of mail_count; total is the last that an update adds
     "id": "{name}",
     "date": "{number}",
@@ -1074,275 +1249,12 @@ INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
 TOO_SLOW = "the database is too slow"
 MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
-LARGE = 10_000  # rows whose totals take longer than a mail should wait
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
                " limits varchar(255) NOT NULL)")
 INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
 REFUSED = ("INSERT INTO mail_refused"
            " (id, seconds, mails, hits, first, last, client) VALUES {}")
-
-
-class Transaction:
-    """Statements in few round trips; Database begins and commits."""
-
-    def __init__(self, backend: Backend, connection: Connection,
-                 statement: str) -> None:
-        """Begin on a connection, by a statement unless that is empty."""
-        self.backend = backend
-        self.cursor: Cursor = connection.cursor()
-        self.answered = False  # has any statement succeeded?
-        self._waiting: list[tuple[str, Sequence[object]]] = []
-        if statement:
-            self.later(statement)
-
-    def run(self, statement: str, *values: object) -> Cursor:
-        """Execute what waits, and a statement; return that one's result."""
-        waited, self._waiting = self._waiting, []
-        if waited:
-            statement = "; ".join([*(text for text, _ in waited), statement])
-            before = [value for _, given in waited for value in given]
-            values = (*before, *values)
-        self.cursor.execute(
-            statement.replace("?", self.backend.placeholder),
-            self.backend.fit(values))
-        if waited:
-            self.backend.skip_results(self.cursor, len(waited))
-        self.answered = True
-        return self.cursor
-
-    def later(self, statement: str, *values: object) -> None:
-        """Let a statement wait for the next, if the driver joins them."""
-        if self.backend.joins and len(self._waiting) < MAX_JOINED:
-            self._waiting.append((statement, values))
-        else:
-            self.run(statement, *values)
-
-    def flush(self) -> None:
-        """Execute what waits."""
-        if self._waiting:
-            statement, values = self._waiting.pop()
-            self.run(statement, *values)
-
-    def write(self, statement: str, rows: Sequence[Row]) -> None:
-        """Write rows later, some with each statement, which ends in {}."""
-        place = "(" + ", ".join("?" * len(rows[0])) + ")" if rows else ""
-        if rows and not self.backend.joins:
-            self.cursor.executemany(statement.format(place), rows)
-            return
-        for some in chunks(rows, self.backend.chunk):
-            self.later(statement.format(", ".join([place] * len(some))),
-                       *itertools.chain(*some))
-
-    def attempt(self, warning: str, work: Callable[..., T], *given: Any,
-                ) -> T | None:
-        """Return work(self, *given); if it fails, warn and undo just that."""
-        # For what must not cost the verdicts; some of it needs no warning.
-        self.later("SAVEPOINT attempt")
-        try:
-            result = work(self, *given)
-            self.flush()
-        except Exception as error:
-            if self.backend.is_conflict(error):
-                raise
-            self._waiting.clear()
-            self.run("ROLLBACK TO SAVEPOINT attempt")
-            if warning:
-                log.warning(warning, self.backend.explain(error), extra=SELDOM)
-            return None
-        self.later("RELEASE SAVEPOINT attempt")
-        return result
-
-
-class Database:
-    """One connection for all threads, made anew when it is dead."""
-
-    def __init__(self, backend: Backend) -> None:
-        """Open nothing yet."""
-        self.backend = backend
-        self.lock = threading.RLock()  # of the connection
-        self._connection: Connection = None
-
-    def transact(self, work: Callable[..., T], *given: Any,
-                 deadline: float | None = None) -> T:
-        """Return work(transaction, *given), committed; raise LedgerError.
-
-        The first statement is the ping: if it finds an old connection dead,
-        all is done on another.  Where another host was first with an
-        identity, all is done again, until the deadline (time.monotonic()).
-        """
-        if deadline is None:
-            deadline = time.monotonic() + self.backend.timeout
-        left = deadline - time.monotonic()
-        if left < 0 or not self.lock.acquire(timeout=left):
-            raise LedgerError(TOO_SLOW)
-        try:
-            while True:
-                self.backend.deadline = deadline
-                old, began = self._connection is not None, time.monotonic()
-                transaction = None
-                try:
-                    if self._connection is None or self.backend.is_stale():
-                        self._connect()
-                    transaction = Transaction(
-                        self.backend, self._connection, self.backend.begin)
-                    result = work(transaction, *given)
-                    transaction.run("COMMIT")
-                    return result
-                except Exception as error:  # drivers raise more than their own
-                    quick = time.monotonic() - began < self.backend.timeout / 2
-                    answered = transaction and transaction.answered
-                    self._recover(error, dead=old and quick and not answered)
-        finally:
-            self.backend.deadline = math.inf
-            self.lock.release()
-
-    def _recover(self, error: Exception, dead: bool) -> None:
-        """Undo what failed; raise LedgerError unless it may be done again."""
-        now = time.monotonic()
-        conflict = self.backend.is_conflict(error)
-        undone = self._roll_back(keep=conflict)
-        if conflict and now <= self.backend.deadline:
-            time.sleep(random.uniform(0, 0.01))
-        elif not dead:
-            raise LedgerError(self.backend.explain(error), undone) from error
-
-    def look(self, work: Callable[..., T], *given: Any) -> T:
-        """Return work(transaction, *given), which reads tables as they are."""
-        try:
-            with contextlib.closing(self.backend.look()) as connection:
-                return work(Transaction(
-                    self.backend, connection, self.backend.begin_reading),
-                    *given)
-        except Exception as error:
-            raise LedgerError(self.backend.explain(error)) from error
-
-    def close(self) -> None:
-        """Close the connection; the next use opens another."""
-        if self.lock.acquire(timeout=self.backend.timeout):
-            try:
-                self._roll_back(keep=False)
-            finally:
-                self.lock.release()
-
-    def _roll_back(self, keep: bool) -> bool:
-        """Undo what is half done; return whether the database says it is."""
-        connection, undone = self._connection, False
-        with contextlib.suppress(Exception):  # a lock outlives close() alone
-            connection.cursor().execute("ROLLBACK")
-            undone = True
-        if not keep:
-            self._connection = None
-            with contextlib.suppress(Exception):  # there may be none
-                connection.close()
-        return undone
-
-    def _connect(self) -> None:
-        """Connect; what fails on the way leaves no connection behind."""
-        self._roll_back(keep=False)
-        self._connection = self.backend.connect(self.backend.timeout)
-        try:
-            for statement in self.backend.first:
-                self._connection.execute(statement)
-            self._prepare()
-        except Exception:
-            self._roll_back(keep=False)
-            raise
-
-    def _prepare(self) -> None:
-        """See that the tables are there, as an update makes them."""
-        for again in (True, True, False):
-            looking = Transaction(
-                self.backend, self._connection, self.backend.begin_reading)
-            present = are_complete(looking)
-            if (self.backend.wants_rate_limits
-                    and not columns_of(looking, "rate_limits")):
-                with contextlib.suppress(Exception):  # if the query needs it
-                    looking.run(RATE_LIMITS.format(self.backend.numbered))
-            looking.run("COMMIT")
-            if present:
-                break
-            self.backend.deadline = math.inf  # large tables take long
-            with contextlib.closing(self.backend.connect(3600)) as patient:
-                try:
-                    updating = Transaction(
-                        self.backend, patient, self.backend.begin)
-                    update_tables(updating)
-                    updating.run("COMMIT")
-                except Exception:
-                    if not again:  # else another daemon may have been first
-                        raise
-            self.backend.deadline = time.monotonic() + self.backend.timeout
-
-
-def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Cut a list into lists of at most size."""
-    return (items[i:i + size] for i in range(0, len(items), size))
-
-
-def columns_of(transaction: Transaction, table: str) -> list[str]:
-    """Return the names of a table's columns, none if there is no table."""
-    return transaction.attempt("", lambda _: [
-        column[0] for column in transaction.run(
-            f"SELECT * FROM {table} LIMIT 0").description]) or []
-
-
-def are_complete(transaction: Transaction) -> bool:
-    """Say whether all tables are there, as an update makes them."""
-    return ("total" in columns_of(transaction, "mail_count")
-            and all(columns_of(transaction, table) for table in TABLES))
-
-
-def update_tables(transaction: Transaction) -> None:
-    """Make the tables, or bring those of the original up to date."""
-    backend = transaction.backend
-    for statement in creations(backend):
-        transaction.run(statement)
-    present = columns_of(transaction, "mail_count")
-    if "total" in present:
-        return
-    for name, kind in COLUMNS.items():
-        if name not in (*present, "total"):
-            transaction.run(f"ALTER TABLE mail_count ADD COLUMN {name} {kind}")
-    for statement in backend.alter_original:
-        transaction.run(statement)
-    for [identity] in transaction.run(
-            "SELECT DISTINCT id FROM mail_count").fetchall():
-        if fold(identity) != identity:
-            transaction.run("UPDATE mail_count SET id = ? WHERE id = ?",
-                            fold(identity), identity)
-    for statement in backend.add_total:  # once it is there, so is all else
-        transaction.run(statement)
-    for [identity] in transaction.run(
-            "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
-            LARGE).fetchall():
-        retotal(transaction, identity, math.inf)
-
-
-def creations(backend: Backend) -> Iterator[str]:
-    """Return the statements that make the tables which are missing."""
-    for table, columns in TABLES.items():
-        columns = columns.format(name=f"{backend.identity} NOT NULL",
-                                 number="bigint NOT NULL")
-        yield f"CREATE TABLE IF NOT EXISTS {table} ({columns})"
-
-
-def retotal(transaction: Transaction, identity: str, now: float) -> None:
-    """Write an identity's rows anew, with totals and no date after now."""
-    rows, total = [], 0
-    for date, count, *origin in transaction.run(
-            "SELECT date, recipient_count, instance, protocol_state"
-            " FROM mail_count WHERE id = ? ORDER BY date, total",
-            identity).fetchall():
-        transaction.backend.deadline += 0.001  # each row has to be written
-        count = 1 if count is None else count
-        total += count
-        rows.append((identity, min(date, now), count, *origin, total))
-        if date > now + CLOCK_SKEW:
-            log.warning("mails are dated %d seconds ahead: see that all"
-                        " clocks are right", date - now, extra=SELDOM)
-    transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
-    transaction.write(INSERT, rows)
 
 
 class Backend:
@@ -1635,8 +1547,282 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
                       + " or ".join(package for _, package in drivers))
 
 
+class Transaction:
+    """Statements in few round trips; Database begins and commits."""
+
+    def __init__(self, backend: Backend, connection: Connection,
+                 statement: str) -> None:
+        """Begin on a connection, by a statement unless that is empty."""
+        self.backend = backend
+        self.cursor: Cursor = connection.cursor()
+        self.answered = False  # has any statement succeeded?
+        self._waiting: list[tuple[str, Sequence[object]]] = []
+        if statement:
+            self.later(statement)
+
+    def run(self, statement: str, *values: object) -> Cursor:
+        """Execute what waits, and a statement; return that one's result."""
+        waited, self._waiting = self._waiting, []
+        if waited:
+            statement = "; ".join([*(text for text, _ in waited), statement])
+            before = [value for _, given in waited for value in given]
+            values = (*before, *values)
+        self.cursor.execute(
+            statement.replace("?", self.backend.placeholder),
+            self.backend.fit(values))
+        if waited:
+            self.backend.skip_results(self.cursor, len(waited))
+        self.answered = True
+        return self.cursor
+
+    def later(self, statement: str, *values: object) -> None:
+        """Let a statement wait for the next, if the driver joins them."""
+        if self.backend.joins and len(self._waiting) < MAX_JOINED:
+            self._waiting.append((statement, values))
+        else:
+            self.run(statement, *values)
+
+    def flush(self) -> None:
+        """Execute what waits."""
+        if self._waiting:
+            statement, values = self._waiting.pop()
+            self.run(statement, *values)
+
+    def write(self, statement: str, rows: Sequence[Row]) -> None:
+        """Write rows later, some with each statement, which ends in {}."""
+        place = "(" + ", ".join("?" * len(rows[0])) + ")" if rows else ""
+        if rows and not self.backend.joins:
+            self.cursor.executemany(statement.format(place), rows)
+            return
+        for some in chunks(rows, self.backend.chunk):
+            self.later(statement.format(", ".join([place] * len(some))),
+                       *itertools.chain(*some))
+
+    def attempt(self, warning: str, work: Callable[..., T], *given: Any,
+                ) -> T | None:
+        """Return work(self, *given); if it fails, warn and undo just that."""
+        # For what must not cost the verdicts; some of it needs no warning.
+        self.later("SAVEPOINT attempt")
+        try:
+            result = work(self, *given)
+            self.flush()
+        except Exception as error:
+            if self.backend.is_conflict(error):
+                raise
+            self._waiting.clear()
+            self.run("ROLLBACK TO SAVEPOINT attempt")
+            if warning:
+                log.warning(warning, self.backend.explain(error), extra=SELDOM)
+            return None
+        self.later("RELEASE SAVEPOINT attempt")
+        return result
+
+
+class Database:
+    """One connection for all threads, made anew when it is dead."""
+
+    def __init__(self, backend: Backend,
+                 prepare: Callable[[Backend, Connection], None]) -> None:
+        """Take what prepares the tables on a connection; open nothing yet."""
+        self.backend = backend
+        self._prepare = prepare
+        self.lock = threading.RLock()  # of the connection
+        self._connection: Connection = None
+
+    def transact(self, work: Callable[..., T], *given: Any,
+                 deadline: float | None = None) -> T:
+        """Return work(transaction, *given), committed; raise LedgerError.
+
+        The first statement is the ping: if it finds an old connection dead,
+        all is done on another.  Where another host was first with an
+        identity, all is done again, until the deadline (time.monotonic()).
+        """
+        if deadline is None:
+            deadline = time.monotonic() + self.backend.timeout
+        left = deadline - time.monotonic()
+        if left < 0 or not self.lock.acquire(timeout=left):
+            raise LedgerError(TOO_SLOW)
+        try:
+            while True:
+                self.backend.deadline = deadline
+                old, began = self._connection is not None, time.monotonic()
+                transaction = None
+                try:
+                    if self._connection is None or self.backend.is_stale():
+                        self._connect()
+                    transaction = Transaction(
+                        self.backend, self._connection, self.backend.begin)
+                    result = work(transaction, *given)
+                    transaction.run("COMMIT")
+                    return result
+                except Exception as error:  # drivers raise more than their own
+                    quick = time.monotonic() - began < self.backend.timeout / 2
+                    answered = transaction and transaction.answered
+                    self._recover(error, dead=old and quick and not answered)
+        finally:
+            self.backend.deadline = math.inf
+            self.lock.release()
+
+    def _recover(self, error: Exception, dead: bool) -> None:
+        """Undo what failed; raise LedgerError unless it may be done again."""
+        now = time.monotonic()
+        conflict = self.backend.is_conflict(error)
+        undone = self._roll_back(keep=conflict)
+        if conflict and now <= self.backend.deadline:
+            time.sleep(random.uniform(0, 0.01))
+        elif not dead:
+            raise LedgerError(self.backend.explain(error), undone) from error
+
+    def look(self, work: Callable[..., T], *given: Any) -> T:
+        """Return work(transaction, *given), which reads tables as they are."""
+        try:
+            with contextlib.closing(self.backend.look()) as connection:
+                return work(Transaction(
+                    self.backend, connection, self.backend.begin_reading),
+                    *given)
+        except Exception as error:
+            raise LedgerError(self.backend.explain(error)) from error
+
+    def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        if self.lock.acquire(timeout=self.backend.timeout):
+            try:
+                self._roll_back(keep=False)
+            finally:
+                self.lock.release()
+
+    def _roll_back(self, keep: bool) -> bool:
+        """Undo what is half done; return whether the database says it is."""
+        connection, undone = self._connection, False
+        with contextlib.suppress(Exception):  # a lock outlives close() alone
+            connection.cursor().execute("ROLLBACK")
+            undone = True
+        if not keep:
+            self._connection = None
+            with contextlib.suppress(Exception):  # there may be none
+                connection.close()
+        return undone
+
+    def _connect(self) -> None:
+        """Connect; what fails on the way leaves no connection behind."""
+        self._roll_back(keep=False)
+        self._connection = self.backend.connect(self.backend.timeout)
+        try:
+            for statement in self.backend.first:
+                self._connection.execute(statement)
+            self._prepare(self.backend, self._connection)
+        except Exception:
+            self._roll_back(keep=False)
+            raise
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Cut a list into lists of at most size."""
+    return (items[i:i + size] for i in range(0, len(items), size))
+
+
 # ---------------------------------------------------------------------------
-# 6. Ledger
+# 7. Schema
+#
+# How the tables are made, and brought up to date from the original's.
+# ---------------------------------------------------------------------------
+
+LARGE = 10_000  # rows whose totals take longer than a mail should wait
+
+
+def prepare_tables(backend: Backend, connection: Connection) -> None:
+    """See that the tables are there, as an update makes them."""
+    for again in (True, True, False):
+        looking = Transaction(
+            backend, connection, backend.begin_reading)
+        present = are_complete(looking)
+        if (backend.wants_rate_limits
+                and not columns_of(looking, "rate_limits")):
+            with contextlib.suppress(Exception):  # if the query needs it
+                looking.run(RATE_LIMITS.format(backend.numbered))
+        looking.run("COMMIT")
+        if present:
+            break
+        backend.deadline = math.inf  # large tables take long
+        with contextlib.closing(backend.connect(3600)) as patient:
+            try:
+                updating = Transaction(
+                    backend, patient, backend.begin)
+                update_tables(updating)
+                updating.run("COMMIT")
+            except Exception:
+                if not again:  # else another daemon may have been first
+                    raise
+        backend.deadline = time.monotonic() + backend.timeout
+
+
+def columns_of(transaction: Transaction, table: str) -> list[str]:
+    """Return the names of a table's columns, none if there is no table."""
+    return transaction.attempt("", lambda _: [
+        column[0] for column in transaction.run(
+            f"SELECT * FROM {table} LIMIT 0").description]) or []
+
+
+def are_complete(transaction: Transaction) -> bool:
+    """Say whether all tables are there, as an update makes them."""
+    return ("total" in columns_of(transaction, "mail_count")
+            and all(columns_of(transaction, table) for table in TABLES))
+
+
+def update_tables(transaction: Transaction) -> None:
+    """Make the tables, or bring those of the original up to date."""
+    backend = transaction.backend
+    for statement in creations(backend):
+        transaction.run(statement)
+    present = columns_of(transaction, "mail_count")
+    if "total" in present:
+        return
+    for name, kind in COLUMNS.items():
+        if name not in (*present, "total"):
+            transaction.run(f"ALTER TABLE mail_count ADD COLUMN {name} {kind}")
+    for statement in backend.alter_original:
+        transaction.run(statement)
+    for [identity] in transaction.run(
+            "SELECT DISTINCT id FROM mail_count").fetchall():
+        if fold(identity) != identity:
+            transaction.run("UPDATE mail_count SET id = ? WHERE id = ?",
+                            fold(identity), identity)
+    for statement in backend.add_total:  # once it is there, so is all else
+        transaction.run(statement)
+    for [identity] in transaction.run(
+            "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
+            LARGE).fetchall():
+        retotal(transaction, identity, math.inf)
+
+
+def creations(backend: Backend) -> Iterator[str]:
+    """Return the statements that make the tables which are missing."""
+    for table, columns in TABLES.items():
+        columns = columns.format(name=f"{backend.identity} NOT NULL",
+                                 number="bigint NOT NULL")
+        yield f"CREATE TABLE IF NOT EXISTS {table} ({columns})"
+
+
+def retotal(transaction: Transaction, identity: str, now: float) -> None:
+    """Write an identity's rows anew, with totals and no date after now."""
+    rows, total = [], 0
+    for date, count, *origin in transaction.run(
+            "SELECT date, recipient_count, instance, protocol_state"
+            " FROM mail_count WHERE id = ? ORDER BY date, total",
+            identity).fetchall():
+        transaction.backend.deadline += 0.001  # each row has to be written
+        count = 1 if count is None else count
+        total += count
+        rows.append((identity, min(date, now), count, *origin, total))
+        if date > now + CLOCK_SKEW:
+            log.warning("mails are dated %d seconds ahead: see that all"
+                        " clocks are right", date - now, extra=SELDOM)
+    transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
+    transaction.write(INSERT, rows)
+
+
+# ---------------------------------------------------------------------------
+# 8. Ledger
 #
 # Read what was used, judge, write the charge, with nobody in between.
 #
@@ -1648,12 +1834,284 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
 # never go back in time, whatever the clocks do.
 # ---------------------------------------------------------------------------
 
-CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
-MERGE_STEP = 50  # identities whose mails one transaction brings from memory
-MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
-FOR_GOOD = 10**12  # seconds: the year 33658
 QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
+
+
+def settle(transaction: Transaction, batch: Batch, query: str | None,
+           standby: Standby) -> None:
+    """Judge mails and charge those that pass, one after the other."""
+    charges, accounts = tuple(batch.charges), batch.accounts
+    batch.verdicts, batch.rows = [], []  # of a conflict's: it wrote nothing
+    for charge in charges if transaction.backend.encoding != "UTF8" else ():
+        values: Sequence[Any] = transaction.backend.fit(
+            [claim.value for claim in charge.claims])
+        charge.claims = [claim._replace(value=value)  # as they are read
+                         for claim, value in zip(charge.claims, values)]
+    claims = {claim.identity: claim for charge in charges
+              for claim in charge.claims or charge.others}
+    for name, claim in claims.items():
+        kind = Account if claim.value is None else Variety
+        accounts[name] = kind(claim)
+    take_turns(transaction, accounts)
+    standby.bring(transaction, batch)
+    for name, claim in claims.items() if query else ():
+        if not claim.rule.by:  # no quota's
+            own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
+            accounts[name].own = own
+            accounts[name].limits = claim.limits if own is None else own
+    now = max((charge.now for charge in charges), default=0)
+    read_accounts(transaction, list(accounts.values()), now)
+    varied = [account for account in accounts.values()
+              if isinstance(account, Variety)]
+    for variety in varied:
+        read_values(transaction, variety, now)
+    batch.verdicts, batch.rows = decide(charges, accounts)
+    note_refusals(transaction, batch)
+    transaction.write(INSERT, batch.rows)
+    for variety in varied:
+        transaction.write(transaction.backend.see, [
+            (variety.identity, *seen) for seen in variety.new.items()])
+    for place, verdict in enumerate(batch.verdicts):
+        if verdict.broken is not None:
+            batch.verdicts[place] = with_room(transaction, verdict, accounts)
+
+
+def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
+    """Add rows of an identity under their dates; return them with totals.
+
+    A row that has a total was sent before: it may be there.
+    """
+    identity, first = min(row[:2] for row in rows)
+    query = (f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ? AND"
+             " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
+             " AND date <= ?), 0) ORDER BY date, total")
+    there = transaction.run(query, identity, identity, first).fetchall()
+    transaction.backend.deadline += (len(rows) + len(there)) / 1000
+    if None in (row[-1] for row in there):  # the original's
+        retotal(transaction, identity, there[-1][1])
+        there = transaction.run(query, identity, identity, first).fetchall()
+    found, new = find_sent(rows, there)
+    total = there[0][-1] - there[0][2] if there else 0
+    rewrite = bool(new and there) and there[-1][1] > first
+    if rewrite:  # another host was quicker
+        transaction.later("DELETE FROM mail_count WHERE id = ? AND date >= ?",
+                          identity, there[0][1])
+    ours, written = [], []
+    for row in sorted([*there, *new], key=operator.itemgetter(1)):
+        total += row[2]
+        with_total = (*row[:-1], total)
+        if row[-1] is None or row[1:] in found:
+            ours.append(with_total)
+        if row[-1] is None or rewrite:
+            written.append(with_total)
+    transaction.write(INSERT, written)
+    return ours
+
+
+def find_sent(rows: Sequence[Row], there: Sequence[Row],
+              ) -> tuple[set[Row], list[Row]]:
+    """Return which rows there were sent by us, and ours that are not there.
+
+    Another host may have raised the total of one, but lowers none.
+    """
+    totals: dict[Row, deque[int]] = {}
+    for row in there:
+        totals.setdefault(row[1:-1], deque()).append(row[-1])
+    found, new = set(), []
+    for row in rows:
+        total, like = row[-1], totals.get(row[1:-1], deque())
+        while total is not None and like and like[0] < total:
+            like.popleft()
+        if total is not None and like and (like[0] == total or row[3]):
+            found.add((*row[1:-1], like.popleft()))
+        else:
+            new.append((*row[:-1], None))
+    return found, new
+
+
+def note_refusals(transaction: Transaction, batch: Batch) -> None:
+    """Note refusals, one row for each identity and window of a batch."""
+    found: dict[tuple[str, int], Refusal] = {}
+    for charge, verdict in zip(batch.charges, batch.verdicts):
+        for usage in filter(None, (verdict.broken, *verdict.tried)):
+            limit, now = usage.limit, int(charge.now)
+            key = usage.claim.identity, limit.seconds
+            hits = found[key].hits + 1 if key in found else 1
+            found[key] = Refusal(
+                *key, limit.mails, hits, now, now, charge.client)
+    if found:
+        transaction.attempt("a refusal is not noted: %s", Transaction.write,
+                            transaction.backend.note,
+                            [found[key] for key in sorted(found)])
+
+
+def with_room(transaction: Transaction, verdict: Verdict,
+              accounts: Mapping[str, Account]) -> Verdict:
+    """Add to a verdict when such a mail passes again, if that is asked."""
+    broken = verdict.broken
+    if (broken is None
+            or "$room" not in broken.claim.rule.fail_action.replace("{", "")):
+        return verdict
+    full = [use for use in verdict.usage if not use.claim.rule.dry_run
+            and use.used + use.claim.cost > use.limit.mails]
+    never = any(use.claim.cost > use.limit.mails for use in full)
+    return verdict._replace(room_at=0 if never else max(
+        room_in(transaction, use, accounts) for use in full))
+
+
+def room_in(transaction: Transaction, full: Usage,
+            accounts: Mapping[str, Account]) -> int:
+    """Return when a limit that is full has room again."""
+    claim, (mails, seconds) = full.claim, full.limit
+    account = accounts[claim.identity]
+    if isinstance(account, Variety):
+        dates = sorted(date for value, date in account.seen.items()
+                       if value != claim.value)
+        date = dates[-mails]
+    else:
+        [date] = transaction.run(  # reads no more rows than have to leave
+            "SELECT date FROM mail_count WHERE id = ? AND date > ?"
+            " AND total >= ? ORDER BY date, total LIMIT 1", account.identity,
+            account.now - seconds, account.total + claim.cost - mails,
+            ).fetchone() or [account.date]
+    return int(date) + seconds
+
+
+def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
+    """Keep other hosts from these identities until the transaction ends."""
+    if transaction.backend.turn:
+        # In one order, so that none waits for another in a circle.
+        transaction.write(transaction.backend.turn, [
+            (identity, 1) for identity in sorted(identities)])
+
+
+def ask_limits(transaction: Transaction, query: str, identity: str,
+               ) -> Limits | None:
+    """Return the limits that the query sql_limits_by_id has, or None."""
+    transaction.flush()
+    transaction.cursor.execute(query, transaction.backend.fit((identity,)))
+    row = transaction.cursor.fetchone()
+    return None if row is None or row[0] is None else parse_limits(row[0])
+
+
+def read_accounts(transaction: Transaction, accounts: Sequence[Account],
+                  now: float) -> None:
+    """Read what accounts have used, many with each statement."""
+    second, date_now = math.floor(now), math.ceil(now)
+    width = max((len(account.limits) for account in accounts), default=0)
+    for some in chunks(accounts, transaction.backend.chunk):
+        values: list[object] = []
+        for account in some:
+            since = [second - limit.seconds for limit in account.limits]
+            values += [account.identity, *since,
+                       *[second] * (width - len(since))]
+        statement = usage_statement(
+            len(some), width, transaction.backend.text)
+        others = []
+        for n, own, date, total, *before in transaction.run(
+                statement, *values, second).fetchall():
+            account = some[n]
+            limits = None if own is None else parse_override(own)
+            if limits is not None and limits != account.limits:
+                account.limits = account.override = limits
+                others.append(account)  # it has other windows
+                continue
+            if date is not None and (total is None
+                                     or date > now + CLOCK_SKEW):
+                retotal(transaction, account.identity, date_now)
+                read_accounts(transaction, [account], now)
+            elif date is not None and date > date_now:
+                # Another host's clock is ahead: that is the time here, too.
+                read_accounts(transaction, [account], date - 0.5)
+            else:
+                account.now, account.date = second, date_now
+                account.total = total or 0
+                account.before = [
+                    account.total if sum_before is None else sum_before
+                    for sum_before in before]
+        if others:
+            read_accounts(transaction, others, now)
+
+
+def read_values(transaction: Transaction, account: Variety,
+                now: float) -> None:
+    """Read the values that an account has had.
+
+    Those dated far ahead move to now: the clock has been set back far.
+    """
+    longest = max((limit.seconds for limit in account.limits), default=0)
+    account.now = math.floor(now)
+    account.date = date_now = math.ceil(now)
+    account.seen.update(account.new)  # from memory
+    for value, date in transaction.run(
+            "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
+            account.identity, account.now - longest).fetchall():
+        if date > now + CLOCK_SKEW:
+            account.new[value] = date = date_now
+        elif date >= account.new.get(value, date):
+            account.new.pop(value, None)  # another host saw it later
+        account.seen[value] = account.new.get(value, date)
+        account.date = max(account.date, date)
+
+
+@functools.cache
+def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
+    """Return the query for so many accounts with so many windows each.
+
+    It takes identity and begin of each window, for each account, then the
+    time, and yields an account's place, the limits that --limit set, newest
+    date and total, and the total before each window's first row, or NULLs.
+    """
+    # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
+    # of the speed, MariaDB up to half.
+    since = [f"since{n}" for n in range(windows)]
+    asked = " UNION ALL ".join(
+        f"SELECT {n}, {text}{', ?' * windows}" for n in range(accounts))
+    own = "(SELECT limits FROM mail_limit WHERE id = who AND ends > ?)"
+    newest = ("(SELECT {} FROM mail_count WHERE id = who"
+              " ORDER BY date DESC, total DESC LIMIT 1)")
+    before = ("(SELECT total - recipient_count FROM mail_count WHERE id = who"
+              " AND date > {} ORDER BY date, total LIMIT 1)")
+    columns = ", ".join([own, newest.format("date"), newest.format("total"),
+                         *map(before.format, since)])
+    return (f"WITH asked ({', '.join(['n', 'who', *since])})"
+            f" AS ({asked}) SELECT n, {columns} FROM asked")
+
+
+def read_refusals(transaction: Transaction, which: str = "", *values: object,
+                  ) -> list[Refusal]:
+    """Return refusals, all or some."""
+    return [Refusal(*row) for row in transaction.run(
+        "SELECT id, seconds, mails, hits, first, last, client"
+        f" FROM mail_refused {which}", *values).fetchall()]
+
+
+def read_overrides(transaction: Transaction, now: int) -> Overrides:
+    """Return all limits of --limit that are in force."""
+    return {identity: (limits, ends) for identity, text, ends in
+            transaction.run("SELECT id, limits, ends FROM mail_limit"
+                            " WHERE ends > ? ORDER BY id", now).fetchall()
+            if (limits := parse_override(text)) is not None}
+
+
+def parse_override(text: str) -> Limits | None:
+    """Parse limits of mail_limit; what others wrote there may be rubbish."""
+    try:
+        return parse_limits(text)
+    except ValueError as error:
+        log.warning("mail_limit: %s; it does not hold", error, extra=SELDOM)
+        return None
+
+
+# ---------------------------------------------------------------------------
+# 9. Batches and outages
+#
+# Many requests, one commit; and what happens while the database is away.
+# ---------------------------------------------------------------------------
+
+MERGE_STEP = 50  # identities whose mails one transaction brings from memory
+MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
 
 
 class Batch:
@@ -1922,488 +2380,21 @@ class Ledger:
             charge.error, charge.verdict = error, verdict
 
 
-def settle(transaction: Transaction, batch: Batch, query: str | None,
-           standby: Standby) -> None:
-    """Judge mails and charge those that pass, one after the other."""
-    charges, accounts = tuple(batch.charges), batch.accounts
-    batch.verdicts, batch.rows = [], []  # of a conflict's: it wrote nothing
-    for charge in charges if transaction.backend.encoding != "UTF8" else ():
-        values: Sequence[Any] = transaction.backend.fit(
-            [claim.value for claim in charge.claims])
-        charge.claims = [claim._replace(value=value)  # as they are read
-                         for claim, value in zip(charge.claims, values)]
-    claims = {claim.identity: claim for charge in charges
-              for claim in charge.claims or charge.others}
-    for name, claim in claims.items():
-        kind = Account if claim.value is None else Variety
-        accounts[name] = kind(claim)
-    take_turns(transaction, accounts)
-    standby.bring(transaction, batch)
-    for name, claim in claims.items() if query else ():
-        if not claim.rule.by:  # no quota's
-            own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
-            accounts[name].own = own
-            accounts[name].limits = claim.limits if own is None else own
-    now = max((charge.now for charge in charges), default=0)
-    read_accounts(transaction, list(accounts.values()), now)
-    varied = [account for account in accounts.values()
-              if isinstance(account, Variety)]
-    for variety in varied:
-        read_values(transaction, variety, now)
-    batch.verdicts, batch.rows = decide(charges, accounts)
-    note_refusals(transaction, batch)
-    transaction.write(INSERT, batch.rows)
-    for variety in varied:
-        transaction.write(transaction.backend.see, [
-            (variety.identity, *seen) for seen in variety.new.items()])
-    for place, verdict in enumerate(batch.verdicts):
-        if verdict.broken is not None:
-            batch.verdicts[place] = with_room(transaction, verdict, accounts)
-
-
-def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
-    """Add rows of an identity under their dates; return them with totals.
-
-    A row that has a total was sent before: it may be there.
-    """
-    identity, first = min(row[:2] for row in rows)
-    query = (f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ? AND"
-             " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
-             " AND date <= ?), 0) ORDER BY date, total")
-    there = transaction.run(query, identity, identity, first).fetchall()
-    transaction.backend.deadline += (len(rows) + len(there)) / 1000
-    if None in (row[-1] for row in there):  # the original's
-        retotal(transaction, identity, there[-1][1])
-        there = transaction.run(query, identity, identity, first).fetchall()
-    found, new = find_sent(rows, there)
-    total = there[0][-1] - there[0][2] if there else 0
-    rewrite = bool(new and there) and there[-1][1] > first
-    if rewrite:  # another host was quicker
-        transaction.later("DELETE FROM mail_count WHERE id = ? AND date >= ?",
-                          identity, there[0][1])
-    ours, written = [], []
-    for row in sorted([*there, *new], key=operator.itemgetter(1)):
-        total += row[2]
-        with_total = (*row[:-1], total)
-        if row[-1] is None or row[1:] in found:
-            ours.append(with_total)
-        if row[-1] is None or rewrite:
-            written.append(with_total)
-    transaction.write(INSERT, written)
-    return ours
-
-
-def find_sent(rows: Sequence[Row], there: Sequence[Row],
-              ) -> tuple[set[Row], list[Row]]:
-    """Return which rows there were sent by us, and ours that are not there.
-
-    Another host may have raised the total of one, but lowers none.
-    """
-    totals: dict[Row, deque[int]] = {}
-    for row in there:
-        totals.setdefault(row[1:-1], deque()).append(row[-1])
-    found, new = set(), []
-    for row in rows:
-        total, like = row[-1], totals.get(row[1:-1], deque())
-        while total is not None and like and like[0] < total:
-            like.popleft()
-        if total is not None and like and (like[0] == total or row[3]):
-            found.add((*row[1:-1], like.popleft()))
-        else:
-            new.append((*row[:-1], None))
-    return found, new
-
-
-def note_refusals(transaction: Transaction, batch: Batch) -> None:
-    """Note refusals, one row for each identity and window of a batch."""
-    found: dict[tuple[str, int], Refusal] = {}
-    for charge, verdict in zip(batch.charges, batch.verdicts):
-        for usage in filter(None, (verdict.broken, *verdict.tried)):
-            limit, now = usage.limit, int(charge.now)
-            key = usage.claim.identity, limit.seconds
-            hits = found[key].hits + 1 if key in found else 1
-            found[key] = Refusal(
-                *key, limit.mails, hits, now, now, charge.client)
-    if found:
-        transaction.attempt("a refusal is not noted: %s", Transaction.write,
-                            transaction.backend.note,
-                            [found[key] for key in sorted(found)])
-
-
-def with_room(transaction: Transaction, verdict: Verdict,
-              accounts: Mapping[str, Account]) -> Verdict:
-    """Add to a verdict when such a mail passes again, if that is asked."""
-    broken = verdict.broken
-    if (broken is None
-            or "$room" not in broken.claim.rule.fail_action.replace("{", "")):
-        return verdict
-    full = [use for use in verdict.usage if not use.claim.rule.dry_run
-            and use.used + use.claim.cost > use.limit.mails]
-    never = any(use.claim.cost > use.limit.mails for use in full)
-    return verdict._replace(room_at=0 if never else max(
-        room_in(transaction, use, accounts) for use in full))
-
-
-def room_in(transaction: Transaction, full: Usage,
-            accounts: Mapping[str, Account]) -> int:
-    """Return when a limit that is full has room again."""
-    claim, (mails, seconds) = full.claim, full.limit
-    account = accounts[claim.identity]
-    if isinstance(account, Variety):
-        dates = sorted(date for value, date in account.seen.items()
-                       if value != claim.value)
-        date = dates[-mails]
-    else:
-        [date] = transaction.run(  # reads no more rows than have to leave
-            "SELECT date FROM mail_count WHERE id = ? AND date > ?"
-            " AND total >= ? ORDER BY date, total LIMIT 1", account.identity,
-            account.now - seconds, account.total + claim.cost - mails,
-            ).fetchone() or [account.date]
-    return int(date) + seconds
-
-
-def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
-    """Keep other hosts from these identities until the transaction ends."""
-    if transaction.backend.turn:
-        # In one order, so that none waits for another in a circle.
-        transaction.write(transaction.backend.turn, [
-            (identity, 1) for identity in sorted(identities)])
-
-
-def ask_limits(transaction: Transaction, query: str, identity: str,
-               ) -> Limits | None:
-    """Return the limits that the query sql_limits_by_id has, or None."""
-    transaction.flush()
-    transaction.cursor.execute(query, transaction.backend.fit((identity,)))
-    row = transaction.cursor.fetchone()
-    return None if row is None or row[0] is None else parse_limits(row[0])
-
-
-def check_counting(transaction: Transaction, query: str | None) -> None:
-    """Raise an error where mails could not be counted; for --check."""
-    backend = transaction.backend
-    present = columns_of(transaction, "mail_count")
-    if not are_complete(transaction):
-        for statement in creations(backend):
-            transaction.run(backend.try_table.format(statement))
-    if present and "total" not in present and backend.try_total:
-        transaction.run(backend.try_total)
-    if query and (columns_of(transaction, "rate_limits")
-                  or "rate_limits" not in query):  # else a start makes it
-        try:
-            ask_limits(transaction, query, "Zoë дима 😀")
-        except Exception as error:
-            raise LedgerError(f"sql_limits_by_id: {error}") from error
-
-
-@functools.lru_cache(1000)  # it takes as long as a third of a decision
-def parse_limits(text: str) -> Limits:
-    """Parse limits as Python writes lists: [[10, 60], [150, 86400]]."""
-    try:
-        # Its parser's recursion kills the process: no more than can be meant.
-        return as_limits(ast.literal_eval(str(text)[:1000].strip()))
-    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError(f"found {str(text)[:200]!r}, expected"
-                         f" {as_limits.__doc__}") from None
-
-
-def read_accounts(transaction: Transaction, accounts: Sequence[Account],
-                  now: float) -> None:
-    """Read what accounts have used, many with each statement."""
-    second, date_now = math.floor(now), math.ceil(now)
-    width = max((len(account.limits) for account in accounts), default=0)
-    for some in chunks(accounts, transaction.backend.chunk):
-        values: list[object] = []
-        for account in some:
-            since = [second - limit.seconds for limit in account.limits]
-            values += [account.identity, *since,
-                       *[second] * (width - len(since))]
-        statement = usage_statement(
-            len(some), width, transaction.backend.text)
-        others = []
-        for n, own, date, total, *before in transaction.run(
-                statement, *values, second).fetchall():
-            account = some[n]
-            limits = None if own is None else parse_override(own)
-            if limits is not None and limits != account.limits:
-                account.limits = account.override = limits
-                others.append(account)  # it has other windows
-                continue
-            if date is not None and (total is None
-                                     or date > now + CLOCK_SKEW):
-                retotal(transaction, account.identity, date_now)
-                read_accounts(transaction, [account], now)
-            elif date is not None and date > date_now:
-                # Another host's clock is ahead: that is the time here, too.
-                read_accounts(transaction, [account], date - 0.5)
-            else:
-                account.now, account.date = second, date_now
-                account.total = total or 0
-                account.before = [
-                    account.total if sum_before is None else sum_before
-                    for sum_before in before]
-        if others:
-            read_accounts(transaction, others, now)
-
-
-def read_values(transaction: Transaction, account: Variety,
-                now: float) -> None:
-    """Read the values that an account has had.
-
-    Those dated far ahead move to now: the clock has been set back far.
-    """
-    longest = max((limit.seconds for limit in account.limits), default=0)
-    account.now = math.floor(now)
-    account.date = date_now = math.ceil(now)
-    account.seen.update(account.new)  # from memory
-    for value, date in transaction.run(
-            "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
-            account.identity, account.now - longest).fetchall():
-        if date > now + CLOCK_SKEW:
-            account.new[value] = date = date_now
-        elif date >= account.new.get(value, date):
-            account.new.pop(value, None)  # another host saw it later
-        account.seen[value] = account.new.get(value, date)
-        account.date = max(account.date, date)
-
-
-@functools.cache
-def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
-    """Return the query for so many accounts with so many windows each.
-
-    It takes identity and begin of each window, for each account, then the
-    time, and yields an account's place, the limits that --limit set, newest
-    date and total, and the total before each window's first row, or NULLs.
-    """
-    # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
-    # of the speed, MariaDB up to half.
-    since = [f"since{n}" for n in range(windows)]
-    asked = " UNION ALL ".join(
-        f"SELECT {n}, {text}{', ?' * windows}" for n in range(accounts))
-    own = "(SELECT limits FROM mail_limit WHERE id = who AND ends > ?)"
-    newest = ("(SELECT {} FROM mail_count WHERE id = who"
-              " ORDER BY date DESC, total DESC LIMIT 1)")
-    before = ("(SELECT total - recipient_count FROM mail_count WHERE id = who"
-              " AND date > {} ORDER BY date, total LIMIT 1)")
-    columns = ", ".join([own, newest.format("date"), newest.format("total"),
-                         *map(before.format, since)])
-    return (f"WITH asked ({', '.join(['n', 'who', *since])})"
-            f" AS ({asked}) SELECT n, {columns} FROM asked")
-
-
-def kept_for(longest: int) -> int:
-    """Return for how long rows are kept, longer than any clock is ahead."""
-    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
-
-
-def clean_mails(transaction: Transaction, settings: Settings, after: str,
-                now: int) -> tuple[str | None, int]:
-    """Delete mails of identities after one that no limit sees.
-
-    Those stay that a limit of the query or of --limit may still see.
-    """
-    overrides, deleted, before = read_overrides(transaction, now), 0, after
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
-        last, oldest = transaction.run(
-            "SELECT id, date FROM mail_count WHERE id > ?"
-            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
-        if last is None:
-            break
-        if oldest <= now - keep:
-            limits = own_limits(
-                transaction, settings.sql_limits_by_id, last, overrides)
-            until = 0 if limits is None else now - max([keep, *(
-                kept_for(limit.seconds) for limit in limits)])
-            step = transaction.run(
-                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
-                " ORDER BY date LIMIT 1 OFFSET ?",
-                last, until, CLEAN_STEP - 1).fetchone() or (until,)
-            deleted += transaction.run(
-                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
-                last, *step).rowcount
-            if deleted >= CLEAN_STEP:
-                last = before  # for this one may have more
-                break
-        before = last
-    more = transaction.backend.turn and clean_turns(transaction, after, last)
-    return after if more else last, deleted
-
-
-def own_limits(transaction: Transaction, query: str | None, identity: str,
-               overrides: Overrides) -> Limits | None:
-    """Return what query and --limit say of an identity; None: it fails."""
-    limits, _ = overrides.get(identity, ((), 0))
-    if not query:
-        return limits
-    found = transaction.attempt(
-        QUERY_FAILED, lambda *given: [ask_limits(*given)], query, identity)
-    return None if found is None else (*limits, *(found[0] or ()))
-
-
-def clean_turns(transaction: Transaction, after: str, last: str | None,
-                ) -> bool:
-    """Delete turns of no use between two names; say if more are left."""
-    between, names = "id > ?", [after]
-    if last is not None:
-        between, names = "id > ? AND id <= ?", [after, last]
-    useless = transaction.run(  # first, since a DELETE locks what it looks at
-        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
-        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
-        *names, CLEAN_STEP).fetchall()
-    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
-    return len(useless) == CLEAN_STEP
-
-
-def clean_values(transaction: Transaction, settings: Settings,
-                 after: tuple[str, str], now: int) -> tuple[Any, int]:
-    """Delete values that no limit sees, after an identity's value."""
-    overrides, deleted = read_overrides(transaction, now), 0
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):
-        identity, value = after or ("", "")
-        rest = "FROM mail_value WHERE id = ? AND value > ?"
-        [last] = transaction.run(
-            f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
-            identity, value, CLEAN_STEP - 1).fetchone() or (None,)
-        limits, _ = overrides.get(identity, ((), 0))
-        until = now - max([keep, *(
-            kept_for(limit.seconds) for limit in limits)])
-        if last is not None:
-            deleted += transaction.run(
-                f"DELETE {rest} AND value <= ? AND date <= ?",
-                identity, value, last, until).rowcount
-            return (identity, last), deleted
-        deleted += transaction.run(
-            f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
-        [identity] = transaction.run(
-            "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
-        if identity is None:
-            return None, deleted
-        after = identity, ""
-        if deleted >= CLEAN_STEP:
-            break
-    return after, deleted
-
-
-def clean_refusals(transaction: Transaction, settings: Settings, after: str,
-                   now: int) -> tuple[str | None, int]:
-    """Delete limits that ended, and old refusals that all were told of."""
-    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
-    rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
-                         f" LIMIT {CLEAN_STEP}", after)
-    last = rows[-1].identity if rows else ""
-    told = {(*key, to): hits for *key, to, hits in transaction.run(
-        "SELECT id, seconds, address, hits FROM report_told"
-        " WHERE id >= ? AND id <= ?", after, last).fetchall()}
-    keep = max(86400, 2 * settings.longest_window)
-    for row in rows:
-        key = row.identity, row.seconds
-        due = row.seconds in settings.noted_windows
-        if now - row.last < max(keep, row.seconds) or due and any(
-                told.get((*key, fold(to)), 0) < row.hits
-                for to in settings.report_to):
-            continue
-        transaction.later("DELETE FROM mail_refused WHERE id = ?"
-                          " AND seconds = ? AND hits = ?", *key, row.hits)
-        transaction.later(
-            "DELETE FROM report_told WHERE id = ? AND seconds = ?"
-            " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
-            " report_told.id AND r.seconds = report_told.seconds)", *key)
-    more = len(rows) == CLEAN_STEP and last != after
-    return last if more else None, 0
-
-
-# Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
-# after what to go on, None if that was all, and how many it deleted.
-CLEANINGS: Sequence[Callable[..., tuple[Any, int]]] = (
-    clean_mails, clean_values, clean_refusals)
-
-
-def read_refusals(transaction: Transaction, which: str = "", *values: object,
-                  ) -> list[Refusal]:
-    """Return refusals, all or some."""
-    return [Refusal(*row) for row in transaction.run(
-        "SELECT id, seconds, mails, hits, first, last, client"
-        f" FROM mail_refused {which}", *values).fetchall()]
-
-
-def set_override(transaction: Transaction, identity: str, limits: Limits,
-                 ends: int, now: int) -> None:
-    """Give an identity other limits."""
-    drop_override(transaction, identity)
-    transaction.run("INSERT INTO mail_limit (id, limits, ends, made) VALUES"
-                    " (?, ?, ?, ?)", identity, json.dumps(limits), ends, now)
-
-
-def drop_override(transaction: Transaction, identity: str) -> bool:
-    """Give an identity its usual limits; say if it had others."""
-    return bool(transaction.run(
-        "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
-
-
-def read_overrides(transaction: Transaction, now: int) -> Overrides:
-    """Return all limits of --limit that are in force."""
-    return {identity: (limits, ends) for identity, text, ends in
-            transaction.run("SELECT id, limits, ends FROM mail_limit"
-                            " WHERE ends > ? ORDER BY id", now).fetchall()
-            if (limits := parse_override(text)) is not None}
-
-
-def parse_override(text: str) -> Limits | None:
-    """Parse limits of mail_limit; what others wrote there may be rubbish."""
-    try:
-        return parse_limits(text)
-    except ValueError as error:
-        log.warning("mail_limit: %s; it does not hold", error, extra=SELDOM)
-        return None
-
-
-def forget(transaction: Transaction, identity: str) -> int:
-    """Forget the mails of an identity; return how many were recorded."""
-    take_turns(transaction, [identity])
-    [mails] = transaction.run(
-        "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
-        identity).fetchone()
-    transaction.run("DELETE FROM mail_count WHERE id = ?", identity)
-    values = transaction.run(
-        "DELETE FROM mail_value WHERE id = ?", identity).rowcount
-    return int(mails or 0) + int(values)
-
-
 def open_ledger(settings: Settings) -> Ledger:
     """Return the ledger that the settings name; it connects when used."""
-    return Ledger(Database(BACKENDS[settings.backend](settings)),
-                  settings.sql_limits_by_id)
+    return Ledger(Database(
+        BACKENDS[settings.backend](settings), prepare_tables),
+        settings.sql_limits_by_id)
 
 
 # ---------------------------------------------------------------------------
-# 7. Service
+# 10. Service
 #
 # A request in, an action out: what the daemon is for.
 # ---------------------------------------------------------------------------
 
-
-class Seldom(logging.Filter):
-    """Lets each message that is marked SELDOM through once a minute."""
-
-    said: dict[str, float] = {}  # when each was let through
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether to let a record through."""
-        seldom = hasattr(record, "seldom")
-        if seldom and 0 <= record.created - self.said.get(record.msg, 0) < 60:
-            return False
-        if seldom:
-            self.said[record.msg] = record.created
-        return True
-
-
-log.addFilter(Seldom())
-
 COUNTED = ("requests", "passed", "refused", "database_errors",
            "judged_in_memory", "decision_seconds")
-MAX_ACTION = 400  # bytes; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
 
 
 class Service:
@@ -2415,17 +2406,16 @@ class Service:
         """Take a clock, and an alarm, which counts the refusals."""
         self.settings = settings
         self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
-        self._ledger = ledger
-        self._clock = clock
+        self.ledger = ledger
+        self.clock = clock
         self._alarm = alarm
         self._counted = -math.inf  # when a mail was last counted
         self._away = False  # the database
         self._lock = threading.Lock()  # of counts, and a change of _away
-        self._cleaned: list[Any] = [None] * len(CLEANINGS)  # up to what
 
     def answer(self, request: Request, last: Last) -> str:
         """Return the action for a request, having counted its mail."""
-        settings, now = self.settings, self._clock()  # until the answer
+        settings, now = self.settings, self.clock()  # until the answer
         queue_id = printable(request.queue_id) or "NOQUEUE"
         self._count("requests")
         if settings.log_requests:
@@ -2463,40 +2453,23 @@ class Service:
     def reload(self, settings: Settings) -> None:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
-        self._ledger.query = settings.sql_limits_by_id
-
-    def clean_step(self) -> None:
-        """Drop a few rows that no limit sees, so that nobody has to."""
-        settings, now = self.settings, int(self._clock())
-        if not self._ledger.is_open(now):
-            return
-        self._ledger.catch_up(now)
-        transact = self._ledger.database.transact
-        try:
-            self._ledger.standby.overrides = transact(read_overrides, now)
-            for place, clean in enumerate(CLEANINGS):
-                self._cleaned[place], deleted = transact(
-                    clean, settings, self._cleaned[place] or "", now)
-                if deleted:
-                    log.info("%d old records deleted", deleted)
-        except LedgerError as error:
-            self._tell_database(error)
+        self.ledger.query = settings.sql_limits_by_id
 
     def _charge(self, charge: Charge, settings: Settings,
                 ) -> tuple[Verdict, str]:
         """Return the ledger's verdict, and the action if the mail passes."""
         began = time.perf_counter()
-        verdict = self._ledger.charge(charge)
+        verdict = self.ledger.charge(charge)
         self._count("refused" if verdict.broken is not None else
                     "passed" if charge.error is None else
                     "database_errors", time.perf_counter() - began)
         if charge.error is not None:
             self._count("judged_in_memory")
-            self._tell_database(charge.error)
+            self.log_outage(charge.error)
             if verdict.usage or settings.sql_limits_by_id:
                 return verdict, settings.db_error_action
         elif self._away and verdict.usage and verdict.broken is None:
-            self._tell_database(None)  # what writes nothing tells nothing
+            self.log_outage(None)  # what writes nothing tells nothing
         return verdict, settings.success_action
 
     def _count(self, name: str, seconds: float = 0) -> None:
@@ -2517,7 +2490,7 @@ class Service:
                 printable(request.protocol_state), settings.count_mode,
                 main_cf(settings.count_mode, settings.SOCKET), extra=SELDOM)
 
-    def _tell_database(self, error: LedgerError | None) -> None:
+    def log_outage(self, error: LedgerError | None) -> None:
         """Say once that the database is away, and once that it is back."""
         away = error is not None
         with self._lock:
@@ -2563,88 +2536,8 @@ class Last:
             request.instance, request.protocol_state, action)
 
 
-def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
-    """Return the line of main.cf that makes Postfix ask at an address."""
-    stage = "recipient" if count_mode == 0 else "data"
-    kind = "unix" if isinstance(address, str) else "inet"
-    where = format_address(address).replace("/var/spool/postfix/", "", 1)
-    return (f"smtpd_{stage}_restrictions = check_policy_service"
-            f" {{ {kind}:{where}, default_action=DUNNO }}")
-
-
-def format_address(address: str | tuple[str, int]) -> str:
-    """Return the path of a socket, or host:port as Postfix writes it."""
-    if isinstance(address, str):
-        return address
-    host, port, *_ = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def describe(verdict: Verdict, client: str = "", refused: int = 0) -> str:
-    """Return a verdict in Postfix's key=value style."""
-    broken, parts = verdict.broken, []
-    for claim, group in itertools.groupby(
-            verdict.usage, operator.attrgetter("claim")):
-        cost = 0 if broken else claim.cost
-        used = " ".join(f"{usage.used + cost}/{ratio(usage.limit)}"
-                        for usage in group)
-        parts.append(f"identity=<{printable(claim.identity)}>,"
-                     f" cost={claim.cost}, used={used}")
-    parts += [f"would refuse for <{printable(usage.claim.identity)}>"
-              f" {ratio(usage.limit)}" for usage in verdict.tried]
-    if broken:
-        parts.append(f"client={client}, broken={ratio(broken.limit)},"
-                     f" refused={refused}")
-        if broken.claim.cost > broken.limit.mails:
-            parts.append("it can never pass")
-    return ", ".join(parts) or "no limits"
-
-
-def ratio(limit: Limit | Refusal) -> str:
-    """Return a limit as the log shows it."""
-    return f"{limit.mails}/{limit.seconds}s".replace("-1/", "")
-
-
-def explain(broken: Usage, room: int | None, now: float) -> str:
-    """Return the rule's fail_action with what was found in it."""
-    claim, limit = broken.claim, broken.limit
-    action = claim.rule.fail_action
-    if "$" not in action:
-        return action
-    never = room == 0 or claim.cost > limit.mails
-    at = within = "never" if never else "unknown"
-    if room:
-        at, within = moment(room), spell(max(room - math.ceil(now), 1))
-    text = string.Template(action).substitute(
-        identity=printable(claim.identity), used=broken.used,
-        mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
-        room_at=at, room_in=within)
-    return text.encode()[:MAX_ACTION].decode(errors="ignore")
-
-
-def spell(seconds: int) -> str:
-    """Return a time in words, rounded up: 1 hour, 90 minutes."""
-    size, unit = next((size, unit) for size, unit in (
-        (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
-        if seconds % size == 0 or seconds >= 10 * size)
-    number = math.ceil(seconds / size)
-    return f"{number} {unit}{'s' if number > 1 else ''}"
-
-
-def moment(date: float) -> str:
-    """Return a time as people write it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
-
-
-def printable(text: str) -> str:
-    """Return text without what could forge a line of the log."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 # ---------------------------------------------------------------------------
-# 8. Server
+# 11. Server
 #
 # Sockets and threads: one thread a connection, and a bound on everything
 # that a stranger can send or keep open.
@@ -2862,17 +2755,221 @@ def remove_stale_socket(path: str) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 9. Reports
+# 12. Upkeep
 #
-# What people and other programs are told: reports, alerts, what was counted,
-# who has used how much.  No answer to Postfix waits for any of it.
+# Cleaning, and what an admin changes by hand: --limit, --block, --reset.
+# ---------------------------------------------------------------------------
+
+CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+
+
+def kept_for(longest: int) -> int:
+    """Return for how long rows are kept, longer than any clock is ahead."""
+    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
+
+
+def clean_mails(transaction: Transaction, settings: Settings, after: str,
+                now: int) -> tuple[str | None, int]:
+    """Delete mails of identities after one that no limit sees.
+
+    Those stay that a limit of the query or of --limit may still see.
+    """
+    overrides, deleted, before = read_overrides(transaction, now), 0, after
+    keep = kept_for(settings.longest_window)
+    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
+        last, oldest = transaction.run(
+            "SELECT id, date FROM mail_count WHERE id > ?"
+            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
+        if last is None:
+            break
+        if oldest <= now - keep:
+            limits = own_limits(
+                transaction, settings.sql_limits_by_id, last, overrides)
+            until = 0 if limits is None else now - max([keep, *(
+                kept_for(limit.seconds) for limit in limits)])
+            step = transaction.run(
+                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
+                " ORDER BY date LIMIT 1 OFFSET ?",
+                last, until, CLEAN_STEP - 1).fetchone() or (until,)
+            deleted += transaction.run(
+                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
+                last, *step).rowcount
+            if deleted >= CLEAN_STEP:
+                last = before  # for this one may have more
+                break
+        before = last
+    more = transaction.backend.turn and clean_turns(transaction, after, last)
+    return after if more else last, deleted
+
+
+def own_limits(transaction: Transaction, query: str | None, identity: str,
+               overrides: Overrides) -> Limits | None:
+    """Return what query and --limit say of an identity; None: it fails."""
+    limits, _ = overrides.get(identity, ((), 0))
+    if not query:
+        return limits
+    found = transaction.attempt(
+        QUERY_FAILED, lambda *given: [ask_limits(*given)], query, identity)
+    return None if found is None else (*limits, *(found[0] or ()))
+
+
+def clean_turns(transaction: Transaction, after: str, last: str | None,
+                ) -> bool:
+    """Delete turns of no use between two names; say if more are left."""
+    between, names = "id > ?", [after]
+    if last is not None:
+        between, names = "id > ? AND id <= ?", [after, last]
+    useless = transaction.run(  # first, since a DELETE locks what it looks at
+        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
+        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
+        *names, CLEAN_STEP).fetchall()
+    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
+    return len(useless) == CLEAN_STEP
+
+
+def clean_values(transaction: Transaction, settings: Settings,
+                 after: tuple[str, str], now: int) -> tuple[Any, int]:
+    """Delete values that no limit sees, after an identity's value."""
+    overrides, deleted = read_overrides(transaction, now), 0
+    keep = kept_for(settings.longest_window)
+    for _ in range(CLEAN_STEP // 10):
+        identity, value = after or ("", "")
+        rest = "FROM mail_value WHERE id = ? AND value > ?"
+        [last] = transaction.run(
+            f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
+            identity, value, CLEAN_STEP - 1).fetchone() or (None,)
+        limits, _ = overrides.get(identity, ((), 0))
+        until = now - max([keep, *(
+            kept_for(limit.seconds) for limit in limits)])
+        if last is not None:
+            deleted += transaction.run(
+                f"DELETE {rest} AND value <= ? AND date <= ?",
+                identity, value, last, until).rowcount
+            return (identity, last), deleted
+        deleted += transaction.run(
+            f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
+        [identity] = transaction.run(
+            "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
+        if identity is None:
+            return None, deleted
+        after = identity, ""
+        if deleted >= CLEAN_STEP:
+            break
+    return after, deleted
+
+
+def clean_refusals(transaction: Transaction, settings: Settings, after: str,
+                   now: int) -> tuple[str | None, int]:
+    """Delete limits that ended, and old refusals that all were told of."""
+    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
+    rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
+                         f" LIMIT {CLEAN_STEP}", after)
+    last = rows[-1].identity if rows else ""
+    told = {(*key, to): hits for *key, to, hits in transaction.run(
+        "SELECT id, seconds, address, hits FROM report_told"
+        " WHERE id >= ? AND id <= ?", after, last).fetchall()}
+    keep = max(86400, 2 * settings.longest_window)
+    for row in rows:
+        key = row.identity, row.seconds
+        due = row.seconds in settings.noted_windows
+        if now - row.last < max(keep, row.seconds) or due and any(
+                told.get((*key, fold(to)), 0) < row.hits
+                for to in settings.report_to):
+            continue
+        transaction.later("DELETE FROM mail_refused WHERE id = ?"
+                          " AND seconds = ? AND hits = ?", *key, row.hits)
+        transaction.later(
+            "DELETE FROM report_told WHERE id = ? AND seconds = ?"
+            " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
+            " report_told.id AND r.seconds = report_told.seconds)", *key)
+    more = len(rows) == CLEAN_STEP and last != after
+    return last if more else None, 0
+
+
+# Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
+# after what to go on, None if that was all, and how many it deleted.
+CLEANINGS: Sequence[Callable[..., tuple[Any, int]]] = (
+    clean_mails, clean_values, clean_refusals)
+
+class Housekeeping:
+    """What the daemon does between requests."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._cleaned: list[Any] = [None] * len(CLEANINGS)  # up to what
+
+    def do_step(self) -> None:
+        """Write what memory holds; drop a few rows that no limit sees."""
+        service, ledger = self._service, self._service.ledger
+        settings, now = service.settings, int(service.clock())
+        if not ledger.is_open(now):
+            return
+        ledger.catch_up(now)
+        transact = ledger.database.transact
+        try:
+            ledger.standby.overrides = transact(read_overrides, now)
+            for place, clean in enumerate(CLEANINGS):
+                self._cleaned[place], deleted = transact(
+                    clean, settings, self._cleaned[place] or "", now)
+                if deleted:
+                    log.info("%d old records deleted", deleted)
+        except LedgerError as error:
+            service.log_outage(error)
+
+
+def set_override(transaction: Transaction, identity: str, limits: Limits,
+                 ends: int, now: int) -> None:
+    """Give an identity other limits."""
+    drop_override(transaction, identity)
+    transaction.run("INSERT INTO mail_limit (id, limits, ends, made) VALUES"
+                    " (?, ?, ?, ?)", identity, json.dumps(limits), ends, now)
+
+
+def drop_override(transaction: Transaction, identity: str) -> bool:
+    """Give an identity its usual limits; say if it had others."""
+    return bool(transaction.run(
+        "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
+
+
+def forget(transaction: Transaction, identity: str) -> int:
+    """Forget the mails of an identity; return how many were recorded."""
+    take_turns(transaction, [identity])
+    [mails] = transaction.run(
+        "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
+        identity).fetchone()
+    transaction.run("DELETE FROM mail_count WHERE id = ?", identity)
+    values = transaction.run(
+        "DELETE FROM mail_value WHERE id = ?", identity).rowcount
+    return int(mails or 0) + int(values)
+
+
+def check_counting(transaction: Transaction, query: str | None) -> None:
+    """Raise an error where mails could not be counted; for --check."""
+    backend = transaction.backend
+    present = columns_of(transaction, "mail_count")
+    if not are_complete(transaction):
+        for statement in creations(backend):
+            transaction.run(backend.try_table.format(statement))
+    if present and "total" not in present and backend.try_total:
+        transaction.run(backend.try_total)
+    if query and (columns_of(transaction, "rate_limits")
+                  or "rate_limits" not in query):  # else a start makes it
+        try:
+            ask_limits(transaction, query, "Zoë дима 😀")
+        except Exception as error:
+            raise LedgerError(f"sql_limits_by_id: {error}") from error
+
+
+# ---------------------------------------------------------------------------
+# 13. Reports and alerts
+#
+# What people are told.  No answer to Postfix waits for any of it.
 # ---------------------------------------------------------------------------
 
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
 ALERTS_AN_HOUR = 20
 ALERT_PAUSE = 3  # seconds before one that failed is tried again
 ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
-FULL = "[##########]"  # of --status
 
 
 def send_reports(database: Database, settings: Settings) -> None:
@@ -2905,21 +3002,6 @@ def owed_to(transaction: Transaction, address: str,
                             " WHERE address = ?", address).fetchall()}
     return [(row, row.hits - told.get(row[:2], 0))
             for row in read_refusals(transaction)]
-
-
-def rule_of(settings: Settings, identity: str) -> Rule:
-    """Return the rule that an identity is counted for."""
-    name, equals, _ = identity.partition("=")
-    quotas = [rule for rule in settings.rules[1:] if rule.name == name]
-    return quotas[0] if equals and quotas else settings.rules[0]
-
-
-def key_of(settings: Settings, spelt: str) -> str:
-    """Return the identity, or the quota's key, that an admin has spelt."""
-    name, _, value = spelt.partition("=")
-    if rule_of(settings, fold(spelt)).by:
-        return shorten(f"{fold(name)}={fold(value)}")
-    return fold(spelt)
 
 
 def tell(transaction: Transaction, rows: Sequence[Row]) -> None:
@@ -2959,19 +3041,6 @@ def report(owed: Sequence[tuple[Refusal, int]]) -> str:
              sorted(owed, key=lambda pair: (-pair[1], pair[0]))]
     return "Mails refused since the last report:\n\n" + "\n".join(
         (*align(rows), ""))
-
-
-def align(rows: Sequence[Sequence[str]], columns: int = 999) -> Iterator[str]:
-    """Yield a table's lines: the first column makes room, empty ones go."""
-    width, *widths = [max(map(len, column)) * any(column[1:])
-                      for column in zip(*rows)]
-    room = columns - sum(widths) - len(widths) + widths.count(0)
-    width = max(12, min(width, room))
-    for name, *cells in rows:
-        name = name if len(name) <= width else name[:width - 3] + "..."
-        yield " ".join([f"{name:{width}}", *(
-            f"{cell:>{wide}}" for cell, wide in zip(cells, widths) if wide)
-            ])[:columns].rstrip()
 
 
 def mail(settings: Settings, address: str, subject: str, text: str) -> None:
@@ -3127,6 +3196,15 @@ def run_program(command: Sequence[str], facts: Mapping[str, str],
             code = child.wait()
     if code:
         raise OSError(f"exit status {code}")
+
+
+# ---------------------------------------------------------------------------
+# 14. Status
+#
+# What people see: who has used how much, and what the daemon counted.
+# ---------------------------------------------------------------------------
+
+FULL = "[##########]"  # of --status
 
 
 class Window(NamedTuple):
@@ -3407,13 +3485,8 @@ def short(date: int | None, now: int) -> str:
     return time.strftime("%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
 
 
-def term(ends: int) -> str:
-    """Return until when limits of --limit hold."""
-    return "for good" if ends >= FOR_GOOD else f"until {moment(ends)}"
-
-
 # ---------------------------------------------------------------------------
-# 10. Configuration file
+# 15. Configuration file
 #
 # YAML, as much of it as such files hold, or the assignments of an old .conf;
 # then -o; then the checks of the Settings table.
@@ -3638,7 +3711,6 @@ YAML_DASH = ("- ", "-\t", "-\n")  # starts an item
 YAML_KEY = 1024  # characters in a key, PyYAML's own bound
 YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
               "false": False, "off": False, "null": None, "~": None}
-
 # Beside each pattern: an example that it takes, and one that it does not.
 YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{0,15}")  # "1.5", not "1e5"
 YAML_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")  # "-12", not "1_0"
@@ -3651,7 +3723,6 @@ YAML_ODD = re.compile(r"""  # "1:30", not "1.2.3": text, but not to all readers
   | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?  # 2024-12-31
   | << | =
 """, re.VERBOSE)
-
 # Control characters, half characters, line ends few would expect, and marks
 # of where a document starts or ends; but one --- may come first, ... last.
 YAML_BAD = re.compile(  # "\a", not "a"
@@ -3864,20 +3935,16 @@ class YamlReader:
 
 
 # ---------------------------------------------------------------------------
-# 11. Process
+# 16. Process
 #
 # What root does before it stops being root, the pidfile, signals, systemd.
 # ---------------------------------------------------------------------------
 
 CLEAN_PAUSE = 10  # seconds between two steps of the daemon's cleaning
-
 # What a reload cannot change, since it was used up at the start.
 FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
-
 FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
-
-
 Owner = Optional[pwd.struct_passwd]  # whom root becomes, None to stay
 
 
@@ -4003,7 +4070,8 @@ def serve(settings: Settings, owner: Owner,
         keep_to_one_processor()
         server.max_connections = max(16, min(
             server.max_connections, raise_file_limit() - 64))
-        service.clean_step()  # opens the ledger, and says so if it cannot
+        housekeeping = Housekeeping(service)
+        housekeeping.do_step()  # opens the ledger, and says if it cannot
         for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
             signal.signal(number, lambda number, _: ended.append(number))
         threading.stack_size(512 * 1024)  # address space, not memory
@@ -4012,7 +4080,8 @@ def serve(settings: Settings, owner: Owner,
         threading.Thread(target=alarm.send, daemon=True).start()
         announce(server.server_address)
         notify("READY=1")
-        run_until_signal(signals, ended, service, tally, read)
+        run_until_signal(signals, ended, service, housekeeping, tally,
+                         read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.catch_up(time.time())
@@ -4056,7 +4125,8 @@ def raise_file_limit() -> int:
 
 
 def run_until_signal(signals: socket.socket, ended: Sequence[int],
-                     service: Service, tally: Tally,
+                     service: Service, housekeeping: Housekeeping,
+                     tally: Tally,
                      read: Callable[[], Settings]) -> None:
     """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
     numbers = b""
@@ -4066,7 +4136,7 @@ def run_until_signal(signals: socket.socket, ended: Sequence[int],
         try:
             numbers = signals.recv(4096)  # a storm of them is one
         except socket.timeout:
-            service.clean_step()
+            housekeeping.do_step()
         if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
@@ -4108,12 +4178,11 @@ def notify(state: str) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 12. Command line
+# 17. Command line
 #
 # The options, what each of them does, and the exit status.
 # ---------------------------------------------------------------------------
 
-VERSION = "2.0.0"
 UNIT = f"/etc/systemd/system/{PROGRAM}.service"
 NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
              " systemd")
@@ -4205,28 +4274,6 @@ def choose_command(options: argparse.Namespace) -> None:
 
 
 BLOCKED = (Limit(0, 86400),)  # one alert a day, not one for each mail
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-
-def parse_given(text: str) -> Limits:
-    """Parse LIMITS: as in the file, or such as 10/min,500/day."""
-    if text.strip().startswith(("[", "(")):
-        return parse_limits(text)
-    try:
-        return as_limits([[int(mails), duration(span)] for mails, _, span in
-                          (part.partition("/") for part in text.split(","))])
-    except ValueError:
-        raise ValueError(f"LIMITS: found {text!r}, expected such as 500/day,"
-                         " 10/min,90/h, [[10, 60]]") from None
-
-
-def duration(text: str) -> int:
-    """Parse a time such as 90s, 2h, day or 60; return seconds."""
-    found = re.fullmatch(r"(?=.)(\d{0,9})(|s|sec|second|m|min|minute|h|hour"
-                         r"|d|day|w|week)s?", text.strip().lower())
-    if not found:
-        raise ValueError
-    return as_seconds(int(found[1] or 1) * UNITS[found[2][:1]])
 
 
 def load_settings(options: argparse.Namespace) -> Settings:

@@ -2540,7 +2540,7 @@ class StoreContract:
         service = prl.Service(prl.Settings(), ledger, lambda: 1000)
         ledger.database.transact(
             prl.set_override, "joe", ((0, 60),), 2000, 900)
-        service.clean_step()
+        prl.Housekeeping(service).do_step()
         self.assertEqual([
             ledger.standby.judge(prl.Charge(
                 [prl.Claim("joe", 1, self.LIMITS)], now)).broken is None
