@@ -78,6 +78,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
 
 T = TypeVar("T")
@@ -93,6 +94,7 @@ VERSION = "2.0.0"
 MAX_REQUEST = 32768  # bytes; the largest that Postfix sent in tests is 6 kB
 MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
 MAX_NUMBER = 2**31 - 1  # what a column of type int holds
+MAX_DATE = 2**62  # later than any date
 MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
@@ -851,7 +853,7 @@ def parse_count(text: str) -> int:
 # ---------------------------------------------------------------------------
 
 STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of a mail's
-Row = tuple[Any, ...]  # of mail_count: see COLUMNS
+ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
 
 
 class Claim(NamedTuple):
@@ -878,7 +880,8 @@ class Verdict(NamedTuple):
     usage: tuple[Usage, ...]
     broken: Usage | None
     tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
-    room_at: int | None = None  # when it passes, if that was asked; 0: never
+    blocked: bool = False  # it is broken since --block or block_for say so
+    room_at: int | None = None  # if that was asked: when the mail would pass
 
 
 class Refusal(NamedTuple):
@@ -894,7 +897,7 @@ class Refusal(NamedTuple):
 
 
 @dataclass
-class Charge:
+class Mail:
     """One mail on its way through the ledger: claims in, verdict out."""
 
     claims: Sequence[Claim]
@@ -902,72 +905,82 @@ class Charge:
     instance: str = ""
     protocol_state: str = ""
     client: str = ""  # its address
-    others: Sequence[Claim] = ()  # whose mails in memory are to be written
     verdict: Verdict | None = None
-    error: LedgerError | None = None  # it was judged in memory
+    error: LedgerError | None = None  # why it was judged from memory
+
+
+class Charge(NamedTuple):
+    """A mail that counts for a claim's identity."""
+
+    mail: Mail
+    claim: Claim
 
 
 class Account:
-    """What an identity has used, mail by mail, within one transaction."""
+    """What an identity has used of each window, and limits of its own."""
 
-    own: Limits | None = None  # of the query sql_limits_by_id
-    override: Limits | None = None  # of --limit
-    seen: Mapping[str, int] = {}  # see Variety
+    def __init__(self, used: dict[int, int], own: Limits | None = None,
+                 blocked: bool = False) -> None:
+        """Take what was used of each window by its length in seconds.
 
-    def __init__(self, claim: Claim) -> None:
-        self.claim = claim
-        self.identity = claim.identity
-        self.limits = claim.limits  # unless others hold
-        self.now = 0  # the second in which windows end
-        self.date = 0  # of the mails to come: rounded up
-        self.total = 0
-        self.before: Sequence[int] = ()  # the total ahead of each window
+        own: the limits that --limit or else the query sets, in place of those
+        of the configuration; None where there are none.
+        """
+        self.used = used
+        self.own = own
+        self.blocked = blocked  # by --block or block_for
 
-    def usage(self, claim: Claim) -> list[Usage]:
-        """Return the use of each limit's window, for a claim."""
-        return [Usage(claim, limit, self.total - before)
-                for limit, before in zip(self.limits, self.before)]
-
-    def charge(self, claim: Claim, charge: Charge) -> list[Row]:
-        """Count a mail and return its row of mail_count."""
-        if not self.limits:
-            return []
-        self.total += claim.cost
-        instance = charge.instance[:40] if charge.instance.isascii() else ""
-        return [(self.identity, self.date, claim.cost, instance,
-                 charge.protocol_state, self.total)]
-
-
-class Variety(Account):
-    """What an identity has used, where different values are counted."""
-
-    def __init__(self, claim: Claim) -> None:
-        super().__init__(claim)
-        self.seen: dict[str, int] = {}  # values, and when each was last seen
-        self.new: dict[str, int] = {}  # those that have to be written
+    def limits_of(self, claim: Claim) -> Limits:
+        """Return the limits that hold for a claim."""
+        return claim.limits if self.own is None else self.own
 
     def usage(self, claim: Claim) -> list[Usage]:
-        """Return how many other values each limit's window has."""
+        """Return what is used of each limit, ahead of a claim."""
+        return [Usage(claim, limit, self.used[limit.seconds])
+                for limit in self.limits_of(claim)]
+
+    def add(self, claim: Claim) -> None:
+        """Count a claim's cost in every window."""
+        for seconds in self.used:
+            self.used[seconds] += claim.cost
+
+
+class DistinctValues(Account):
+    """The different values of an identity, in place of its mails."""
+
+    def __init__(self, seen: dict[str, int], now: int,
+                 own: Limits | None = None, blocked: bool = False) -> None:
+        """Take when each value was last seen, and the time, in seconds."""
+        super().__init__({}, own, blocked)
+        self.seen = seen
+        self.now = now
+        self.date = now  # of what is seen from now on
+
+    def usage(self, claim: Claim) -> list[Usage]:
+        """Return how many values other than the claim's each window has."""
         return [Usage(claim, limit, sum(
             date > self.now - limit.seconds
             for value, date in self.seen.items() if value != claim.value))
-            for limit in self.limits]
+            for limit in self.limits_of(claim)]
 
-    def charge(self, claim: Claim, charge: Charge) -> list[Row]:
-        """Count a mail's value; that is no row of mail_count."""
-        if claim.value is not None and self.limits:
-            self.seen[claim.value] = self.new[claim.value] = self.date
-        return []
+    def add(self, claim: Claim) -> None:
+        """Note that the claim's value was seen."""
+        assert claim.value is not None
+        self.seen[claim.value] = self.date
 
 
-ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
+def is_blocked(limits: Limits) -> bool:
+    """Say whether limits let no mail pass at all."""
+    return any(limit.mails == 0 for limit in limits)
 
 
 def claims_of(request: Request, settings: Settings,
-              counted: frozenset[str] = frozenset()) -> list[Claim]:
+              charged: Mapping[str, int] = MappingProxyType({}),
+              ) -> list[Claim]:
     """Return what a request claims: nothing if it is not to be counted.
 
-    counted: under which keys this very mail counted before, of those ONCE.
+    charged: what this very mail was charged at earlier requests, by identity.
+    It is charged no more than the rest.
     """
     if not is_counted(request.protocol_state, settings.count_mode):
         return []
@@ -975,17 +988,17 @@ def claims_of(request: Request, settings: Settings,
     for rule in settings.rules:
         by, name = ((rule.by, value_of(request, rule.by)) if rule.by else
                     identify(request, settings))
-        cost, value = cost_of(request, rule, settings.count_mode)
-        if not name or not cost or any(
-                not choice.fits(attribute_of(request, attribute),
-                                (attribute,) in ADDRESSES)
-                for attribute, choice in rule.when):
+        if not name or not is_wanted(request, rule):
             continue
         limits = rule.limits_by_id.find(name, by in ADDRESSES)
-        limits = rule.limits if limits is None else limits
+        if limits is None:
+            limits = rule.limits
         key = shorten(f"{rule.name}={name}" if rule.by
-                      else escape(name, settings))
-        if key not in counted:
+                      else key_of_identity(by, name, settings))
+        cost, value = cost_of(request, rule, settings.count_mode)
+        if key in charged:
+            cost = rest_of(cost, value, request, rule, charged[key])
+        if cost:
             claims.append(Claim(key, cost, limits, rule, value))
     return claims
 
@@ -995,6 +1008,13 @@ def is_counted(protocol_state: str, count_mode: str | int) -> bool:
     if count_mode == "auto":
         return protocol_state in STATES
     return protocol_state in (STATES[1:] if count_mode else STATES[:1])
+
+
+def is_wanted(request: Request, rule: Rule) -> bool:
+    """Say whether a request is what a rule's `when` asks for."""
+    return all(choice.fits(attribute_of(request, attribute),
+                           (attribute,) in ADDRESSES)
+               for attribute, choice in rule.when)
 
 
 def identify(request: Request, settings: Settings,
@@ -1012,12 +1032,18 @@ def identify(request: Request, settings: Settings,
     return ("client_address",), str(address)
 
 
-def escape(identity: str, settings: Settings) -> str:
-    """Return an identity so that it is no quota's key, name=value."""
-    name, equals, _ = identity.lstrip("=").partition("=")
-    if equals and any(quota.name == name for quota in settings.quotas):
-        return "=" + identity
-    return identity
+def key_of_identity(by: Sequence[str], name: str, settings: Settings) -> str:
+    """Return the key under which an identity of no quota is counted.
+
+    Anyone can write the address of a login into a mail.  Where both count, a
+    sender has a key of its own, so that nobody uses up a login's limit.
+    """
+    if by == ("sender",) and settings.limit_by_sasl:
+        name = f"sender={name}"
+    prefix, equals, _ = name.lstrip("=").partition("=")
+    if equals and any(quota.name == prefix for quota in settings.quotas):
+        return "=" + name  # or it would be a quota's key
+    return name
 
 
 def value_of(request: Request, by: Sequence[str]) -> str | None:
@@ -1046,7 +1072,7 @@ def attribute_of(request: Request, name: str) -> str:
 def cost_of(request: Request, rule: Rule, count_mode: str | int,
             ) -> tuple[int, str | None]:
     """Return what a mail costs, and its value where these are counted."""
-    count = rule.count or ("mails" if count_mode == 2 else "recipients")
+    count = unit_of(rule, count_mode)
     if count == "recipients":
         at_rcpt = request.protocol_state == "RCPT"
         return 1 if at_rcpt else request.recipient_count or 1, None
@@ -1058,36 +1084,59 @@ def cost_of(request: Request, rule: Rule, count_mode: str | int,
     return int(bool(value)), value
 
 
-def decide(charges: Sequence[Charge], accounts: Mapping[str, Account],
-           ) -> tuple[list[Verdict], list[Row]]:
-    """Judge mails one after the other; return verdicts, and rows to add.
+def unit_of(rule: Rule, count_mode: str | int) -> str:
+    """Return what a rule counts: recipients, mails, bytes or an attribute."""
+    return rule.count or ("mails" if count_mode == 2 else "recipients")
+
+
+def rest_of(cost: int, value: str | None, request: Request, rule: Rule,
+            charged: int) -> int:
+    """Return what is left to charge of a mail that was charged before.
+
+    At RCPT each request is for one more recipient.  Later, what was charged
+    at RCPT may be less than all recipients: where a restriction before ours
+    accepted some of them, Postfix did not ask.
+    """
+    if request.protocol_state == "RCPT" and rule.count not in ONCE:
+        return cost
+    return 0 if value is not None else max(0, cost - charged)
+
+
+def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
+           ) -> tuple[list[Verdict], list[Charge]]:
+    """Judge mails one after the other; return verdicts, and what is charged.
 
     A mail counts for all its claims, or for none; but a claim that is only
     tried, and has no room, is left out.
     """
-    verdicts, rows = [], []
-    for charge in charges:
-        verdict = judge([
-            usage for claim in charge.claims
-            for usage in accounts[claim.identity].usage(claim)])
+    verdicts, charges = [], []
+    for mail in mails:
+        verdict = judge(mail, accounts)
         verdicts.append(verdict)
-        if verdict.broken is None:
-            without = {usage.claim.identity for usage in verdict.tried}
-            for claim in charge.claims:
-                if claim.identity not in without:
-                    rows += accounts[claim.identity].charge(claim, charge)
-    return verdicts, rows
+        if verdict.broken is not None:
+            continue
+        without = {usage.claim.identity for usage in verdict.tried}
+        for claim in mail.claims:
+            account = accounts[claim.identity]
+            if claim.identity not in without and account.limits_of(claim):
+                account.add(claim)
+                charges.append(Charge(mail, claim))
+    return verdicts, charges
 
 
-def judge(usage: Sequence[Usage]) -> Verdict:
+def judge(mail: Mail, accounts: Mapping[str, Account]) -> Verdict:
     """Say whether a mail keeps all its limits: a cost has to fit whole."""
+    usage: list[Usage] = []
+    for claim in mail.claims:
+        usage += accounts[claim.identity].usage(claim)
     tried: dict[str, Usage] = {}
     for use in usage:
         claim = use.claim
         if use.used + claim.cost <= use.limit.mails:
             continue
         if not claim.rule.dry_run:
-            return Verdict(tuple(usage), use, tuple(tried.values()))
+            return Verdict(tuple(usage), use, tuple(tried.values()),
+                           accounts[claim.identity].blocked)
         tried.setdefault(claim.identity, use)
     return Verdict(tuple(usage), None, tuple(tried.values()))
 
@@ -1223,6 +1272,7 @@ def align(rows: Sequence[Sequence[str]], columns: int = 999) -> Iterator[str]:
 # ---------------------------------------------------------------------------
 
 Connection = Any  # of the DB-API (PEP 249)
+Row = tuple[Any, ...]
 Cursor = Any
 COLUMNS = {  # of mail_count; total is the last that an update adds
     "id": "{name}",
@@ -1245,6 +1295,19 @@ TABLES = {
     "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
                   " ends {number}, made {number}",
 }
+
+
+class MailRow(NamedTuple):
+    """A row of mail_count, in the order of COLUMNS."""
+
+    identity: str
+    date: int  # epoch seconds, rounded up
+    cost: int  # recipient_count
+    instance: str
+    state: str  # protocol_state
+    total: int | None  # None: it is not summed up yet
+
+
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
 TOO_SLOW = "the database is too slow"
@@ -1266,7 +1329,8 @@ class Backend:
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of all text: see PostgreSQL
-    first: tuple[str, ...] = ()  # of the statements on a connection
+    waits_for_ever = False  # does the driver, where no answer comes?
+    time = ""  # the server's, in epoch seconds; "": it is this host's
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
@@ -1287,7 +1351,6 @@ class Backend:
     def __init__(self, settings: Settings) -> None:
         """Take how to connect; raise ConfigError if there is no driver."""
         self.timeout = min(settings.db_timeout, 90)  # Postfix waits 100 s
-        self.deadline = math.inf  # of the transaction in hand
         self.wants_rate_limits = bool(settings.sql_limits_by_id)
         self.config = self.choose(settings)
         self.driver = import_driver(self.drivers)
@@ -1300,9 +1363,16 @@ class Backend:
         """Connect; no answer may take longer than timeout, in seconds."""
         raise NotImplementedError
 
-    def look(self) -> Connection:
+    def connect_to_read(self) -> Connection:
         """Connect to read only, a large table for as long as it takes."""
         return self.connect(3600)
+
+    def set_up(self, transaction: Transaction, timeout: int) -> None:
+        """Run what has to come first on a connection that is to write."""
+
+    def cut(self, connection: Connection) -> None:
+        """End what waits for ever for an answer on a connection."""
+        raise NotImplementedError
 
     def is_stale(self) -> bool:
         """Say whether the connection leads nowhere, if that can be told."""
@@ -1329,10 +1399,9 @@ class Backend:
 
     def probe(self, examine: Callable[[Transaction], None]) -> str:
         """Examine the database, changing nothing; return what it is."""
-        self.deadline = time.monotonic() + self.timeout
         try:
             with contextlib.closing(self.connect(self.timeout)) as connection:
-                transaction = Transaction(self, connection, self.begin)
+                transaction = Transaction(self, connection, math.inf)
                 [version] = transaction.run("SELECT version()").fetchone()
                 examine(transaction)
         except Exception as error:
@@ -1350,9 +1419,6 @@ class SQLite(Backend):
     drivers = (("sqlite3", "libpython3-stdlib"),)
     placeholder = "?"
     joins = False
-    first = (  # so that a commit outlives a power cut
-        "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL",
-        f"PRAGMA journal_size_limit = {2**24}")  # else its log stays large
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
     add_total = ("DROP INDEX IF EXISTS mail_count_index",
@@ -1369,7 +1435,13 @@ class SQLite(Backend):
         self._file = self._identify()
         return connection
 
-    def look(self) -> Connection:
+    def set_up(self, transaction: Transaction, timeout: int) -> None:
+        """Let a commit outlive a power cut, and bound the log."""
+        transaction.run("PRAGMA journal_mode = WAL")
+        transaction.run("PRAGMA synchronous = FULL")
+        transaction.run(f"PRAGMA journal_size_limit = {2**24}")
+
+    def connect_to_read(self) -> Connection:
         """Open the file to read; a missing one is not made."""
         path = urllib.parse.quote(os.path.abspath(self.config["database"]))
         return self.driver.connect(**{
@@ -1387,7 +1459,8 @@ class SQLite(Backend):
             with contextlib.closing(self.driver.connect(**{
                     **self.config, "database": path if there else ":memory:",
                     })) as connection:
-                transaction = Transaction(self, connection, self.begin)
+                transaction = Transaction(self, connection, math.inf)
+                transaction.run(self.begin)
                 examine(transaction)  # in memory: would the query work?
         except Exception as error:  # a TypeError is connect()'s
             raise LedgerError(self.explain(error)) from error
@@ -1438,6 +1511,8 @@ class MySQL(Backend):
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
     # Changed since it was read; deadlock; a table that another host alters.
     conflicts = (1020, 1213, 1412)
+    time = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
+            " / 1000000")
     text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
@@ -1463,6 +1538,8 @@ class PostgreSQL(Backend):
     """PostgreSQL."""
 
     name = "PostgreSQL"
+    waits_for_ever = True  # libpq does
+    time = "EXTRACT(EPOCH FROM clock_timestamp())"
     drivers = (("psycopg2", "python3-psycopg2"),
                ("psycopg", "python3-psycopg"))
     alter_original = (
@@ -1481,25 +1558,26 @@ class PostgreSQL(Backend):
         return {"dbname" if name == "database" else name: value
                 for name, value in settings.pgsql_config.items()}
 
-    def __init__(self, settings: Settings) -> None:
-        """Start to watch the time, since libpq waits for ever."""
-        super().__init__(settings)
-        threading.Thread(target=self._watch, daemon=True).start()
-
     def connect(self, timeout: int) -> Connection:
-        """Connect; if timeout is that of the setting, cut what hangs."""
+        """Connect; the driver bounds no other answer."""
         connection = self.driver.connect(**{
             "connect_timeout": self.timeout, **self.config,
             "client_encoding": "UTF8"})
         connection.autocommit = True
-        if timeout == self.timeout:
-            self._watched = connection
-        connection.cursor().execute(  # or each cut leaves one that waits on
-            f"SET lock_timeout = {timeout * 900}")
         self.encoding = connection.info.parameter_status("server_encoding")
         if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
             connection.cursor_factory = self.driver.ClientCursor
         return connection
+
+    def set_up(self, transaction: Transaction, timeout: int) -> None:
+        """Bound the wait for a lock, or each cut leaves one that waits on."""
+        transaction.run(f"SET lock_timeout = {timeout * 900}")
+
+    def cut(self, connection: Connection) -> None:
+        """Shut the line down; the driver takes the server for gone."""
+        with contextlib.suppress(Exception), socket.socket(
+                fileno=os.dup(connection.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
 
     def fit(self, values: Sequence[object]) -> Sequence[object]:
         """Return values with a hash for what the encoding cannot hold."""
@@ -1512,16 +1590,6 @@ class PostgreSQL(Backend):
         """Go on to the last result; psycopg2 has no other."""
         if hasattr(self.driver, "ClientCursor"):
             super().skip_results(cursor, count)
-
-    def _watch(self) -> None:
-        """Cut the line of a transaction whose deadline is past."""
-        while True:
-            time.sleep(self.timeout / 20)
-            if time.monotonic() < self.deadline:
-                continue
-            with contextlib.suppress(Exception), socket.socket(
-                    fileno=os.dup(self._watched.fileno())) as line:
-                line.shutdown(socket.SHUT_RDWR)
 
 
 def hashed(text: str, encoding: str) -> str:
@@ -1551,14 +1619,17 @@ class Transaction:
     """Statements in few round trips; Database begins and commits."""
 
     def __init__(self, backend: Backend, connection: Connection,
-                 statement: str) -> None:
-        """Begin on a connection, by a statement unless that is empty."""
+                 deadline: float) -> None:
+        """Take by when (time.monotonic()) all has to be done."""
         self.backend = backend
-        self.cursor: Cursor = connection.cursor()
+        self.deadline = deadline  # past it, Database gives up: see extend()
         self.answered = False  # has any statement succeeded?
+        self.cursor: Cursor = connection.cursor()
         self._waiting: list[tuple[str, Sequence[object]]] = []
-        if statement:
-            self.later(statement)
+
+    def extend(self, seconds: float) -> None:
+        """Allow more time, for more work than one mail makes."""
+        self.deadline += seconds
 
     def run(self, statement: str, *values: object) -> Cursor:
         """Execute what waits, and a statement; return that one's result."""
@@ -1588,10 +1659,12 @@ class Transaction:
             statement, values = self._waiting.pop()
             self.run(statement, *values)
 
-    def write(self, statement: str, rows: Sequence[Row]) -> None:
+    def write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
         """Write rows later, some with each statement, which ends in {}."""
-        place = "(" + ", ".join("?" * len(rows[0])) + ")" if rows else ""
-        if rows and not self.backend.joins:
+        if not rows:
+            return
+        place = "(" + ", ".join("?" * len(rows[0])) + ")"
+        if not self.backend.joins:
             self.cursor.executemany(statement.format(place), rows)
             return
         for some in chunks(rows, self.backend.chunk):
@@ -1619,23 +1692,33 @@ class Transaction:
 
 
 class Database:
-    """One connection for all threads, made anew when it is dead."""
+    """One connection for all threads, reopened when it is dead."""
 
     def __init__(self, backend: Backend,
-                 prepare: Callable[[Backend, Connection], None]) -> None:
-        """Take what prepares the tables on a connection; open nothing yet."""
+                 prepare: Callable[[Database, float], None]) -> None:
+        """Take what prepares the tables by a deadline; open nothing yet."""
         self.backend = backend
-        self._prepare = prepare
         self.lock = threading.RLock()  # of the connection
+        self._prepare = prepare
         self._connection: Connection = None
+        self._under_way: Transaction | None = None
+        self._clock_offset = 0.0  # seconds that the server's clock is ahead
+
+    def clock(self) -> float:
+        """Return the time, in epoch seconds, by the server's clock.
+
+        So all hosts that share a database agree on it.
+        """
+        return time.time() + self._clock_offset
 
     def transact(self, work: Callable[..., T], *given: Any,
                  deadline: float | None = None) -> T:
         """Return work(transaction, *given), committed; raise LedgerError.
 
         The first statement is the ping: if it finds an old connection dead,
-        all is done on another.  Where another host was first with an
-        identity, all is done again, until the deadline (time.monotonic()).
+        all is done again on another.  All is done again, too, where another
+        host was first with an identity, until the deadline
+        (time.monotonic()).
         """
         if deadline is None:
             deadline = time.monotonic() + self.backend.timeout
@@ -1644,44 +1727,79 @@ class Database:
             raise LedgerError(TOO_SLOW)
         try:
             while True:
-                self.backend.deadline = deadline
-                old, began = self._connection is not None, time.monotonic()
                 transaction = None
+                began = time.monotonic()
+                was_open = self._connection is not None
                 try:
-                    if self._connection is None or self.backend.is_stale():
-                        self._connect()
-                    transaction = Transaction(
-                        self.backend, self._connection, self.backend.begin)
-                    result = work(transaction, *given)
-                    transaction.run("COMMIT")
-                    return result
+                    self._connect(deadline)
+                    with self.begin(self.backend.begin, deadline,
+                                    ) as transaction:
+                        return work(transaction, *given)
                 except Exception as error:  # drivers raise more than their own
-                    quick = time.monotonic() - began < self.backend.timeout / 2
-                    answered = transaction and transaction.answered
-                    self._recover(error, dead=old and quick and not answered)
+                    now = time.monotonic()
+                    conflict = self.backend.is_conflict(error)
+                    undone = self._roll_back(keep=conflict)
+                    if conflict and now <= latest(transaction, deadline):
+                        time.sleep(random.uniform(0, 0.01))
+                        continue
+                    quick = now - began < self.backend.timeout / 2
+                    answered = transaction is not None and transaction.answered
+                    if was_open and quick and not answered and not conflict:
+                        continue
+                    raise LedgerError(
+                        self.backend.explain(error), undone) from error
         finally:
-            self.backend.deadline = math.inf
             self.lock.release()
 
-    def _recover(self, error: Exception, dead: bool) -> None:
-        """Undo what failed; raise LedgerError unless it may be done again."""
-        now = time.monotonic()
-        conflict = self.backend.is_conflict(error)
-        undone = self._roll_back(keep=conflict)
-        if conflict and now <= self.backend.deadline:
-            time.sleep(random.uniform(0, 0.01))
-        elif not dead:
-            raise LedgerError(self.backend.explain(error), undone) from error
+    @contextlib.contextmanager
+    def begin(self, statement: str, deadline: float) -> Iterator[Transaction]:
+        """Begin a transaction on the connection, and commit it at the end."""
+        with self._watched(deadline) as transaction:
+            if statement:
+                transaction.later(statement)
+            yield transaction
+            transaction.run("COMMIT")
 
-    def look(self, work: Callable[..., T], *given: Any) -> T:
+    @contextlib.contextmanager
+    def _watched(self, deadline: float) -> Iterator[Transaction]:
+        """Have statements on the connection watched; neither begin nor end."""
+        self._under_way = Transaction(self.backend, self._connection, deadline)
+        try:
+            yield self._under_way
+        finally:
+            self._under_way = None
+
+    def read(self, work: Callable[..., T], *given: Any) -> T:
         """Return work(transaction, *given), which reads tables as they are."""
         try:
-            with contextlib.closing(self.backend.look()) as connection:
-                return work(Transaction(
-                    self.backend, connection, self.backend.begin_reading),
-                    *given)
+            with contextlib.closing(
+                    self.backend.connect_to_read()) as connection:
+                transaction = Transaction(self.backend, connection, math.inf)
+                if self.backend.begin_reading:
+                    transaction.later(self.backend.begin_reading)
+                return work(transaction, *given)
         except Exception as error:
             raise LedgerError(self.backend.explain(error)) from error
+
+    def compare_clocks(self) -> None:
+        """Find out by how much the server's clock is ahead of this host's."""
+        if not self.backend.time:
+            return  # it is this host's
+
+        def ask(transaction: Transaction) -> tuple[float, float, float]:
+            asked = time.time()
+            [told] = transaction.run(f"SELECT {self.backend.time}").fetchone()
+            return asked, float(told), time.time()
+
+        asked, told, answered = self.transact(ask)
+        if not 0 <= answered - asked < 0.5:
+            return  # it took so long that nothing follows from it
+        self._clock_offset = told - (asked + answered) / 2
+        if abs(self._clock_offset) > 2:
+            log.warning(
+                "the clock of the database server differs from this host's by"
+                " %.0f seconds; mail is counted by the server's",
+                self._clock_offset, extra=SELDOM)
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
@@ -1690,6 +1808,33 @@ class Database:
                 self._roll_back(keep=False)
             finally:
                 self.lock.release()
+
+    def _connect(self, deadline: float) -> None:
+        """See that there is a connection, with tables that are prepared."""
+        if self._connection is not None and not self.backend.is_stale():
+            return
+        self._roll_back(keep=False)
+        connection = self._connection = self.backend.connect(
+            self.backend.timeout)
+        if self.backend.waits_for_ever:
+            threading.Thread(
+                target=self._watch, args=(connection,), daemon=True).start()
+        try:
+            with self._watched(deadline) as transaction:
+                self.backend.set_up(transaction, self.backend.timeout)
+            self._prepare(self, deadline)
+        except Exception:
+            self._roll_back(keep=False)  # leave no connection half made
+            raise
+
+    def _watch(self, connection: Connection) -> None:
+        """Cut the line of a connection that is past its deadline."""
+        while self._connection is connection:
+            time.sleep(self.backend.timeout / 20)
+            transaction = self._under_way
+            if (transaction is not None
+                    and time.monotonic() > transaction.deadline):
+                self.backend.cut(connection)
 
     def _roll_back(self, keep: bool) -> bool:
         """Undo what is half done; return whether the database says it is."""
@@ -1703,17 +1848,10 @@ class Database:
                 connection.close()
         return undone
 
-    def _connect(self) -> None:
-        """Connect; what fails on the way leaves no connection behind."""
-        self._roll_back(keep=False)
-        self._connection = self.backend.connect(self.backend.timeout)
-        try:
-            for statement in self.backend.first:
-                self._connection.execute(statement)
-            self._prepare(self.backend, self._connection)
-        except Exception:
-            self._roll_back(keep=False)
-            raise
+
+def latest(transaction: Transaction | None, deadline: float) -> float:
+    """Return the deadline of a transaction, which it may have extended."""
+    return deadline if transaction is None else transaction.deadline
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -1730,30 +1868,36 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
 
 
-def prepare_tables(backend: Backend, connection: Connection) -> None:
+def prepare_tables(database: Database, deadline: float) -> None:
     """See that the tables are there, as an update makes them."""
-    for again in (True, True, False):
-        looking = Transaction(
-            backend, connection, backend.begin_reading)
-        present = are_complete(looking)
-        if (backend.wants_rate_limits
-                and not columns_of(looking, "rate_limits")):
-            with contextlib.suppress(Exception):  # if the query needs it
-                looking.run(RATE_LIMITS.format(backend.numbered))
-        looking.run("COMMIT")
+    backend = database.backend
+    for is_last in (False, False, True):
+        with database.begin(backend.begin_reading, deadline) as looking:
+            present = are_complete(looking)
+            if (backend.wants_rate_limits
+                    and not columns_of(looking, "rate_limits")):
+                with contextlib.suppress(Exception):  # if the query needs it
+                    looking.run(RATE_LIMITS.format(backend.numbered))
         if present:
-            break
-        backend.deadline = math.inf  # large tables take long
-        with contextlib.closing(backend.connect(3600)) as patient:
-            try:
-                updating = Transaction(
-                    backend, patient, backend.begin)
-                update_tables(updating)
-                updating.run("COMMIT")
-            except Exception:
-                if not again:  # else another daemon may have been first
-                    raise
-        backend.deadline = time.monotonic() + backend.timeout
+            return
+        try:
+            update_with_patience(backend)
+        except Exception:
+            if is_last:  # else another daemon may have been first
+                raise
+        deadline = time.monotonic() + backend.timeout
+
+
+def update_with_patience(backend: Backend) -> None:
+    """Update the tables on a connection of its own: large ones take long."""
+    patience = 3600  # seconds
+    with contextlib.closing(backend.connect(patience)) as connection:
+        transaction = Transaction(backend, connection, math.inf)
+        backend.set_up(transaction, patience)
+        if backend.begin:
+            transaction.later(backend.begin)
+        update_tables(transaction)
+        transaction.run("COMMIT")
 
 
 def columns_of(transaction: Transaction, table: str) -> list[str]:
@@ -1792,7 +1936,7 @@ def update_tables(transaction: Transaction) -> None:
     for [identity] in transaction.run(
             "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
             LARGE).fetchall():
-        retotal(transaction, identity, math.inf)
+        retotal(transaction, identity, MAX_DATE)
 
 
 def creations(backend: Backend) -> Iterator[str]:
@@ -1803,22 +1947,29 @@ def creations(backend: Backend) -> Iterator[str]:
         yield f"CREATE TABLE IF NOT EXISTS {table} ({columns})"
 
 
-def retotal(transaction: Transaction, identity: str, now: float) -> None:
-    """Write an identity's rows anew, with totals and no date after now."""
-    rows, total = [], 0
-    for date, count, *origin in transaction.run(
-            "SELECT date, recipient_count, instance, protocol_state"
-            " FROM mail_count WHERE id = ? ORDER BY date, total",
-            identity).fetchall():
-        transaction.backend.deadline += 0.001  # each row has to be written
-        count = 1 if count is None else count
-        total += count
-        rows.append((identity, min(date, now), count, *origin, total))
-        if date > now + CLOCK_SKEW:
-            log.warning("mails are dated %d seconds ahead: see that all"
-                        " clocks are right", date - now, extra=SELDOM)
+def retotal(transaction: Transaction, identity: str, now: int) -> None:
+    """Write an identity's rows anew, with totals and no date after now.
+
+    No total becomes lower than it was: by its total a mail is known again
+    whose commit was in doubt.
+    """
+    rows = [MailRow(*row) for row in transaction.run(
+        f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ?"
+        " ORDER BY date, total", identity).fetchall()]
+    transaction.extend(0.001 * len(rows))  # each has to be written
+    costs = [1 if row.cost is None else row.cost for row in rows]
+    totals = list(itertools.accumulate(costs))
+    higher = max((row.total - total for row, total in zip(rows, totals)
+                  if row.total is not None), default=0)
+    newest = max((row.date for row in rows), default=0)
+    if newest > now + CLOCK_SKEW:
+        log.warning("mails are dated %d seconds ahead: see that all clocks"
+                    " are right", newest - now, extra=SELDOM)
     transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
-    transaction.write(INSERT, rows)
+    transaction.write(INSERT, [
+        row._replace(date=min(row.date, now), cost=cost,
+                     total=total + max(higher, 0))
+        for row, cost, total in zip(rows, costs, totals)])
 
 
 # ---------------------------------------------------------------------------
@@ -1835,147 +1986,172 @@ def retotal(transaction: Transaction, identity: str, now: float) -> None:
 # ---------------------------------------------------------------------------
 
 QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
+BLOCKED: Limits = (Limit(0, 86400),)  # what --block sets
 Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
 
 
-def settle(transaction: Transaction, batch: Batch, query: str | None,
-           standby: Standby) -> None:
-    """Judge mails and charge those that pass, one after the other."""
-    charges, accounts = tuple(batch.charges), batch.accounts
-    batch.verdicts, batch.rows = [], []  # of a conflict's: it wrote nothing
-    for charge in charges if transaction.backend.encoding != "UTF8" else ():
-        values: Sequence[Any] = transaction.backend.fit(
-            [claim.value for claim in charge.claims])
-        charge.claims = [claim._replace(value=value)  # as they are read
-                         for claim, value in zip(charge.claims, values)]
-    claims = {claim.identity: claim for charge in charges
-              for claim in charge.claims or charge.others}
-    for name, claim in claims.items():
-        kind = Account if claim.value is None else Variety
-        accounts[name] = kind(claim)
-    take_turns(transaction, accounts)
-    standby.bring(transaction, batch)
-    for name, claim in claims.items() if query else ():
-        if not claim.rule.by:  # no quota's
-            own = transaction.attempt(QUERY_FAILED, ask_limits, query, name)
-            accounts[name].own = own
-            accounts[name].limits = claim.limits if own is None else own
-    now = max((charge.now for charge in charges), default=0)
-    read_accounts(transaction, list(accounts.values()), now)
-    varied = [account for account in accounts.values()
-              if isinstance(account, Variety)]
-    for variety in varied:
-        read_values(transaction, variety, now)
-    batch.verdicts, batch.rows = decide(charges, accounts)
-    note_refusals(transaction, batch)
-    transaction.write(INSERT, batch.rows)
-    for variety in varied:
-        transaction.write(transaction.backend.see, [
-            (variety.identity, *seen) for seen in variety.new.items()])
-    for place, verdict in enumerate(batch.verdicts):
-        if verdict.broken is not None:
-            batch.verdicts[place] = with_room(transaction, verdict, accounts)
+class Page:
+    """An identity's page of the ledger: how it stands, and what comes anew.
 
-
-def merge(transaction: Transaction, rows: Sequence[Row]) -> list[Row]:
-    """Add rows of an identity under their dates; return them with totals.
-
-    A row that has a total was sent before: it may be there.
+    It holds within one transaction, while the identity's turn is ours.
     """
-    identity, first = min(row[:2] for row in rows)
-    query = (f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ? AND"
-             " date >= COALESCE((SELECT MAX(date) FROM mail_count WHERE id = ?"
-             " AND date <= ?), 0) ORDER BY date, total")
-    there = transaction.run(query, identity, identity, first).fetchall()
-    transaction.backend.deadline += (len(rows) + len(there)) / 1000
-    if None in (row[-1] for row in there):  # the original's
-        retotal(transaction, identity, there[-1][1])
-        there = transaction.run(query, identity, identity, first).fetchall()
-    found, new = find_sent(rows, there)
-    total = there[0][-1] - there[0][2] if there else 0
-    rewrite = bool(new and there) and there[-1][1] > first
-    if rewrite:  # another host was quicker
-        transaction.later("DELETE FROM mail_count WHERE id = ? AND date >= ?",
-                          identity, there[0][1])
-    ours, written = [], []
-    for row in sorted([*there, *new], key=operator.itemgetter(1)):
-        total += row[2]
-        with_total = (*row[:-1], total)
-        if row[-1] is None or row[1:] in found:
-            ours.append(with_total)
-        if row[-1] is None or rewrite:
-            written.append(with_total)
-    transaction.write(INSERT, written)
-    return ours
 
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        """Take all the claims that are made on one identity."""
+        self.claim = claims[0]  # all are of one rule
+        self.windows = {limit.seconds for claim in claims
+                        for limit in claim.limits}
+        self.queried: Limits | None = None  # the limits of sql_limits_by_id
+        self.overridden: Limits | None = None  # those of --limit
+        self.known_override: Limits | None = None  # as memory has them
+        self.override_ends = FOR_GOOD
+        self.account = Account({})
+        self.second = 0  # now: in which all windows end
+        self.date = 0  # of the mails to come: now, rounded up
+        self.newest = 0  # the date of the last row, 0 if there is none
+        self.total = 0  # of the last row
+        self.values: dict[str, int] = {}  # to be written, and their dates
 
-def find_sent(rows: Sequence[Row], there: Sequence[Row],
-              ) -> tuple[set[Row], list[Row]]:
-    """Return which rows there were sent by us, and ours that are not there.
+    def set_time(self, now: float) -> None:
+        """Let it be a time, in epoch seconds."""
+        self.second, self.date = math.floor(now), math.ceil(now)
 
-    Another host may have raised the total of one, but lowers none.
-    """
-    totals: dict[Row, deque[int]] = {}
-    for row in there:
-        totals.setdefault(row[1:-1], deque()).append(row[-1])
-    found, new = set(), []
-    for row in rows:
-        total, like = row[-1], totals.get(row[1:-1], deque())
-        while total is not None and like and like[0] < total:
-            like.popleft()
-        if total is not None and like and (like[0] == total or row[3]):
-            found.add((*row[1:-1], like.popleft()))
+    def add_windows(self, limits: Limits | None) -> bool:
+        """Ask for the windows of limits, too; say whether any is new."""
+        before = len(self.windows)
+        self.windows.update(limit.seconds for limit in limits or ())
+        return len(self.windows) > before
+
+    def open_account(self, used: dict[int, int], seen: dict[str, int]) -> None:
+        """Open the account that the policy judges by."""
+        own = self.queried if self.overridden is None else self.overridden
+        blocked = is_blocked(self.overridden or ())
+        if self.claim.value is None:
+            self.account = Account(used, own, blocked)
         else:
-            new.append((*row[:-1], None))
-    return found, new
+            self.account = DistinctValues(seen, self.second, own, blocked)
+            self.account.date = self.date
+
+    def append(self, row: MailRow) -> MailRow:
+        """Return a row as it comes last: with a date and a total."""
+        self.newest = max(self.newest, row.date)
+        self.total += row.cost
+        return row._replace(date=self.newest, total=self.total)
 
 
-def note_refusals(transaction: Transaction, batch: Batch) -> None:
-    """Note refusals, one row for each identity and window of a batch."""
-    found: dict[tuple[str, int], Refusal] = {}
-    for charge, verdict in zip(batch.charges, batch.verdicts):
-        for usage in filter(None, (verdict.broken, *verdict.tried)):
-            limit, now = usage.limit, int(charge.now)
-            key = usage.claim.identity, limit.seconds
-            hits = found[key].hits + 1 if key in found else 1
-            found[key] = Refusal(
-                *key, limit.mails, hits, now, now, charge.client)
-    if found:
-        transaction.attempt("a refusal is not noted: %s", Transaction.write,
-                            transaction.backend.note,
-                            [found[key] for key in sorted(found)])
+def row_of(mail: Mail, claim: Claim, date: int) -> MailRow:
+    """Return the row of a mail, without a total."""
+    instance = mail.instance[:40] if mail.instance.isascii() else ""
+    return MailRow(claim.identity, date, claim.cost, instance,
+                   mail.protocol_state, None)
 
 
-def with_room(transaction: Transaction, verdict: Verdict,
-              accounts: Mapping[str, Account]) -> Verdict:
-    """Add to a verdict when such a mail passes again, if that is asked."""
-    broken = verdict.broken
-    if (broken is None
-            or "$room" not in broken.claim.rule.fail_action.replace("{", "")):
-        return verdict
-    full = [use for use in verdict.usage if not use.claim.rule.dry_run
-            and use.used + use.claim.cost > use.limit.mails]
-    never = any(use.claim.cost > use.limit.mails for use in full)
-    return verdict._replace(room_at=0 if never else max(
-        room_in(transaction, use, accounts) for use in full))
+class Found(NamedTuple):
+    """What the database tells of one identity: see usage_statement()."""
+
+    place: int  # in the list of those that were asked for
+    override: str | None  # the limits of --limit
+    date: int | None  # of the newest row
+    total: int | None  # of the newest row
+    before: Sequence[int | None]  # the total ahead of each window
 
 
-def room_in(transaction: Transaction, full: Usage,
-            accounts: Mapping[str, Account]) -> int:
-    """Return when a limit that is full has room again."""
-    claim, (mails, seconds) = full.claim, full.limit
-    account = accounts[claim.identity]
-    if isinstance(account, Variety):
-        dates = sorted(date for value, date in account.seen.items()
-                       if value != claim.value)
-        date = dates[-mails]
-    else:
-        [date] = transaction.run(  # reads no more rows than have to leave
-            "SELECT date FROM mail_count WHERE id = ? AND date > ?"
-            " AND total >= ? ORDER BY date, total LIMIT 1", account.identity,
-            account.now - seconds, account.total + claim.cost - mails,
-            ).fetchone() or [account.date]
-    return int(date) + seconds
+class InDoubt(NamedTuple):
+    """A mail that was sent to the database, which did not confirm it."""
+
+    row: MailRow
+
+    @property
+    def date(self) -> int:
+        """Return the date of its row."""
+        return self.row.date
+
+    @property
+    def cost(self) -> int:
+        """Return the cost of its row."""
+        return self.row.cost
+
+
+class Unstored(NamedTuple):
+    """What memory has of an identity and the database has not."""
+
+    claim: Claim
+    mails: Sequence[MailRow | InDoubt]  # oldest first; rows without a total
+    values: Mapping[str, int]  # where these are counted, and their dates
+    record: object  # of memory, that this is a copy from
+
+
+class Settlement:
+    """What is known of some mails ahead of a transaction, and what it made.
+
+    All of the latter is begun anew where a conflict undoes a transaction.
+    """
+
+    def __init__(self, mails: Sequence[Mail], unstored: Mapping[str, Unstored],
+                 overrides: Overrides, now: float) -> None:
+        """Take mails, and what memory has of their identities or of others.
+
+        overrides: limits of --limit that are known already, for their windows.
+        """
+        self.mails = mails
+        self.unstored = unstored
+        self.overrides = overrides
+        self.now = now  # epoch seconds
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Forget what came to nothing."""
+        self.pages: dict[str, Page] = {}
+        self.verdicts: list[Verdict] = []
+        self.rows: list[MailRow] = []  # of the mails
+        self.appended: dict[str, list[MailRow]] = {}  # of unstored mails
+
+
+def settle(transaction: Transaction, settlement: Settlement,
+           query: str | None) -> None:
+    """Judge mails, and write those that pass, in one transaction.
+
+    What memory has of their identities is written ahead of them.
+    """
+    settlement.start_again()
+    mails = fit_values(transaction.backend, settlement.mails)
+    pages = settlement.pages = open_pages(mails, settlement.unstored)
+    take_turns(transaction, pages)
+    find_own_limits(transaction, pages, query, settlement.overrides)
+    read_pages(transaction, pages, settlement.now)
+    append_unstored(transaction, settlement)
+    settlement.verdicts, charges = decide(
+        mails, {name: page.account for name, page in pages.items()})
+    settlement.rows = enter_charges(pages, charges)  # ahead of what may fail
+    transaction.write(INSERT, settlement.rows)
+    write_values(transaction, pages)
+    write_refusals(transaction, mails, settlement.verdicts)
+    settlement.verdicts = [with_room(transaction, verdict, pages)
+                           for verdict in settlement.verdicts]
+
+
+def open_pages(mails: Sequence[Mail], unstored: Mapping[str, Unstored],
+               ) -> dict[str, Page]:
+    """Return a page for each identity that is claimed, or has mails."""
+    claims = {identity: [found.claim] for identity, found in unstored.items()}
+    for mail in mails:
+        for claim in mail.claims:
+            claims.setdefault(claim.identity, []).append(claim)
+    return {identity: Page(some) for identity, some in claims.items()}
+
+
+def fit_values(backend: Backend, mails: Sequence[Mail]) -> Sequence[Mail]:
+    """Return mails whose values are as the database gives them back."""
+    if backend.encoding == "UTF8":
+        return mails
+    fitting = []
+    for mail in mails:
+        values: Sequence[Any] = backend.fit(
+            [claim.value for claim in mail.claims])
+        fitting.append(replace(mail, claims=[
+            claim._replace(value=value)
+            for claim, value in zip(mail.claims, values)]))
+    return fitting
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
@@ -1984,6 +2160,19 @@ def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
         # In one order, so that none waits for another in a circle.
         transaction.write(transaction.backend.turn, [
             (identity, 1) for identity in sorted(identities)])
+
+
+def find_own_limits(transaction: Transaction, pages: Mapping[str, Page],
+                    query: str | None, overrides: Overrides) -> None:
+    """Ask the query for limits; note the windows of all that may hold."""
+    for name, page in pages.items():
+        if name in overrides:
+            page.known_override, page.override_ends = overrides[name]
+            page.add_windows(page.known_override)
+        if query and not page.claim.rule.by:  # no quota's
+            page.queried = transaction.attempt(
+                QUERY_FAILED, ask_limits, query, name)
+            page.add_windows(page.queried)
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
@@ -1995,79 +2184,103 @@ def ask_limits(transaction: Transaction, query: str, identity: str,
     return None if row is None or row[0] is None else parse_limits(row[0])
 
 
-def read_accounts(transaction: Transaction, accounts: Sequence[Account],
-                  now: float) -> None:
-    """Read what accounts have used, many with each statement."""
-    second, date_now = math.floor(now), math.ceil(now)
-    width = max((len(account.limits) for account in accounts), default=0)
-    for some in chunks(accounts, transaction.backend.chunk):
-        values: list[object] = []
-        for account in some:
-            since = [second - limit.seconds for limit in account.limits]
-            values += [account.identity, *since,
-                       *[second] * (width - len(since))]
-        statement = usage_statement(
-            len(some), width, transaction.backend.text)
-        others = []
-        for n, own, date, total, *before in transaction.run(
-                statement, *values, second).fetchall():
-            account = some[n]
-            limits = None if own is None else parse_override(own)
-            if limits is not None and limits != account.limits:
-                account.limits = account.override = limits
-                others.append(account)  # it has other windows
-                continue
-            if date is not None and (total is None
-                                     or date > now + CLOCK_SKEW):
-                retotal(transaction, account.identity, date_now)
-                read_accounts(transaction, [account], now)
-            elif date is not None and date > date_now:
-                # Another host's clock is ahead: that is the time here, too.
-                read_accounts(transaction, [account], date - 0.5)
-            else:
-                account.now, account.date = second, date_now
-                account.total = total or 0
-                account.before = [
-                    account.total if sum_before is None else sum_before
-                    for sum_before in before]
-        if others:
-            read_accounts(transaction, others, now)
+def read_pages(transaction: Transaction, pages: Mapping[str, Page],
+               now: float) -> None:
+    """Read what identities have used; again where that shows it must be."""
+    for page in pages.values():
+        page.set_time(now)
+    unread = list(pages.values())
+    while unread:
+        again = []
+        for some in chunks(unread, transaction.backend.chunk):
+            for found in ask_usage(transaction, some):
+                page = some[found.place]
+                if must_ask_again(transaction, page, found, now):
+                    again.append(page)
+                else:
+                    fill_page(transaction, page, found, now)
+        unread = again
 
 
-def read_values(transaction: Transaction, account: Variety,
-                now: float) -> None:
-    """Read the values that an account has had.
+def ask_usage(transaction: Transaction, pages: Sequence[Page]) -> list[Found]:
+    """Ask for the use of all windows of some identities, in one statement."""
+    width = max(len(page.windows) for page in pages)
+    values: list[object] = []
+    for page in pages:
+        since = [page.second - seconds for seconds in page.windows]
+        padding = [page.second] * (width - len(since))
+        values += [page.claim.identity, *since, *padding]
+    statement = usage_statement(len(pages), width, transaction.backend.text)
+    return [Found(place, override, date, total, before)
+            for place, override, date, total, *before in transaction.run(
+                statement, *values, pages[0].second).fetchall()]
 
-    Those dated far ahead move to now: the clock has been set back far.
-    """
-    longest = max((limit.seconds for limit in account.limits), default=0)
-    account.now = math.floor(now)
-    account.date = date_now = math.ceil(now)
-    account.seen.update(account.new)  # from memory
-    for value, date in transaction.run(
-            "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
-            account.identity, account.now - longest).fetchall():
-        if date > now + CLOCK_SKEW:
-            account.new[value] = date = date_now
-        elif date >= account.new.get(value, date):
-            account.new.pop(value, None)  # another host saw it later
-        account.seen[value] = account.new.get(value, date)
-        account.date = max(account.date, date)
+
+def must_ask_again(transaction: Transaction, page: Page, found: Found,
+                   now: float) -> bool:
+    """Say whether the answer is not what counts, having seen to that."""
+    if found.override is not None:
+        page.overridden = parse_override(found.override)
+        if page.overridden != page.known_override:
+            page.known_override = page.overridden
+            [page.override_ends] = transaction.run(
+                "SELECT ends FROM mail_limit WHERE id = ?",
+                page.claim.identity).fetchone() or [0]
+        if page.add_windows(page.overridden):
+            return True
+    if found.date is None:
+        return False
+    if found.total is None or found.date > now + CLOCK_SKEW:
+        # The original wrote that row, or the clock has been set back far.
+        retotal(transaction, page.claim.identity, math.ceil(now))
+        return True
+    if found.date > page.date:
+        # Another host's clock is ahead: that is the time here, too.
+        page.set_time(found.date - 0.5)
+        return True
+    return False
+
+
+def fill_page(transaction: Transaction, page: Page, found: Found,
+              now: float) -> None:
+    """Take what was found of an identity into its page."""
+    page.newest, page.total = found.date or 0, found.total or 0
+    seen = {}
+    if page.claim.value is not None:
+        seen = read_values(transaction, page, now)
+    page.open_account({
+        seconds: 0 if before is None else page.total - before
+        for seconds, before in zip(page.windows, found.before)}, seen)
+
+
+def read_values(transaction: Transaction, page: Page, now: float,
+                ) -> dict[str, int]:
+    """Return the values that an identity has had, and their dates."""
+    identity, longest = page.claim.identity, max(page.windows, default=0)
+    seen = {value: int(date) for value, date in transaction.run(
+        "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
+        identity, page.second - longest).fetchall()}
+    if max(seen.values(), default=0) > now + CLOCK_SKEW:
+        # The clock has been set back far: let them be of now.
+        seen = {value: min(date, page.date) for value, date in seen.items()}
+        transaction.run("UPDATE mail_value SET date = ? WHERE id = ?"
+                        " AND date > ?", page.date, identity, page.date)
+    page.date = max(page.date, *seen.values(), 0)
+    return seen
 
 
 @functools.cache
-def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
-    """Return the query for so many accounts with so many windows each.
+def usage_statement(identities: int, windows: int, text: str = "?") -> str:
+    """Return the query for so many identities with so many windows each.
 
-    It takes identity and begin of each window, for each account, then the
-    time, and yields an account's place, the limits that --limit set, newest
-    date and total, and the total before each window's first row, or NULLs.
+    It takes identity and begin of each window, for each identity, then the
+    time, and yields a row of Found for each.
     """
     # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
     # of the speed, MariaDB up to half.
     since = [f"since{n}" for n in range(windows)]
     asked = " UNION ALL ".join(
-        f"SELECT {n}, {text}{', ?' * windows}" for n in range(accounts))
+        f"SELECT {n}, {text}{', ?' * windows}" for n in range(identities))
     own = "(SELECT limits FROM mail_limit WHERE id = who AND ends > ?)"
     newest = ("(SELECT {} FROM mail_count WHERE id = who"
               " ORDER BY date DESC, total DESC LIMIT 1)")
@@ -2077,6 +2290,121 @@ def usage_statement(accounts: int, windows: int, text: str = "?") -> str:
                          *map(before.format, since)])
     return (f"WITH asked ({', '.join(['n', 'who', *since])})"
             f" AS ({asked}) SELECT n, {columns} FROM asked")
+
+
+def append_unstored(transaction: Transaction, settlement: Settlement) -> None:
+    """Write what memory has of identities behind what the tables have."""
+    for identity, unstored in settlement.unstored.items():
+        transaction.extend(0.001 * len(unstored.mails))
+        page = settlement.pages[identity]
+        rows = append_mails(transaction, page, unstored.mails)
+        if isinstance(page.account, DistinctValues):
+            page.values.update(unstored.values)
+            for value, date in unstored.values.items():
+                seen = page.account.seen.get(value, 0)
+                page.account.seen[value] = max(date, seen)
+        settlement.appended[identity] = rows
+        transaction.write(INSERT, rows)
+
+
+def append_mails(transaction: Transaction, page: Page,
+                 mails: Sequence[MailRow | InDoubt]) -> list[MailRow]:
+    """Count mails that were decided from memory; return their rows."""
+    rows = []
+    for mail in mails:
+        if isinstance(mail, InDoubt):
+            if is_stored(transaction, mail.row):
+                continue
+            mail = mail.row
+        row = page.append(mail)
+        rows.append(row)
+        for seconds in page.account.used:
+            if row.date > page.second - seconds:
+                page.account.used[seconds] += row.cost
+    page.date = max(page.date, page.newest)
+    return rows
+
+
+def is_stored(transaction: Transaction, row: MailRow) -> bool:
+    """Say whether a row whose commit was in doubt is in the table after all.
+
+    Its total may have become higher, but not lower: see retotal().  Without
+    an instance, only the total tells it from other mails.
+    """
+    same = "total >= ?" if row.instance else "total = ?"
+    [count] = transaction.run(
+        "SELECT COUNT(*) FROM mail_count WHERE id = ? AND date = ?"
+        f" AND instance = ? AND {same}", row.identity, row.date,
+        row.instance, row.total).fetchone()
+    return bool(count)
+
+
+def enter_charges(pages: Mapping[str, Page], charges: Sequence[Charge],
+                  ) -> list[MailRow]:
+    """Enter charges into their pages; return the rows of mail_count."""
+    rows = []
+    for mail, claim in charges:
+        page = pages[claim.identity]
+        if claim.value is None:
+            rows.append(page.append(row_of(mail, claim, page.date)))
+        else:
+            page.values[claim.value] = page.date
+    return rows
+
+
+def write_values(transaction: Transaction, pages: Mapping[str, Page]) -> None:
+    """Write the values that were seen, where these are counted."""
+    for identity, page in pages.items():
+        transaction.write(transaction.backend.see, [
+            (identity, value, date) for value, date in page.values.items()])
+
+
+def write_refusals(transaction: Transaction, mails: Sequence[Mail],
+                   verdicts: Sequence[Verdict]) -> None:
+    """Write refusals, one row for each identity and window."""
+    found: dict[tuple[str, int], Refusal] = {}
+    for mail, verdict in zip(mails, verdicts):
+        for usage in filter(None, (verdict.broken, *verdict.tried)):
+            limit, now = usage.limit, int(mail.now)
+            key = usage.claim.identity, limit.seconds
+            hits = found[key].hits + 1 if key in found else 1
+            found[key] = Refusal(
+                *key, limit.mails, hits, now, now, mail.client)
+    if found:
+        transaction.attempt("a refusal is not recorded: %s", Transaction.write,
+                            transaction.backend.note,
+                            [found[key] for key in sorted(found)])
+
+
+def with_room(transaction: Transaction, verdict: Verdict,
+              pages: Mapping[str, Page]) -> Verdict:
+    """Add to a verdict when such a mail passes again, if that is asked."""
+    broken = verdict.broken
+    if (broken is None
+            or "$room" not in broken.claim.rule.fail_action.replace("{", "")):
+        return verdict
+    full = [use for use in verdict.usage if not use.claim.rule.dry_run
+            and use.used + use.claim.cost > use.limit.mails]
+    if any(use.claim.cost > use.limit.mails for use in full):
+        return verdict  # never
+    return verdict._replace(room_at=max(
+        next_free(transaction, use, pages[use.claim.identity])
+        for use in full))
+
+
+def next_free(transaction: Transaction, full: Usage, page: Page) -> int:
+    """Return when a limit that is full has room again."""
+    claim, (mails, seconds) = full.claim, full.limit
+    if isinstance(page.account, DistinctValues):
+        dates = sorted(date for value, date in page.account.seen.items()
+                       if value != claim.value)
+        return dates[-mails] + seconds
+    [date] = transaction.run(  # reads no more rows than have to leave
+        "SELECT date FROM mail_count WHERE id = ? AND date > ?"
+        " AND total >= ? ORDER BY date, total LIMIT 1", claim.identity,
+        page.second - seconds, page.total + claim.cost - mails,
+        ).fetchone() or [page.date]
+    return int(date) + seconds
 
 
 def read_refusals(transaction: Transaction, which: str = "", *values: object,
@@ -2110,159 +2438,258 @@ def parse_override(text: str) -> Limits | None:
 # Many requests, one commit; and what happens while the database is away.
 # ---------------------------------------------------------------------------
 
-MERGE_STEP = 50  # identities whose mails one transaction brings from memory
-MAX_KEPT = 100_000  # identities kept in memory, and five mails of each
+STORE_STEP = 50  # identities whose mails one transaction stores from memory
+MAX_MEMORY = 100_000_000  # bytes, estimated, of all that memory remembers
+RECORD_SIZE = 700  # bytes of an identity without its name and its values
+ENTRY_SIZE = 250  # bytes of a mail or a value, without its text
 
 
-class Batch:
-    """The charges that one transaction settles, and what becomes of them."""
+class Record:
+    """What is remembered of one identity.
 
-    def __init__(self, charges: Iterable[Charge] = ()) -> None:
-        self.charges = list(charges)
-        self.lock = threading.Lock()  # of who settles it, then of who waited
-        self.accounts: dict[str, Account] = {}
-        self.merged: list[tuple[Tab, list[Row], dict[str, int]]] = []
-        self.verdicts: list[Verdict] = []
-        self.rows: list[Row] = []
-
-
-class Tab(NamedTuple):
-    """Mails of an identity that were counted in memory alone."""
-
-    claim: Claim
-    rows: list[Row]  # one with a total was sent: it may be in the table
-    sums: list[tuple[int, int]]  # dates, costs so far: ahead, at each row
-    new: dict[str, int]  # as of a Variety
-
-    def used(self, since: int) -> int:
-        """Return what the mails after a date cost."""
-        first = bisect.bisect_left(self.sums, (since + 1,), 1)
-        return self.sums[-1][1] - self.sums[first - 1][1]
-
-
-class Standby:
-    """Judges mails while the database is away, by what this host has seen.
-
-    That is what the identity had used when its last mail was settled, until
-    the window has passed, its mails since then, and those under way.
+    That is how it stood when it was last stored, and its mails since then.
     """
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._accounts: OrderedDict[str, Account] = OrderedDict()  # as settled
-        self.tabs: OrderedDict[str, Tab] = OrderedDict()
-        self.flying: Sequence[Charge] = ()  # in the transaction under way
-        self.overrides: Overrides = {}  # when they were last looked at
-        self._values = self._size = 0  # of all accounts; in all tabs
+    def __init__(self, claim: Claim) -> None:
+        """Remember nothing yet; a claim tells what is counted."""
+        self.claim = claim
+        self.queried: Limits | None = None  # of sql_limits_by_id
+        self.used: Mapping[int, int] = {}  # of each window, as last stored
+        self.newest = 0  # the date of the last mail of these
+        self.values: dict[str, int] = {}  # seen, stored or not; their dates
+        self.unstored_values: dict[str, int] = {}
+        self.mails: list[MailRow | InDoubt] = []  # not stored; oldest first
+        self.size = RECORD_SIZE + sys.getsizeof(claim.identity)  # bytes
+        self._dates: list[int] = []  # of the mails
+        self._sums = [0]  # what the first n of them cost
 
-    def judge(self, charge: Charge) -> Verdict:
-        """Judge a mail, and keep its rows for the table."""
-        batch = Batch([charge])
+    def take(self, page: Page) -> None:
+        """Remember how an identity stands now that it is stored."""
+        self.claim, self.queried = page.claim, page.queried
+        self.used, self.newest = page.account.used, page.newest
+        if isinstance(page.account, DistinctValues):
+            self.size -= sum(map(value_size, self.values))
+            self.values = page.account.seen
+            self.size += sum(map(value_size, self.values))
+
+    def add_mail(self, mail: MailRow | InDoubt) -> None:
+        """Remember a mail that is not stored."""
+        self.mails.append(mail)
+        self._dates.append(mail.date)
+        self._sums.append(self._sums[-1] + mail.cost)
+        self.size += ENTRY_SIZE
+
+    def add_value(self, value: str, date: int) -> None:
+        """Remember a value that is not stored."""
+        if value not in self.values:
+            self.size += value_size(value)
+        if value not in self.unstored_values:
+            self.size += value_size(value)
+        self.values[value] = self.unstored_values[value] = date
+
+    def replace_first(self, count: int, mails: Sequence[InDoubt]) -> None:
+        """Put others, or none, in the place of the first mails."""
+        self.size += ENTRY_SIZE * (len(mails) - count)
+        self.mails[:count] = mails
+        self._dates = [mail.date for mail in self.mails]
+        self._sums = [0, *itertools.accumulate(
+            mail.cost for mail in self.mails)]
+
+    def drop_values(self, stored: Mapping[str, int]) -> None:
+        """Forget values as unstored, but those seen again since."""
+        for value, date in stored.items():
+            if self.unstored_values.get(value) == date:
+                del self.unstored_values[value]
+                self.size -= value_size(value)
+
+    def used_of(self, window: int, now: int) -> int:
+        """Return what was used of a window, in seconds, that ends now.
+
+        What was stored counts until the window has passed all of it.  Of a
+        window that was not asked for then, it is the use of the next longer.
+        """
+        stored = 0
+        if self.used and self.newest > now - window:
+            longer = [seconds for seconds in self.used if seconds >= window]
+            stored = self.used[min(longer, default=max(self.used))]
+        before = bisect.bisect_right(self._dates, now - window)
+        return stored + self._sums[-1] - self._sums[before]
+
+    def latest(self, now: float) -> float:
+        """Return the time, no earlier than that of the last mail here."""
+        return max(now, self._dates[-1] - 0.5) if self._dates else now
+
+
+def value_size(value: str) -> int:
+    """Return about how many bytes a value takes."""
+    return ENTRY_SIZE + sys.getsizeof(value)
+
+
+class Memory:
+    """What this host remembers of identities, to decide by in an outage.
+
+    The lock is for all of it.  Who needs the database's lock, too, takes that
+    one first.
+    """
+
+    def __init__(self, most: int = MAX_MEMORY) -> None:
+        """Take how many bytes it may use; then who was away longest goes."""
+        self.lock = threading.RLock()
+        self.overrides: Overrides = {}  # when they were last looked up
+        self._most = most
+        self._size = 0
+        self._records: OrderedDict[str, Record] = OrderedDict()
+        self._unstored: dict[str, Record] = {}  # those with something to store
+
+    def decide(self, mail: Mail) -> Verdict:
+        """Judge a mail, and remember it to be stored if it passes."""
         with self.lock:
-            batch.accounts = {
-                claim.identity: self._account(claim, charge.now)
-                for claim in charge.claims}
-            [verdict], batch.rows = decide([charge], batch.accounts)
-            self.keep(batch, sent=False)
+            accounts = {claim.identity: self._account(claim, mail.now)
+                        for claim in mail.claims}
+            [verdict], charges = decide([mail], accounts)
+            for charge in charges:
+                self._add_charge(charge)
         return verdict
 
-    def keep(self, batch: Batch, sent: bool) -> None:
-        """Keep what a batch did not write, or may have if it was sent."""
-        new = {name: account.new for name, account in batch.accounts.items()
-               if isinstance(account, Variety) and account.new}
+    def unstored(self, identities: Iterable[str]) -> dict[str, Unstored]:
+        """Return a copy of what has to be stored of identities."""
+        if not self._unstored:
+            return {}
         with self.lock:
-            for tab, rows, _ in batch.merged if sent else ():
-                tab.rows[:len(rows)] = rows
-            for name in {*new, *(row[0] for row in batch.rows)}:
-                tab = self.tabs.setdefault(
-                    name, Tab(batch.accounts[name].claim, [], [(0, 0)], {}))
-                self.tabs.move_to_end(name)
-                self._size -= len(tab.new)
-                tab.new.update(new.get(name, {}))
-                self._size += len(tab.new)
-            for row in batch.rows:
-                tab = self.tabs[row[0]]
-                tab.rows.append(row if sent else (*row[:-1], None))
-                tab.sums.append((row[1], tab.sums[-1][1] + row[2]))
-            self._size += len(batch.rows)
-            while self._size > 5 * MAX_KEPT or len(self.tabs) > MAX_KEPT:
-                _, tab = self.tabs.popitem(last=False)
-                self._size -= len(tab.rows) + len(tab.new)
+            records = {identity: self._unstored[identity]
+                       for identity in identities
+                       if identity in self._unstored}
+            return {identity: Unstored(
+                record.claim, record.mails[:], record.unstored_values.copy(),
+                record) for identity, record in records.items()}
 
-    def charges(self, now: float) -> Iterator[Charge]:
-        """Return an empty mail for each identity that has mails here."""
+    def unstored_identities(self) -> list[str]:
+        """Return all identities that have something to store."""
         with self.lock:
-            tabs = list(self.tabs.values())
-        return (Charge((), now, others=[tab.claim]) for tab in tabs)
+            return list(self._unstored)
 
-    def bring(self, transaction: Transaction, batch: Batch) -> None:
-        """Write what is kept of a batch's identities."""
-        if not self.tabs:
-            return
+    def take(self, settlement: Settlement) -> None:
+        """Remember what a transaction has stored."""
         with self.lock:
-            tabs = map(self.tabs.get, batch.accounts)
-            kept = [(tab, tab.rows[:], tab.new.copy())
-                    for tab in tabs if tab is not None]
-        batch.merged = []
-        for tab, rows, new in kept:
-            if rows:
-                rows = merge(transaction, rows)
-            batch.merged.append((tab, rows, new))
-            account = batch.accounts[tab.claim.identity]
-            getattr(account, "new", {}).update(new)
+            for identity, page in settlement.pages.items():
+                record = self._record(page.claim)
+                before = record.size
+                record.take(page)
+                self._resized(record, before)
+                if page.overridden is None:
+                    self.overrides.pop(identity, None)
+                else:
+                    self.overrides[identity] = (
+                        page.overridden, page.override_ends)
+            for identity, unstored in settlement.unstored.items():
+                self._replace(identity, unstored, [])
 
-    def settled(self, batch: Batch) -> None:
-        """Note the accounts of a batch that is committed."""
+    def keep(self, settlement: Settlement, in_doubt: bool) -> None:
+        """Remember to store what a transaction did not, or may not have.
+
+        in_doubt: it was sent, and nobody knows what has become of it.
+        """
         with self.lock:
-            for name, account in batch.accounts.items():
-                before = self._accounts.pop(name, None)
-                self._accounts[name] = account
-                self._values += len(account.seen)
-                self._values -= len(before.seen) if before else 0
-                limits, _ = self.overrides.get(name, (None, 0))
-                if account.override is None:
-                    self.overrides.pop(name, None)
-                elif account.override != limits:  # until it is looked up
-                    self.overrides[name] = account.override, FOR_GOOD
-            while (len(self._accounts) > MAX_KEPT
-                   or self._values > 5 * MAX_KEPT):
-                _, account = self._accounts.popitem(last=False)
-                self._values -= len(account.seen)
-            for tab, rows, new in batch.merged:
-                if self.tabs.get(tab.claim.identity) is not tab:
-                    continue  # it has been forgotten
-                del tab.rows[:len(rows)], tab.sums[:len(rows)]
-                self._size -= len(rows)
-                if tab.new == new:
-                    self._size -= len(new)
-                    tab.new.clear()
-                if not tab.rows and not tab.new:
-                    del self.tabs[tab.claim.identity]
+            if in_doubt:
+                for identity, rows in settlement.appended.items():
+                    self._replace(identity, settlement.unstored[identity],
+                                  [InDoubt(row) for row in rows])
+            for row in settlement.rows:
+                page = settlement.pages[row.identity]
+                self._add_mail(page.claim, InDoubt(row) if in_doubt
+                               else row._replace(total=None))
+            for page in settlement.pages.values():
+                for value, date in page.values.items():
+                    self._add_value(page.claim, value, date)
 
     def _account(self, claim: Claim, now: float) -> Account:
         """Return what a claim's identity has used, as far as is known."""
-        known = self._accounts.get(claim.identity, Account(claim))
-        tab = self.tabs.get(claim.identity, Tab(claim, [], [(0, 0)], {}))
-        now = max([now, *(row[1] - 0.5 for row in tab.rows[-1:])])
-        flying = [other for charge in self.flying for other in charge.claims
-                  if other.identity == claim.identity]
-        account = Account(claim)
-        if claim.value is not None:
-            account = Variety(claim)
-            account.seen = {**known.seen, **tab.new, **{
-                str(other.value): math.ceil(now) for other in flying}}
+        record = self._records.get(claim.identity) or Record(claim)
+        now = record.latest(now)
         limits, ends = self.overrides.get(claim.identity, ((), 0))
-        own = limits if ends > now else known.own
-        account.limits = claim.limits if own is None else own
-        account.now, account.date = math.floor(now), math.ceil(now)
-        account.total = sum(other.cost for other in flying)
-        used = {limit.seconds: known.total - before for limit, before
-                in zip(known.limits, known.before)
-                if known.date > account.now - limit.seconds}
-        account.before = tuple(
-            -used.get(limit.seconds, 0) - tab.used(account.now - limit.seconds)
-            for limit in account.limits)
+        own, blocked = record.queried, False
+        if ends > now:
+            own, blocked = limits, is_blocked(limits)
+        second = math.floor(now)
+        if claim.value is not None:
+            return DistinctValues(
+                dict(record.values), second, own, blocked)
+        account = Account({}, own, blocked)
+        for limit in account.limits_of(claim):
+            account.used[limit.seconds] = record.used_of(limit.seconds, second)
         return account
+
+    def _add_charge(self, charge: Charge) -> None:
+        """Remember that a mail was charged."""
+        mail, claim = charge
+        record = self._record(claim)
+        date = math.ceil(record.latest(mail.now))
+        if claim.value is not None:
+            self._add_value(claim, claim.value, date)
+        else:
+            self._add_mail(claim, row_of(mail, claim, date))
+
+    def _add_mail(self, claim: Claim, mail: MailRow | InDoubt) -> None:
+        """Remember a mail that is to be stored."""
+        record = self._record(claim)
+        before = record.size
+        record.add_mail(mail)
+        self._unstored[claim.identity] = record
+        self._resized(record, before)
+
+    def _add_value(self, claim: Claim, value: str, date: int) -> None:
+        """Remember a value that is to be stored."""
+        record = self._record(claim)
+        before = record.size
+        record.add_value(value, date)
+        self._unstored[claim.identity] = record
+        self._resized(record, before)
+
+    def _replace(self, identity: str, unstored: Unstored,
+                 mails: Sequence[InDoubt]) -> None:
+        """Put what is in doubt, or nothing, in place of what was sent."""
+        record = self._records.get(identity)
+        if record is None or record is not unstored.record:
+            return  # it had to be forgotten meanwhile
+        before = record.size
+        record.replace_first(len(unstored.mails), mails)
+        if not mails:
+            record.drop_values(unstored.values)
+        if not record.mails and not record.unstored_values:
+            self._unstored.pop(identity, None)
+        self._resized(record, before)
+
+    def _record(self, claim: Claim) -> Record:
+        """Return the record of a claim's identity, which is used last now."""
+        record = self._records.get(claim.identity)
+        if record is None:
+            record = self._records[claim.identity] = Record(claim)
+            self._size += record.size
+        self._records.move_to_end(claim.identity)
+        return record
+
+    def _resized(self, record: Record, before: int) -> None:
+        """Keep within the bound, now that a record has another size."""
+        self._size += record.size - before
+        while self._size > self._most:
+            identity, oldest = self._records.popitem(last=False)
+            self._unstored.pop(identity, None)
+            self._size -= oldest.size
+
+
+class Batch:
+    """The mails that wait for one commit."""
+
+    def __init__(self) -> None:
+        self.mails: list[Mail] = []
+        self.lock = threading.Lock()  # of who settles it, then of who waited
+
+
+class Outage(NamedTuple):
+    """The database gave no answer in time."""
+
+    error: LedgerError
+    retry_at: float  # when it is tried again (time.monotonic())
 
 
 class Ledger:
@@ -2273,111 +2700,159 @@ class Ledger:
     settles more than one batch, no thread is needed for it, each answer is
     given after its own commit, and one connection alone pays nothing.
 
-    A mail that the database does not take is judged in memory.  Once it hung,
-    all are, but for one every timeout that tries whether it is back.
+    A mail that the database does not take is decided from memory.  After a
+    timeout all mail is, and every db_timeout one request tries the database
+    again.
+
+    The order of locks: a batch's, then the database's, then memory's.
     """
 
     def __init__(self, database: Database, query: str | None = None) -> None:
         """Take the setting sql_limits_by_id."""
         self.database = database
         self.query = query
-        self.standby = Standby()
+        self.memory = Memory()
         self._open = Batch()
-        self._hung: LedgerError | None = None
-        self._try_at = 0.0  # if it hung
+        self._outage: Outage | None = None
 
-    def charge(self, charge: Charge) -> Verdict:
-        """Settle a mail: all its claims are charged, or none.
+    def decide(self, mail: Mail) -> Verdict:
+        """Decide on a mail: all its claims are charged, or none.
 
-        Returns when that is on disk; else charge.error says why it is not,
-        and the verdict is from memory.
+        Returns when that is on disk; else mail.error says why it is not, and
+        the verdict is from memory.
         """
-        while charge.verdict is None:  # or the batch was closed before us
-            if self._hung is not None and not self.is_open(charge.now):
-                with self.standby.lock:
-                    if self._hung is not None:  # nobody was quicker
-                        charge.error = self._hung
-                        charge.verdict = self.standby.judge(charge)
+        while mail.verdict is None:
+            if self._outage is not None:
+                self.retry_if_due(mail.now)
+                self._decide_in_outage(mail)
                 continue
             batch = self._open
-            batch.charges.append(charge)
+            batch.mails.append(mail)
             with batch.lock:
                 if batch is self._open:
-                    self._settle(batch)
-        return charge.verdict
+                    self._lead(batch)
+            # No verdict: the batch had been closed, so join the next.
+        return mail.verdict
 
-    def is_open(self, now: float) -> bool:
-        """Say whether the database does not hang; try that if it is time."""
-        with self.standby.lock:
-            if self._hung is None or time.monotonic() < self._try_at:
-                return self._hung is None
-            self._try_at = time.monotonic() + 5 * self.database.backend.timeout
-        charges = self.standby.charges(now)
-        self._settle(Batch(itertools.islice(charges, MERGE_STEP)))
-        return self._hung is None
+    def is_in_outage(self) -> bool:
+        """Say whether the database gave no answer when it was last tried."""
+        return self._outage is not None
 
-    def catch_up(self, now: float) -> None:
-        """Write what was counted in memory, in steps, as long as that works.
+    def retry_if_due(self, now: float) -> None:
+        """In an outage, try the database again once it is time for that."""
+        timeout = self.database.backend.timeout
+        with self.memory.lock:
+            outage = self._outage
+            if outage is None or time.monotonic() < outage.retry_at:
+                return
+            # Nobody else tries for as long as this may take.
+            self._outage = outage._replace(
+                retry_at=time.monotonic() + 5 * timeout)
+        with contextlib.suppress(LedgerError):  # then the outage goes on
+            self._store(self.memory.unstored_identities()[:STORE_STEP], now)
 
-        What is left has to wait: for its next mail, or the next call.
+    def store_remembered(self, now: float) -> None:
+        """Store what memory has, in steps, for as long as that works.
+
+        What is left has to wait: for its next mail, or for the next call.
         """
-        left, charges = math.inf, self.standby.charges(now)
-        while 0 < len(self.standby.tabs) < left:
-            left = len(self.standby.tabs)
-            self._settle(Batch(itertools.islice(charges, MERGE_STEP)))
+        with contextlib.suppress(LedgerError):
+            for some in chunks(self.memory.unstored_identities(), STORE_STEP):
+                self._store(some, now)
 
-    def _settle(self, batch: Batch) -> None:
-        """Settle a batch when the one before is done."""
+    def _decide_in_outage(self, mail: Mail) -> None:
+        """Decide on a mail from memory, unless the outage is over."""
+        with self.memory.lock:
+            if self._outage is not None:
+                mail.error = self._outage.error
+                mail.verdict = self.memory.decide(mail)
+
+    def _lead(self, batch: Batch) -> None:
+        """Close a batch once the one before is done, and settle it."""
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
-        waited = batch is self._open
-        if waited:  # from now on mails join the next
-            self._open = Batch()
+        self._open = Batch()  # which mails join from now on
+        mails = tuple(batch.mails)
         try:
             if not held:
-                self._finish(batch, LedgerError(TOO_SLOW), hung=True)
-            elif self._hung is not None and waited:  # for one that hung
-                self._finish(batch, self._hung, hung=True)
+                self._fall_back(self._prepare(mails), LedgerError(TOO_SLOW),
+                                hung=True)
+            elif self._outage is not None:  # it began while these waited
+                for mail in mails:
+                    self._decide_in_outage(mail)
             else:
-                self._transact(batch, deadline)
+                self._settle(mails, deadline)
         finally:
             if held:
                 lock.release()
 
-    def _transact(self, batch: Batch, deadline: float) -> None:
-        """Settle a batch in one transaction, or else singly."""
-        half = time.monotonic() + self.database.backend.timeout / 2
-        self.standby.flying = batch.charges
-        try:
-            self.database.transact(settle, batch, self.query, self.standby,
-                                   deadline=deadline)
-        except LedgerError as error:
-            hung = time.monotonic() > min(half, deadline)
-            if not error.undone or hung or len(batch.charges) < 2:
-                self._finish(batch, error, hung)
-                return
-            for charge in batch.charges:  # one's failure must be no other's
-                self._transact(Batch([charge]), deadline)
-        else:
-            self._finish(batch)
-
-    def _finish(self, batch: Batch, error: LedgerError | None = None,
-                hung: bool = False) -> None:
-        """Hand out verdicts; judge in memory what the database did not."""
-        with self.standby.lock:
-            self._hung = error if hung else None
-            if self.standby.flying is batch.charges:
-                self.standby.flying = ()
-            if error is None:
-                self.standby.settled(batch)
+    def _settle(self, mails: Sequence[Mail], deadline: float) -> None:
+        """Settle mails in one transaction, or else each in its own."""
+        left = [mails]
+        while left:
+            settlement, began = self._prepare(left.pop(0)), time.monotonic()
+            try:
+                self.database.transact(
+                    settle, settlement, self.query, deadline=deadline)
+            except LedgerError as error:
+                hung = self._has_hung(began, deadline)
+                if error.undone and not hung and len(settlement.mails) > 1:
+                    # One mail's failure must not be any other's.
+                    left = [[mail] for mail in settlement.mails]
+                else:
+                    self._fall_back(settlement, error, hung)
             else:
-                self._try_at = time.monotonic() + self.database.backend.timeout
-                self.standby.keep(batch, sent=not error.undone)
-                for charge in batch.charges[len(batch.verdicts):]:
-                    batch.verdicts.append(self.standby.judge(charge))
-        for charge, verdict in zip(batch.charges, batch.verdicts):
-            charge.error, charge.verdict = error, verdict
+                self._accept(settlement)
+
+    def _store(self, identities: Sequence[str], now: float) -> None:
+        """Store what memory has of identities, or raise LedgerError."""
+        began = time.monotonic()
+        deadline = began + self.database.backend.timeout
+        settlement = Settlement((), self.memory.unstored(identities),
+                                self.memory.overrides, now)
+        try:
+            self.database.transact(
+                settle, settlement, self.query, deadline=deadline)
+        except LedgerError as error:
+            self._fall_back(
+                settlement, error, self._has_hung(began, deadline))
+            raise
+        self._accept(settlement)
+
+    def _prepare(self, mails: Sequence[Mail]) -> Settlement:
+        """Return what is known of mails ahead of their transaction."""
+        identities = {claim.identity: None
+                      for mail in mails for claim in mail.claims}
+        return Settlement(
+            mails, self.memory.unstored(identities), self.memory.overrides,
+            max((mail.now for mail in mails), default=0))
+
+    def _has_hung(self, began: float, deadline: float) -> bool:
+        """Say whether a transaction failed after it had waited for long."""
+        long = self.database.backend.timeout / 2
+        return time.monotonic() > min(began + long, deadline)
+
+    def _accept(self, settlement: Settlement) -> None:
+        """Hand out the verdicts of a transaction that is committed."""
+        with self.memory.lock:
+            self._outage = None
+            self.memory.take(settlement)
+        for mail, verdict in zip(settlement.mails, settlement.verdicts):
+            mail.verdict = verdict
+
+    def _fall_back(self, settlement: Settlement, error: LedgerError,
+                   hung: bool) -> None:
+        """Decide from memory what the database did not decide."""
+        verdicts = list(settlement.verdicts)
+        retry_at = time.monotonic() + self.database.backend.timeout
+        with self.memory.lock:
+            self._outage = Outage(error, retry_at) if hung else None
+            self.memory.keep(settlement, in_doubt=not error.undone)
+            for mail in settlement.mails[len(verdicts):]:
+                verdicts.append(self.memory.decide(mail))
+        for mail, verdict in zip(settlement.mails, verdicts):
+            mail.error, mail.verdict = error, verdict
 
 
 def open_ledger(settings: Settings) -> Ledger:
@@ -2413,70 +2888,87 @@ class Service:
         self._away = False  # the database
         self._lock = threading.Lock()  # of counts, and a change of _away
 
-    def answer(self, request: Request, last: Last) -> str:
-        """Return the action for a request, having counted its mail."""
+    def answer(self, request: Request, mail: MailSoFar) -> str:
+        """Return the action for a request, having counted its mail.
+
+        mail: what the connection was told of the mail that it asks about.
+        """
         settings, now = self.settings, self.clock()  # until the answer
-        queue_id = printable(request.queue_id) or "NOQUEUE"
         self._count("requests")
         if settings.log_requests:
-            log.log(NOTICE, "%s: %s", queue_id, printable(", ".join(
-                f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
-                for name, value in request.attributes.items() if value
-                )[:40 * MAX_TOLD]))
+            log.log(NOTICE, "%s: %s", queue_id_of(request), printable(
+                ", ".join(f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
+                          for name, value in request.attributes.items()
+                          if value)[:40 * MAX_TOLD]))
         self._watch_state(request, settings, now)
-        if last.covers(request):
-            return last.action
-        claims = claims_of(request, settings, last.counted)
-        if not claims:
-            log.info("%s: protocol_state=%s, not counted, action=%s", queue_id,
-                     printable(request.protocol_state),
-                     settings.success_action)
-            return settings.success_action
-        client, refused = printable(request.client_address)[:45], 0
-        verdict, action = self._charge(Charge(
-            claims, now, request.instance, request.protocol_state, client),
-            settings)
-        broken = verdict.broken
-        usual = broken is None and not verdict.tried
-        if broken is not None:
-            action = explain(broken, verdict.room_at, now)
-            with contextlib.suppress(Exception):  # the answer comes first
-                refused = self._alarm(broken, client, settings, now)
-        level = logging.INFO if usual else NOTICE
-        if log.isEnabledFor(level):
-            log.log(level, "%s: %s, action=%s", queue_id,
-                    describe(verdict, client, refused), action)
-        last.note(request, () if broken else claims, settings.success_action
-                  if request.protocol_state == "RCPT" else action)
-        return action
+        mail.begin(request)
+        claims = claims_of(request, settings, mail.charged)
+        if claims:
+            return self._decide(request, claims, settings, now, mail)
+        if mail.was_asked_before(request):
+            return mail.action
+        log.info("%s: protocol_state=%s, not counted, action=%s",
+                 queue_id_of(request), printable(request.protocol_state),
+                 settings.success_action)
+        return settings.success_action
 
     def reload(self, settings: Settings) -> None:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self.ledger.query = settings.sql_limits_by_id
 
-    def _charge(self, charge: Charge, settings: Settings,
-                ) -> tuple[Verdict, str]:
-        """Return the ledger's verdict, and the action if the mail passes."""
+    def _decide(self, request: Request, claims: Sequence[Claim],
+                settings: Settings, now: float, so_far: MailSoFar) -> str:
+        """Have the ledger decide on a mail; return the action."""
+        client, refused = printable(request.client_address)[:45], 0
+        mail = Mail(claims, now, request.instance, request.protocol_state,
+                    client)
         began = time.perf_counter()
-        verdict = self.ledger.charge(charge)
-        self._count("refused" if verdict.broken is not None else
-                    "passed" if charge.error is None else
-                    "database_errors", time.perf_counter() - began)
-        if charge.error is not None:
-            self._count("judged_in_memory")
-            self.log_outage(charge.error)
-            if verdict.usage or settings.sql_limits_by_id:
-                return verdict, settings.db_error_action
-        elif self._away and verdict.usage and verdict.broken is None:
-            self.log_outage(None)  # what writes nothing tells nothing
-        return verdict, settings.success_action
+        verdict = self.ledger.decide(mail)
+        broken = verdict.broken
+        self._count_decision(mail, verdict, time.perf_counter() - began)
+        self._notice_outage(mail, verdict)
+        action = settings.success_action
+        if mail.error is not None and (
+                verdict.usage or settings.sql_limits_by_id):
+            action = settings.db_error_action
+        if broken is not None:
+            action = explain(broken, verdict.room_at, now)
+            with contextlib.suppress(Exception):  # the answer comes first
+                refused = self._alarm(broken, client, settings, now)
+        usual = broken is None and not verdict.tried
+        level = logging.INFO if usual else NOTICE
+        if log.isEnabledFor(level):
+            log.log(level, "%s: %s, action=%s", queue_id_of(request),
+                    describe(verdict, client, refused), action)
+        so_far.remember(request, () if broken else claims, settings, action)
+        return action
 
-    def _count(self, name: str, seconds: float = 0) -> None:
-        """Count a request, or a decision and the time it took."""
+    def _count(self, name: str) -> None:
+        """Count what is told by --prometheus."""
         with self._lock:
             self.counts[name] += 1
+
+    def _count_decision(self, mail: Mail, verdict: Verdict, seconds: float,
+                        ) -> None:
+        """Count a decision, and the time that it took."""
+        outcome = "passed"
+        if verdict.broken is not None:
+            outcome = "refused"
+        elif mail.error is not None:
+            outcome = "database_errors"
+        with self._lock:
+            self.counts[outcome] += 1
             self.counts["decision_seconds"] += seconds
+            if mail.error is not None:
+                self.counts["judged_in_memory"] += 1
+
+    def _notice_outage(self, mail: Mail, verdict: Verdict) -> None:
+        """Log the begin of an outage, or its end once a mail is written."""
+        if mail.error is not None:
+            self.log_outage(mail.error)
+        elif self._away and verdict.usage and verdict.broken is None:
+            self.log_outage(None)
 
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
@@ -2505,35 +2997,60 @@ class Service:
             log.warning("the database is back: counting again")
 
 
-class Last:
-    """What a connection was told of its last mail.
+class MailSoFar:
+    """What a connection has asked about its latest mail, and was told.
 
-    Postfix may ask at RCPT, at DATA and at END-OF-MESSAGE of one mail; it
-    counts where it first asks, and then is not counted again.
+    Postfix may ask at RCPT, at DATA and at END-OF-MESSAGE of one mail.  It is
+    charged where that is asked first, and later no more than the rest.
     """
 
-    instance = state = action = ""
-    counted: frozenset[str] = frozenset()  # keys of what counts ONCE, at RCPT
+    charged: dict[str, int]  # what it was charged, by identity
+    action: str  # what was answered
 
-    def covers(self, request: Request) -> bool:
-        """Say whether a mail was counted at an earlier state."""
-        if not request.instance or request.instance != self.instance:
-            self.counted = frozenset()
+    def __init__(self) -> None:
+        self._forget()
+
+    def begin(self, request: Request) -> None:
+        """Forget the mail before, unless a request is about the same one."""
+        if request.protocol_state not in STATES:
+            return  # it is about no mail
+        goes_on = (request.protocol_state == "RCPT" == self._state
+                   or self.was_asked_before(request))
+        if (not request.instance or request.instance != self._instance
+                or not goes_on):
+            self._forget()
+
+    def was_asked_before(self, request: Request) -> bool:
+        """Say whether the same mail was decided on at an earlier state."""
+        if not self._state or request.protocol_state not in STATES:
             return False
-        if self.state != "RCPT" or len(self.counted) >= MAX_ATTRIBUTES:
-            self.counted = frozenset()
-        earlier, state = STATES.index(self.state), request.protocol_state
-        if state == STATES[-1]:
-            self.instance = ""  # this was its end
-        return state in STATES[earlier + 1:]
+        return (STATES.index(request.protocol_state)
+                > STATES.index(self._state))
 
-    def note(self, request: Request, passed: Sequence[Claim],
-             action: str) -> None:
-        """Note the action for the states to come."""
-        self.counted = self.counted.union([
-            claim.identity for claim in passed if claim.rule.count in ONCE])
-        self.instance, self.state, self.action = (
-            request.instance, request.protocol_state, action)
+    def remember(self, request: Request, charged: Sequence[Claim],
+                 settings: Settings, action: str) -> None:
+        """Remember what a request was charged and answered."""
+        self._instance = request.instance
+        self._state = request.protocol_state
+        self.action = action
+        if request.protocol_state == "RCPT":
+            self.action = settings.success_action  # another recipient's
+        for claim in charged:  # the ones charged last stay longest
+            before = self.charged.pop(claim.identity, 0)
+            self.charged[claim.identity] = before + claim.cost
+        while len(self.charged) > MAX_ATTRIBUTES:
+            del self.charged[next(iter(self.charged))]
+
+    def _forget(self) -> None:
+        """Start with a mail that nothing was asked about."""
+        self.charged = {}
+        self.action = ""
+        self._instance = self._state = ""
+
+
+def queue_id_of(request: Request) -> str:
+    """Return the queue id as Postfix's own log has it."""
+    return printable(request.queue_id) or "NOQUEUE"
 
 
 # ---------------------------------------------------------------------------
@@ -2567,11 +3084,11 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Answer until the client has no more to ask."""
-        answer, last = self.server.service.answer, Last()
+        answer, mail = self.server.service.answer, MailSoFar()
         try:
             for request in read_requests(self.receive):
                 self.asked, self.active = True, math.inf
-                action = answer(request, last)
+                action = answer(request, mail)
                 self.request.sendall(f"action={action}\n\n".encode())
                 self.active = time.monotonic()
                 del request  # it may be large, and the next one far
@@ -2902,12 +3419,14 @@ class Housekeeping:
         """Write what memory holds; drop a few rows that no limit sees."""
         service, ledger = self._service, self._service.ledger
         settings, now = service.settings, int(service.clock())
-        if not ledger.is_open(now):
+        ledger.retry_if_due(now)
+        if ledger.is_in_outage():
             return
-        ledger.catch_up(now)
+        ledger.store_remembered(now)
         transact = ledger.database.transact
         try:
-            ledger.standby.overrides = transact(read_overrides, now)
+            ledger.database.compare_clocks()
+            ledger.memory.overrides = transact(read_overrides, now)
             for place, clean in enumerate(CLEANINGS):
                 self._cleaned[place], deleted = transact(
                     clean, settings, self._cleaned[place] or "", now)
@@ -3375,7 +3894,7 @@ def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
         "used": {}, "limit": {}, "refusals_total": {}, "limit_ends": {},
         "dry_run": {}}
     try:
-        standings = database.look(survey, settings, int(time.time()))
+        standings = database.read(survey, settings, int(time.time()))
     except LedgerError as error:
         log.warning("only the daemon's counters: %s", error)
     for standing in standings:
@@ -4056,7 +4575,8 @@ def serve(settings: Settings, owner: Owner,
     make_folders(settings, owner)
     alarm = Alarm()
     ledger = open_ledger(settings)
-    service = Service(settings, ledger, alarm=alarm.refused)
+    service = Service(settings, ledger, ledger.database.clock,
+                      alarm.refused)
     tally = Tally(settings.pidfile, service.counts)
     ended: list[int] = []  # by which signals
     with catch_signals() as signals, \
@@ -4084,7 +4604,7 @@ def serve(settings: Settings, owner: Owner,
                          read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
-        ledger.catch_up(time.time())
+        ledger.store_remembered(service.clock())
         with contextlib.suppress(OSError):
             os.unlink(tally.path)
 
@@ -4374,7 +4894,7 @@ def show_status(options: argparse.Namespace) -> None:
     now = int(time.time())
     chosen = [key_of(settings, options.status)] if options.status else []
     standings = sorted(
-        database.look(survey, settings, now, *chosen),
+        database.read(survey, settings, now, *chosen),
         key=lambda standing: urgency(standing, now), reverse=True)
     if options.json:
         print(json.dumps({"time": now, "identities": [
