@@ -1374,6 +1374,19 @@ class Backend:
         """End what waits for ever for an answer on a connection."""
         raise NotImplementedError
 
+    @contextlib.contextmanager
+    def patience(self, connection: Connection) -> Iterator[None]:
+        """Cut a connection that is not done with within the timeout."""
+        if not self.waits_for_ever:
+            yield
+            return
+        timer = threading.Timer(self.timeout, self.cut, [connection])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def is_stale(self) -> bool:
         """Say whether the connection leads nowhere, if that can be told."""
         return False
@@ -1400,8 +1413,12 @@ class Backend:
     def probe(self, examine: Callable[[Transaction], None]) -> str:
         """Examine the database, changing nothing; return what it is."""
         try:
-            with contextlib.closing(self.connect(self.timeout)) as connection:
+            with contextlib.closing(self.connect(
+                    self.timeout)) as connection, self.patience(connection):
                 transaction = Transaction(self, connection, math.inf)
+                self.set_up(transaction, self.timeout)
+                if self.begin:
+                    transaction.later(self.begin)
                 [version] = transaction.run("SELECT version()").fetchone()
                 examine(transaction)
         except Exception as error:
