@@ -820,12 +820,11 @@ def parse_request(head: bytes) -> Request:
     """Parse the lines name=value of a request, or raise BadRequest."""
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
         raise BadRequest("too many attributes, or binary rubbish")
-    given = {}
-    for line in head.decode("utf-8", "backslashreplace").split("\n"):
-        name, equals, value = line.partition("=")
-        if not equals:
-            raise BadRequest("a line that is not name=value")
-        given[name] = value
+    lines = head.decode("utf-8", "backslashreplace").split("\n")
+    try:
+        given = dict([line.split("=", 1) for line in lines])
+    except ValueError:
+        raise BadRequest("a line that is not name=value") from None
     get = given.get
     if get("request", "smtpd_access_policy") != "smtpd_access_policy":
         raise BadRequest("it is not request=smtpd_access_policy")
@@ -988,7 +987,7 @@ def claims_of(request: Request, settings: Settings,
     for rule in settings.rules:
         by, name = ((rule.by, value_of(request, rule.by)) if rule.by else
                     identify(request, settings))
-        if not name or not is_wanted(request, rule):
+        if not name or (rule.when and not is_wanted(request, rule)):
             continue
         limits = rule.limits_by_id.find(name, by in ADDRESSES)
         if limits is None:
@@ -1749,9 +1748,10 @@ class Database:
                 was_open = self._connection is not None
                 try:
                     self._connect(deadline)
-                    with self.begin(self.backend.begin, deadline,
-                                    ) as transaction:
-                        return work(transaction, *given)
+                    transaction = self.begin(self.backend.begin, deadline)
+                    result = work(transaction, *given)
+                    transaction.run("COMMIT")
+                    return result
                 except Exception as error:  # drivers raise more than their own
                     now = time.monotonic()
                     conflict = self.backend.is_conflict(error)
@@ -1766,25 +1766,16 @@ class Database:
                     raise LedgerError(
                         self.backend.explain(error), undone) from error
         finally:
+            self._under_way = None
             self.lock.release()
 
-    @contextlib.contextmanager
-    def begin(self, statement: str, deadline: float) -> Iterator[Transaction]:
-        """Begin a transaction on the connection, and commit it at the end."""
-        with self._watched(deadline) as transaction:
-            if statement:
-                transaction.later(statement)
-            yield transaction
-            transaction.run("COMMIT")
-
-    @contextlib.contextmanager
-    def _watched(self, deadline: float) -> Iterator[Transaction]:
-        """Have statements on the connection watched; neither begin nor end."""
-        self._under_way = Transaction(self.backend, self._connection, deadline)
-        try:
-            yield self._under_way
-        finally:
-            self._under_way = None
+    def begin(self, statement: str, deadline: float) -> Transaction:
+        """Begin a transaction on the connection, which is watched now."""
+        transaction = Transaction(self.backend, self._connection, deadline)
+        self._under_way = transaction
+        if statement:
+            transaction.later(statement)
+        return transaction
 
     def read(self, work: Callable[..., T], *given: Any) -> T:
         """Return work(transaction, *given), which reads tables as they are."""
@@ -1837,8 +1828,8 @@ class Database:
             threading.Thread(
                 target=self._watch, args=(connection,), daemon=True).start()
         try:
-            with self._watched(deadline) as transaction:
-                self.backend.set_up(transaction, self.backend.timeout)
+            transaction = self.begin("", deadline)
+            self.backend.set_up(transaction, self.backend.timeout)
             self._prepare(self, deadline)
         except Exception:
             self._roll_back(keep=False)  # leave no connection half made
@@ -1889,12 +1880,14 @@ def prepare_tables(database: Database, deadline: float) -> None:
     """See that the tables are there, as an update makes them."""
     backend = database.backend
     for is_last in (False, False, True):
-        with database.begin(backend.begin_reading, deadline) as looking:
-            present = are_complete(looking)
-            if (backend.wants_rate_limits
-                    and not columns_of(looking, "rate_limits")):
-                with contextlib.suppress(Exception):  # if the query needs it
-                    looking.run(RATE_LIMITS.format(backend.numbered))
+        looking = database.begin(backend.begin_reading, deadline)
+        present = are_complete(looking)
+        if (backend.wants_rate_limits
+                and not columns_of(looking, "rate_limits")):
+            with contextlib.suppress(Exception):  # if the query needs it
+                looking.run(RATE_LIMITS.format(backend.numbered))
+        looking.run("COMMIT")
+        looking.extend(math.inf)  # nothing more of it is under way
         if present:
             return
         try:
@@ -2013,41 +2006,38 @@ class Page:
     It holds within one transaction, while the identity's turn is ours.
     """
 
-    def __init__(self, claims: Sequence[Claim]) -> None:
-        """Take all the claims that are made on one identity."""
-        self.claim = claims[0]  # all are of one rule
-        self.windows = {limit.seconds for claim in claims
-                        for limit in claim.limits}
-        self.queried: Limits | None = None  # the limits of sql_limits_by_id
-        self.overridden: Limits | None = None  # those of --limit
-        self.known_override: Limits | None = None  # as memory has them
-        self.override_ends = FOR_GOOD
-        self.account = Account({})
-        self.second = 0  # now: in which all windows end
-        self.date = 0  # of the mails to come: now, rounded up
-        self.newest = 0  # the date of the last row, 0 if there is none
-        self.total = 0  # of the last row
+    queried: Limits | None = None  # the limits of sql_limits_by_id
+    overridden: Limits | None = None  # those of --limit
+    known_override: Limits | None = None  # those, as memory has them
+    override_ends = FOR_GOOD  # until when they hold
+    account: Account  # that the policy judges by
+    second = 0  # now: in which all windows end
+    date = 0  # of the mails to come: now, rounded up
+    newest = 0  # the date of the last row, 0 if there is none
+    total = 0  # of the last row
+
+    def __init__(self, claim: Claim) -> None:
+        """Take one of the claims that are made on the identity."""
+        self.claim = claim
+        self.windows: list[int] = []  # in seconds, each once
         self.values: dict[str, int] = {}  # to be written, and their dates
+        self.add_windows(claim.limits)
 
     def set_time(self, now: float) -> None:
         """Let it be a time, in epoch seconds."""
         self.second, self.date = math.floor(now), math.ceil(now)
 
-    def add_windows(self, limits: Limits | None) -> bool:
-        """Ask for the windows of limits, too; say whether any is new."""
-        before = len(self.windows)
-        self.windows.update(limit.seconds for limit in limits or ())
-        return len(self.windows) > before
+    def add_windows(self, limits: Limits) -> None:
+        """Have the windows of limits read, too."""
+        for limit in limits:
+            if limit.seconds not in self.windows:
+                self.windows.append(limit.seconds)
 
-    def open_account(self, used: dict[int, int], seen: dict[str, int]) -> None:
-        """Open the account that the policy judges by."""
-        own = self.queried if self.overridden is None else self.overridden
-        blocked = is_blocked(self.overridden or ())
-        if self.claim.value is None:
-            self.account = Account(used, own, blocked)
-        else:
-            self.account = DistinctValues(seen, self.second, own, blocked)
-            self.account.date = self.date
+    def enter(self, mail: Mail, claim: Claim) -> MailRow:
+        """Return the row of a mail that comes next."""
+        self.newest = max(self.newest, self.date)
+        self.total += claim.cost
+        return row_of(mail, claim, self.newest, self.total)
 
     def append(self, row: MailRow) -> MailRow:
         """Return a row as it comes last: with a date and a total."""
@@ -2056,21 +2046,11 @@ class Page:
         return row._replace(date=self.newest, total=self.total)
 
 
-def row_of(mail: Mail, claim: Claim, date: int) -> MailRow:
-    """Return the row of a mail, without a total."""
+def row_of(mail: Mail, claim: Claim, date: int, total: int | None) -> MailRow:
+    """Return the row of a mail; total is None where that is not known."""
     instance = mail.instance[:40] if mail.instance.isascii() else ""
     return MailRow(claim.identity, date, claim.cost, instance,
-                   mail.protocol_state, None)
-
-
-class Found(NamedTuple):
-    """What the database tells of one identity: see usage_statement()."""
-
-    place: int  # in the list of those that were asked for
-    override: str | None  # the limits of --limit
-    date: int | None  # of the newest row
-    total: int | None  # of the newest row
-    before: Sequence[int | None]  # the total ahead of each window
+                   mail.protocol_state, total)
 
 
 class InDoubt(NamedTuple):
@@ -2130,7 +2110,8 @@ def settle(transaction: Transaction, settlement: Settlement,
 
     What memory has of their identities is written ahead of them.
     """
-    settlement.start_again()
+    if settlement.pages:
+        settlement.start_again()
     mails = fit_values(transaction.backend, settlement.mails)
     pages = settlement.pages = open_pages(mails, settlement.unstored)
     take_turns(transaction, pages)
@@ -2143,18 +2124,25 @@ def settle(transaction: Transaction, settlement: Settlement,
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
     write_refusals(transaction, mails, settlement.verdicts)
-    settlement.verdicts = [with_room(transaction, verdict, pages)
-                           for verdict in settlement.verdicts]
+    for place, verdict in enumerate(settlement.verdicts):
+        if verdict.broken is not None:
+            settlement.verdicts[place] = with_room(
+                transaction, verdict, pages)
 
 
 def open_pages(mails: Sequence[Mail], unstored: Mapping[str, Unstored],
                ) -> dict[str, Page]:
     """Return a page for each identity that is claimed, or has mails."""
-    claims = {identity: [found.claim] for identity, found in unstored.items()}
+    pages = {identity: Page(found.claim)
+             for identity, found in unstored.items()}
     for mail in mails:
         for claim in mail.claims:
-            claims.setdefault(claim.identity, []).append(claim)
-    return {identity: Page(some) for identity, some in claims.items()}
+            page = pages.get(claim.identity)
+            if page is None:
+                pages[claim.identity] = Page(claim)
+            else:
+                page.add_windows(claim.limits)
+    return pages
 
 
 def fit_values(backend: Backend, mails: Sequence[Mail]) -> Sequence[Mail]:
@@ -2182,14 +2170,16 @@ def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
 def find_own_limits(transaction: Transaction, pages: Mapping[str, Page],
                     query: str | None, overrides: Overrides) -> None:
     """Ask the query for limits; note the windows of all that may hold."""
+    if not query and not overrides:
+        return
     for name, page in pages.items():
         if name in overrides:
             page.known_override, page.override_ends = overrides[name]
-            page.add_windows(page.known_override)
+            page.add_windows(page.known_override or ())
         if query and not page.claim.rule.by:  # no quota's
             page.queried = transaction.attempt(
                 QUERY_FAILED, ask_limits, query, name)
-            page.add_windows(page.queried)
+            page.add_windows(page.queried or ())
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
@@ -2210,64 +2200,82 @@ def read_pages(transaction: Transaction, pages: Mapping[str, Page],
     while unread:
         again = []
         for some in chunks(unread, transaction.backend.chunk):
-            for found in ask_usage(transaction, some):
-                page = some[found.place]
-                if must_ask_again(transaction, page, found, now):
+            for place, override, date, total, *before in ask_usage(
+                    transaction, some):
+                page = some[place]
+                asked = len(page.windows)
+                if override is not None:
+                    take_override(transaction, page, override)
+                if date is not None and is_amiss(
+                        transaction, page, date, total, now):
                     again.append(page)
+                elif len(page.windows) > asked:
+                    again.append(page)  # --limit has windows of its own
                 else:
-                    fill_page(transaction, page, found, now)
+                    fill_page(transaction, page, now, date, total, before)
         unread = again
 
 
-def ask_usage(transaction: Transaction, pages: Sequence[Page]) -> list[Found]:
+def ask_usage(transaction: Transaction, pages: Sequence[Page],
+              ) -> list[tuple[Any, ...]]:
     """Ask for the use of all windows of some identities, in one statement."""
-    width = max(len(page.windows) for page in pages)
+    width = max([len(page.windows) for page in pages])
     values: list[object] = []
     for page in pages:
-        since = [page.second - seconds for seconds in page.windows]
-        padding = [page.second] * (width - len(since))
-        values += [page.claim.identity, *since, *padding]
+        second = page.second
+        values.append(page.claim.identity)
+        values += [second - seconds for seconds in page.windows]
+        values += [second] * (width - len(page.windows))
     statement = usage_statement(len(pages), width, transaction.backend.text)
-    return [Found(place, override, date, total, before)
-            for place, override, date, total, *before in transaction.run(
-                statement, *values, pages[0].second).fetchall()]
+    found: list[tuple[Any, ...]] = transaction.run(
+        statement, *values, pages[0].second).fetchall()
+    return found
 
 
-def must_ask_again(transaction: Transaction, page: Page, found: Found,
-                   now: float) -> bool:
-    """Say whether the answer is not what counts, having seen to that."""
-    if found.override is not None:
-        page.overridden = parse_override(found.override)
-        if page.overridden != page.known_override:
-            page.known_override = page.overridden
-            [page.override_ends] = transaction.run(
-                "SELECT ends FROM mail_limit WHERE id = ?",
-                page.claim.identity).fetchone() or [0]
-        if page.add_windows(page.overridden):
-            return True
-    if found.date is None:
-        return False
-    if found.total is None or found.date > now + CLOCK_SKEW:
+def take_override(transaction: Transaction, page: Page, text: str) -> None:
+    """Note the limits of --limit, and until when they hold."""
+    page.overridden = parse_override(text)
+    if page.overridden != page.known_override:
+        page.known_override = page.overridden
+        [page.override_ends] = transaction.run(
+            "SELECT ends FROM mail_limit WHERE id = ?",
+            page.claim.identity).fetchone() or [0]
+    page.add_windows(page.overridden or ())
+
+
+def is_amiss(transaction: Transaction, page: Page, date: int,
+             total: int | None, now: float) -> bool:
+    """Mend what is wrong with the newest row; say if anything was."""
+    if total is None or date > now + CLOCK_SKEW:
         # The original wrote that row, or the clock has been set back far.
         retotal(transaction, page.claim.identity, math.ceil(now))
         return True
-    if found.date > page.date:
+    if date > page.date:
         # Another host's clock is ahead: that is the time here, too.
-        page.set_time(found.date - 0.5)
+        page.set_time(date - 0.5)
         return True
     return False
 
 
-def fill_page(transaction: Transaction, page: Page, found: Found,
-              now: float) -> None:
-    """Take what was found of an identity into its page."""
-    page.newest, page.total = found.date or 0, found.total or 0
-    seen = {}
-    if page.claim.value is not None:
+def fill_page(transaction: Transaction, page: Page, now: float,
+              date: int | None, total: int | None,
+              before: Sequence[int | None]) -> None:
+    """Open the account of an identity, by what was read of it.
+
+    date and total are those of the newest row, before is the total ahead of
+    each window's first row.
+    """
+    page.newest, page.total = date or 0, total or 0
+    own = page.queried if page.overridden is None else page.overridden
+    blocked = page.overridden is not None and is_blocked(page.overridden)
+    if page.claim.value is None:
+        page.account = Account(
+            {seconds: 0 if ahead is None else page.total - ahead
+             for seconds, ahead in zip(page.windows, before)}, own, blocked)
+    else:
         seen = read_values(transaction, page, now)
-    page.open_account({
-        seconds: 0 if before is None else page.total - before
-        for seconds, before in zip(page.windows, found.before)}, seen)
+        page.account = DistinctValues(seen, page.second, own, blocked)
+        page.account.date = page.date
 
 
 def read_values(transaction: Transaction, page: Page, now: float,
@@ -2291,7 +2299,9 @@ def usage_statement(identities: int, windows: int, text: str = "?") -> str:
     """Return the query for so many identities with so many windows each.
 
     It takes identity and begin of each window, for each identity, then the
-    time, and yields a row of Found for each.
+    time.  It yields, for each, its place among them, the limits that --limit
+    set, date and total of the newest row, and the total ahead of the first
+    row of each window; NULL where there is none.
     """
     # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
     # of the speed, MariaDB up to half.
@@ -2363,7 +2373,7 @@ def enter_charges(pages: Mapping[str, Page], charges: Sequence[Charge],
     for mail, claim in charges:
         page = pages[claim.identity]
         if claim.value is None:
-            rows.append(page.append(row_of(mail, claim, page.date)))
+            rows.append(page.enter(mail, claim))
         else:
             page.values[claim.value] = page.date
     return rows
@@ -2372,8 +2382,10 @@ def enter_charges(pages: Mapping[str, Page], charges: Sequence[Charge],
 def write_values(transaction: Transaction, pages: Mapping[str, Page]) -> None:
     """Write the values that were seen, where these are counted."""
     for identity, page in pages.items():
-        transaction.write(transaction.backend.see, [
-            (identity, value, date) for value, date in page.values.items()])
+        if page.values:
+            transaction.write(transaction.backend.see, [
+                (identity, value, date)
+                for value, date in page.values.items()])
 
 
 def write_refusals(transaction: Transaction, mails: Sequence[Mail],
@@ -2381,6 +2393,8 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
     """Write refusals, one row for each identity and window."""
     found: dict[tuple[str, int], Refusal] = {}
     for mail, verdict in zip(mails, verdicts):
+        if verdict.broken is None and not verdict.tried:
+            continue
         for usage in filter(None, (verdict.broken, *verdict.tried)):
             limit, now = usage.limit, int(mail.now)
             key = usage.claim.identity, limit.seconds
@@ -2396,9 +2410,9 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
 def with_room(transaction: Transaction, verdict: Verdict,
               pages: Mapping[str, Page]) -> Verdict:
     """Add to a verdict when such a mail passes again, if that is asked."""
-    broken = verdict.broken
-    if (broken is None
-            or "$room" not in broken.claim.rule.fail_action.replace("{", "")):
+    assert verdict.broken is not None
+    action = verdict.broken.claim.rule.fail_action
+    if "$room" not in action.replace("{", ""):
         return verdict
     full = [use for use in verdict.usage if not use.claim.rule.dry_run
             and use.used + use.claim.cost > use.limit.mails]
@@ -2574,7 +2588,7 @@ class Memory:
             return {}
         with self.lock:
             records = {identity: self._unstored[identity]
-                       for identity in identities
+                       for identity in {*identities}
                        if identity in self._unstored}
             return {identity: Unstored(
                 record.claim, record.mails[:], record.unstored_values.copy(),
@@ -2592,12 +2606,13 @@ class Memory:
                 record = self._record(page.claim)
                 before = record.size
                 record.take(page)
-                self._resized(record, before)
-                if page.overridden is None:
-                    self.overrides.pop(identity, None)
-                else:
+                if record.size != before:
+                    self._resized(record, before)
+                if page.overridden is not None:
                     self.overrides[identity] = (
                         page.overridden, page.override_ends)
+                elif identity in self.overrides:
+                    del self.overrides[identity]
             for identity, unstored in settlement.unstored.items():
                 self._replace(identity, unstored, [])
 
@@ -2644,7 +2659,7 @@ class Memory:
         if claim.value is not None:
             self._add_value(claim, claim.value, date)
         else:
-            self._add_mail(claim, row_of(mail, claim, date))
+            self._add_mail(claim, row_of(mail, claim, date, None))
 
     def _add_mail(self, claim: Claim, mail: MailRow | InDoubt) -> None:
         """Remember a mail that is to be stored."""
@@ -2839,11 +2854,10 @@ class Ledger:
 
     def _prepare(self, mails: Sequence[Mail]) -> Settlement:
         """Return what is known of mails ahead of their transaction."""
-        identities = {claim.identity: None
-                      for mail in mails for claim in mail.claims}
-        return Settlement(
-            mails, self.memory.unstored(identities), self.memory.overrides,
-            max((mail.now for mail in mails), default=0))
+        unstored = self.memory.unstored(
+            claim.identity for mail in mails for claim in mail.claims)
+        return Settlement(mails, unstored, self.memory.overrides,
+                          max([mail.now for mail in mails]))
 
     def _has_hung(self, began: float, deadline: float) -> bool:
         """Say whether a transaction failed after it had waited for long."""
