@@ -1728,14 +1728,17 @@ class Database:
         return time.time() + self._clock_offset
 
     def transact(self, work: Callable[..., T], *given: Any,
-                 deadline: float | None = None) -> T:
+                 deadline: float | None = None, reading: bool = False) -> T:
         """Return work(transaction, *given), committed; raise LedgerError.
+
+        If it only reads, it waits for no other process, even on SQLite.
 
         The first statement is the ping: if it finds an old connection dead,
         all is done again on another.  All is done again, too, where another
         host was first with an identity, until the deadline
         (time.monotonic()).
         """
+        begin = self.backend.begin_reading if reading else self.backend.begin
         if deadline is None:
             deadline = time.monotonic() + self.backend.timeout
         left = deadline - time.monotonic()
@@ -1748,7 +1751,7 @@ class Database:
                 was_open = self._connection is not None
                 try:
                     self._connect(deadline)
-                    transaction = self.begin(self.backend.begin, deadline)
+                    transaction = self.begin(begin, deadline)
                     result = work(transaction, *given)
                     transaction.run("COMMIT")
                     return result
@@ -1997,7 +2000,21 @@ def retotal(transaction: Transaction, identity: str, now: int) -> None:
 
 QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 BLOCKED: Limits = (Limit(0, 86400),)  # what --block sets
-Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
+PERMANENT = 10**12  # in the column ends, which cannot be NULL: year 33658
+
+
+class Override(NamedTuple):
+    """Limits of --limit or --block, which win over all others."""
+
+    limits: Limits
+    ends: int | None  # None: they are permanent
+
+    def holds_at(self, now: float) -> bool:
+        """Say whether they are in force at a time."""
+        return self.ends is None or self.ends > now
+
+
+Overrides = dict[str, Override]  # by identity
 
 
 class Page:
@@ -2007,9 +2024,8 @@ class Page:
     """
 
     queried: Limits | None = None  # the limits of sql_limits_by_id
-    overridden: Limits | None = None  # those of --limit
-    known_override: Limits | None = None  # those, as memory has them
-    override_ends = FOR_GOOD  # until when they hold
+    override: Override | None = None  # those of --limit
+    known_override: Override | None = None  # those, as memory has them
     account: Account  # that the policy judges by
     second = 0  # now: in which all windows end
     date = 0  # of the mails to come: now, rounded up
@@ -2174,8 +2190,8 @@ def find_own_limits(transaction: Transaction, pages: Mapping[str, Page],
         return
     for name, page in pages.items():
         if name in overrides:
-            page.known_override, page.override_ends = overrides[name]
-            page.add_windows(page.known_override or ())
+            page.known_override = overrides[name]
+            page.add_windows(page.known_override.limits)
         if query and not page.claim.rule.by:  # no quota's
             page.queried = transaction.attempt(
                 QUERY_FAILED, ask_limits, query, name)
@@ -2234,13 +2250,16 @@ def ask_usage(transaction: Transaction, pages: Sequence[Page],
 
 def take_override(transaction: Transaction, page: Page, text: str) -> None:
     """Note the limits of --limit, and until when they hold."""
-    page.overridden = parse_override(text)
-    if page.overridden != page.known_override:
-        page.known_override = page.overridden
-        [page.override_ends] = transaction.run(
+    limits, known = parse_override(text), page.known_override
+    if limits is None:
+        return
+    if known is None or known.limits != limits:
+        [ends] = transaction.run(
             "SELECT ends FROM mail_limit WHERE id = ?",
-            page.claim.identity).fetchone() or [0]
-    page.add_windows(page.overridden or ())
+            page.claim.identity).fetchone() or [PERMANENT]
+        known = Override(limits, None if ends == PERMANENT else ends)
+    page.override = known
+    page.add_windows(limits)
 
 
 def is_amiss(transaction: Transaction, page: Page, date: int,
@@ -2266,8 +2285,9 @@ def fill_page(transaction: Transaction, page: Page, now: float,
     each window's first row.
     """
     page.newest, page.total = date or 0, total or 0
-    own = page.queried if page.overridden is None else page.overridden
-    blocked = page.overridden is not None and is_blocked(page.overridden)
+    own, blocked = page.queried, False
+    if page.override is not None:
+        own, blocked = page.override.limits, is_blocked(page.override.limits)
     if page.claim.value is None:
         page.account = Account(
             {seconds: 0 if ahead is None else page.total - ahead
@@ -2448,10 +2468,15 @@ def read_refusals(transaction: Transaction, which: str = "", *values: object,
 
 def read_overrides(transaction: Transaction, now: int) -> Overrides:
     """Return all limits of --limit that are in force."""
-    return {identity: (limits, ends) for identity, text, ends in
-            transaction.run("SELECT id, limits, ends FROM mail_limit"
-                            " WHERE ends > ? ORDER BY id", now).fetchall()
-            if (limits := parse_override(text)) is not None}
+    overrides = {}
+    for identity, text, ends in transaction.run(
+            "SELECT id, limits, ends FROM mail_limit"
+            " WHERE ends > ? ORDER BY id", now).fetchall():
+        limits = parse_override(text)
+        if limits is not None:
+            overrides[identity] = Override(
+                limits, None if ends == PERMANENT else ends)
+    return overrides
 
 
 def parse_override(text: str) -> Limits | None:
@@ -2608,9 +2633,8 @@ class Memory:
                 record.take(page)
                 if record.size != before:
                     self._resized(record, before)
-                if page.overridden is not None:
-                    self.overrides[identity] = (
-                        page.overridden, page.override_ends)
+                if page.override is not None:
+                    self.overrides[identity] = page.override
                 elif identity in self.overrides:
                     del self.overrides[identity]
             for identity, unstored in settlement.unstored.items():
@@ -2638,10 +2662,10 @@ class Memory:
         """Return what a claim's identity has used, as far as is known."""
         record = self._records.get(claim.identity) or Record(claim)
         now = record.latest(now)
-        limits, ends = self.overrides.get(claim.identity, ((), 0))
+        override = self.overrides.get(claim.identity)
         own, blocked = record.queried, False
-        if ends > now:
-            own, blocked = limits, is_blocked(limits)
+        if override is not None and override.holds_at(now):
+            own, blocked = override.limits, is_blocked(override.limits)
         second = math.floor(now)
         if claim.value is not None:
             return DistinctValues(
