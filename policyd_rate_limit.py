@@ -2757,7 +2757,8 @@ def remove_stale_socket(path: str) -> None:
 # ---------------------------------------------------------------------------
 # 12. Upkeep
 #
-# Cleaning, and what an admin changes by hand: --limit, --block, --reset.
+# Cleaning; what an admin changes by hand: --limit, --block, --reset; and
+# limits tried on the mail that is recorded: --simulate.
 # ---------------------------------------------------------------------------
 
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
@@ -2958,6 +2959,433 @@ def check_counting(transaction: Transaction, query: str | None) -> None:
             ask_limits(transaction, query, "Zoë дима 😀")
         except Exception as error:
             raise LedgerError(f"sql_limits_by_id: {error}") from error
+
+
+SIMULATE_STEP = 5000  # rows read in one transaction: 10 ms on SQLite
+COUNTING = ("limit_by_sasl", "limit_by_sender", "limit_by_ip",
+            "limited_networks", "count_mode")  # made the rows what they are
+SUMMED = ("", "recipients", "mails", "bytes")  # what such a row can hold
+
+
+class PastMail(NamedTuple):
+    """A row of mail_count, as far as limits are concerned."""
+
+    identity: str
+    date: int  # in seconds, rounded up
+    cost: int
+
+
+class Place(NamedTuple):
+    """Where a step of reading begins."""
+
+    identity: str = ""
+    date: int = 0
+    skip: int = 0  # rows of that identity and date which have been read
+
+
+class Terms(NamedTuple):
+    """What an identity is judged by."""
+
+    quota: str  # its name; "": the settings' own limits
+    limits: Limits
+    in_force: Limits  # under which its mail was recorded, as far as is known
+
+
+class Trial(NamedTuple):
+    """What limits would have done to the mail of one identity."""
+
+    identity: str
+    since: int  # the date of its first mail
+    mails: int  # as the limits count them, as are the others
+    refused: int
+    limit: Limit | None  # that refused most of them
+    peaks: Mapping[int, int]  # by window: the most that was sent within one
+
+
+@dataclass
+class Simulation:
+    """What limits would have done to all recorded mail.
+
+    The keys of quotas count the mail of identities once more, so they are
+    kept apart.
+    """
+
+    mails: int = 0
+    identities: int = 0
+    keys: int = 0
+    since: int | None = None  # None: nothing is recorded
+    refused: list[Trial] = field(default_factory=list)  # the most first
+    peaks: dict[tuple[str, int], Counter[int]] = field(  # by quota and window
+        default_factory=dict)  # how many identities have each peak
+    looser: int = 0  # identities and keys whose limits are looser than before
+    notes: list[str] = field(default_factory=list)  # what it cannot know
+
+    def add(self, trial: Trial, terms: Terms) -> None:
+        """Sum up what became of one identity, or of a quota's key."""
+        if terms.quota:
+            self.keys += 1
+        else:
+            self.identities += 1
+            self.mails += trial.mails
+        if self.since is None or trial.since < self.since:
+            self.since = trial.since
+        if trial.refused:
+            self.refused.append(trial)
+        for seconds, peak in trial.peaks.items():
+            self.peaks.setdefault((terms.quota, seconds), Counter())[peak] += 1
+        if is_looser(terms.limits, terms.in_force):
+            self.looser += 1
+
+
+def simulate(transaction: Transaction, settings: Settings,
+             in_force: Settings, now: int,
+             tell: Callable[[int], None] = lambda rows: None) -> Simulation:
+    """Judge all recorded mail under settings; change nothing.
+
+    in_force: the settings under which it was recorded, as far as is known.
+    tell: hears time and again how many rows have been judged.
+    """
+    result = Simulation()
+    columns = columns_of(transaction, "mail_count")
+    refusals, overrides = read_hints(transaction, now)
+    transaction.run("COMMIT")
+    windows = {rule.name: windows_of(rule) for rule in settings.rules}
+    for identity, mails in itertools.groupby(
+            read_mails(transaction, columns, tell),
+            operator.attrgetter("identity")):
+        terms = find_terms(transaction, settings, in_force, identity)
+        if terms is not None:
+            needed = {limit.seconds for limit in terms.limits}
+            result.add(try_limits(mails, terms.limits, sorted(
+                needed | windows[terms.quota])), terms)
+    result.refused.sort(key=lambda trial: (-trial.refused, trial.identity))
+    result.notes += [*note_limits(result, refusals, overrides),
+                     *note_changes(settings, in_force),
+                     *note_quotas(settings, in_force, result)]
+    return result
+
+
+def read_mails(transaction: Transaction, columns: Sequence[str],
+               tell: Callable[[int], None]) -> Iterator[PastMail]:
+    """Yield all recorded mail by identity and date, read in short steps."""
+    spell_id = str if "total" in columns else fold  # as an update will do
+    place, done = Place(), 0
+    while True:
+        with brief_read(transaction):
+            rows = read_step(transaction, columns, place)
+        mails = [PastMail(spell_id(identity), date, cost)
+                 for identity, date, cost in rows]
+        yield from mails
+        done += len(mails)
+        tell(done)
+        if len(mails) < SIMULATE_STEP:
+            return
+        last = mails[-1]
+        skip = count_last(mails)
+        if skip == len(mails) and place.date == last.date and (
+                spell_id(place.identity) == last.identity):
+            skip += place.skip  # more of one second than a step takes
+        place = Place(rows[-1][0], last.date, skip)
+
+
+def read_step(transaction: Transaction, columns: Sequence[str],
+              place: Place) -> list[Row]:
+    """Read the next rows, in the order of the index mail_count_total."""
+    cost = "1"  # the first versions of the original had no other
+    if "recipient_count" in columns:
+        cost = "COALESCE(recipient_count, 1)"
+    select = f"SELECT id, date, {cost} FROM mail_count WHERE"
+    order = ", ".join(column for column in ("date", "total", "recipient_count")
+                      if column in columns)
+    rows = list(transaction.run(
+        f"{select} id = ? AND date >= ? ORDER BY {order} LIMIT ? OFFSET ?",
+        *place[:2], SIMULATE_STEP, place.skip).fetchall())
+    if len(rows) < SIMULATE_STEP:
+        rows += transaction.run(
+            f"{select} id > ? ORDER BY id, {order} LIMIT ?",
+            place.identity, SIMULATE_STEP - len(rows)).fetchall()
+    return rows
+
+
+def count_last(mails: Sequence[PastMail]) -> int:
+    """Count the mails that have identity and date of the last one."""
+    identity, date, _ = mails[-1]
+    for count, mail in enumerate(reversed(mails)):
+        if (mail.identity, mail.date) != (identity, date):
+            return count
+    return len(mails)
+
+
+@contextlib.contextmanager
+def brief_read(transaction: Transaction) -> Iterator[None]:
+    """Read in a transaction of its own, so that no writer waits for it."""
+    if transaction.backend.begin_reading:
+        transaction.later(transaction.backend.begin_reading)
+    yield
+    transaction.run("COMMIT")
+
+
+def find_terms(transaction: Transaction, settings: Settings,
+               in_force: Settings, identity: str) -> Terms | None:
+    """Return what an identity is judged by; None: that cannot be done."""
+    rule, former = rule_of(settings, identity), rule_of(in_force, identity)
+    if rule.count not in SUMMED or (
+            former.by and not counts_alike(rule, former)):
+        return None
+    if settings.sql_limits_by_id and not rule.by:
+        with brief_read(transaction):
+            asked = transaction.attempt(
+                QUERY_FAILED, ask_limits, settings.sql_limits_by_id, identity)
+        if asked is not None:
+            return Terms(rule.name, asked, asked)
+    in_file: Limits = ()  # of a quota that is new
+    if former.by == rule.by:
+        in_file = limits_in(in_force, former, identity)
+    return Terms(rule.name, limits_in(settings, rule, identity), in_file)
+
+
+def counts_alike(rule: Rule, other: Rule) -> bool:
+    """Say whether two rules count the same mail by the same."""
+    return (rule.by, rule.when, rule.count) == (
+        other.by, other.when, other.count)
+
+
+def limits_in(settings: Settings, rule: Rule, identity: str) -> Limits:
+    """Return the limits that the file has for an identity or a key."""
+    name = identity.partition("=")[2] if rule.by else identity
+    if not rule.by and identity == escape(identity[1:], settings):
+        name = identity[1:]
+    limits = rule.limits_by_id.find(name, rule.by in ((), *ADDRESSES))
+    return rule.limits if limits is None else limits
+
+
+def windows_of(rule: Rule) -> set[int]:
+    """Return the windows of a rule's limits, in seconds."""
+    return {limit.seconds for limits in (
+        rule.limits, *rule.limits_by_id.texts.values(),
+        *dict(rule.limits_by_id.networks).values()) for limit in limits}
+
+
+def is_looser(limits: Limits, others: Limits) -> bool:
+    """Say whether limits could let mail pass that others refuse."""
+    return not all(any(
+        limit.mails <= other.mails and limit.seconds >= other.seconds
+        for limit in limits) for other in others)
+
+
+def try_limits(mails: Iterable[PastMail], limits: Limits,
+               windows: Iterable[int]) -> Trial:
+    """Judge the mail of one identity as it came; a refused one adds nothing.
+
+    Each comes at its own date, a whole second.  windows: the lengths whose
+    peaks are wanted, those of the limits among them.
+    """
+    sent = {seconds: SlidingSum(seconds) for seconds in windows}
+    passed = {limit.seconds: SlidingSum(limit.seconds) for limit in limits}
+    peaks = dict.fromkeys(sent, 0)
+    refused: Counter[Limit] = Counter()
+    identity, since, total = "", None, 0
+    for identity, date, cost in mails:
+        if since is None:
+            since = date
+        total += cost
+        for seconds, window in sent.items():
+            window.add(date, cost)
+            peaks[seconds] = max(peaks[seconds], window.used(date))
+        claim = Claim(identity, cost, limits)
+        broken = judge([
+            Usage(claim, limit, passed[limit.seconds].used(date))
+            for limit in limits]).broken
+        if broken is not None:
+            refused[broken.limit] += cost
+            continue
+        for window in passed.values():
+            window.add(date, cost)
+    worst = max(refused, key=refused.__getitem__, default=None)
+    return Trial(identity, since or 0, total, sum(refused.values()), worst,
+                 peaks)
+
+
+class SlidingSum:
+    """What was sent within a number of seconds, told in the order of dates.
+
+    It keeps one number for each second in which there was mail.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        self._seconds = seconds
+        self._dates: deque[int] = deque()
+        self._costs: deque[int] = deque()  # at each of these dates
+        self._sum = 0
+
+    def add(self, date: int, cost: int) -> None:
+        """Add a mail."""
+        if self._dates and self._dates[-1] == date:
+            self._costs[-1] += cost
+        else:
+            self._dates.append(date)
+            self._costs.append(cost)
+        self._sum += cost
+
+    def used(self, now: int) -> int:
+        """Return the sum within the window that ends now."""
+        oldest = now - self._seconds  # this one has left, as in the ledger
+        while self._dates and self._dates[0] <= oldest:
+            self._dates.popleft()
+            self._sum -= self._costs.popleft()
+        return self._sum
+
+
+def read_hints(transaction: Transaction, now: int) -> tuple[int, int]:
+    """Return how many refusals are noted, and how many overrides hold."""
+    if not columns_of(transaction, "mail_limit"):  # the original's database
+        return 0, 0
+    [refusals] = transaction.run(
+        "SELECT SUM(hits) FROM mail_refused").fetchone()
+    return int(refusals or 0), len(read_overrides(transaction, now))
+
+
+def note_limits(result: Simulation, refusals: int, overrides: int,
+                ) -> Iterator[str]:
+    """Yield where other limits held than those that were tried."""
+    if result.looser:
+        yield (f"looser than the limits of the file for"
+               f" {quantity(result.looser, 'identity')}: refused mail is not"
+               f" recorded ({quantity(refusals, 'refusal')} noted), so more"
+               " would have been sent than is shown")
+    if overrides:
+        yield (f"limits of --limit or --block, now in force for"
+               f" {quantity(overrides, 'identity')}, are left out here")
+
+
+def note_changes(settings: Settings, in_force: Settings) -> Iterator[str]:
+    """Yield which settings differ that cannot be tried on the past."""
+    for name in COUNTING:
+        if getattr(settings, name) != getattr(in_force, name):
+            yield (f"{name}: a change has no effect here: recorded mail stays"
+                   " as it was counted")
+
+
+def note_quotas(settings: Settings, in_force: Settings,
+                result: Simulation) -> Iterator[str]:
+    """Yield which quotas could not be judged, and how the others were."""
+    formers = {rule.name: rule for rule in in_force.rules[1:]}
+    found = {quota for quota, _ in result.peaks}
+    for rule in settings.rules[1:]:
+        former = formers.pop(rule.name, rule)
+        if rule.count not in SUMMED:
+            yield (f"quota {rule.name}: not judged: of different values only"
+                   " the last time of each is recorded")
+        elif not counts_alike(rule, former):
+            yield (f"quota {rule.name}: not judged: so far it counted other"
+                   " mail, or by something else")
+        elif rule.name not in found:
+            yield f"quota {rule.name}: not judged: nothing is recorded for it"
+    for name in formers:
+        yield (f"quota {name}: left out, but mail that it refused is not"
+               " recorded")
+    if result.keys:
+        yield ("identities and keys of quotas are judged one by one: mail"
+               " refused for one still counts for the others here")
+
+
+def percentile(found: Counter[int], percent: int) -> int:
+    """Return the least number that so many percent do not exceed."""
+    left = -(-sum(found.values()) * percent // 100)  # rounded up
+    for value in sorted(found):
+        left -= found[value]
+        if left <= 0:
+            return value
+    return 0
+
+
+def simulation_as_json(result: Simulation) -> dict[str, Any]:
+    """Return what --json prints."""
+    return {
+        "mails": result.mails, "identities": result.identities,
+        "since": result.since, "refused": [
+            {"identity": trial.identity, "mails": trial.mails,
+             "refused": trial.refused, "limit": trial.limit._asdict(),
+             "peak": trial.peaks[trial.limit.seconds]}
+            for trial in result.refused if trial.limit is not None],
+        "windows": [
+            {"seconds": seconds, "p50": percentile(found, 50),
+             "p90": percentile(found, 90), "p99": percentile(found, 99),
+             "max": max(found), **({"quota": quota} if quota else {})}
+            for (quota, seconds), found in sorted(result.peaks.items())]}
+
+
+def show_simulation(result: Simulation, columns: int, lines: int,
+                    ) -> Iterator[str]:
+    """Yield lines that tell the result: what fits the terminal, or all."""
+    if result.since is None:
+        yield "nothing is recorded that could be judged"
+        yield from result.notes
+        return
+    refused = sum(trial.refused for trial in result.refused)
+    keys = f" and {quantity(result.keys, 'quota key')}" if result.keys else ""
+    yield (f"{quantity(result.mails, 'mail')} of"
+           f" {quantity(result.identities, 'identity')}{keys}"
+           f" since {moment(result.since)[:-3]}")
+    below = [
+        f"{quantity(len(result.refused), 'identity')} would have been"
+        f" refused, {quantity(refused, 'mail')}",
+        *(show_peaks(*key, found)
+          for key, found in sorted(result.peaks.items())),
+        *result.notes]
+    shown: Sequence[Trial] = result.refused
+    if lines:
+        taken = sum(-(-len(line) // columns) for line in below)
+        shown = shown[:max(3, lines - taken - 4)]  # and two heads, a prompt
+    if shown:
+        yield from align(list(show_trials(shown)), columns)
+    if len(shown) < len(result.refused):
+        yield f"and {len(result.refused) - len(shown):,} more: --json has all"
+    yield from below
+
+
+def show_trials(trials: Iterable[Trial]) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of a table of those who would have been refused."""
+    rows = [("identity", "mails", "refused", "at most")]
+    for trial in trials:
+        if trial.limit is None:
+            continue
+        peak = trial.peaks[trial.limit.seconds]
+        rows.append((
+            printable(trial.identity), f"{trial.mails:,}",
+            f"{trial.refused:,}", f"{peak:,} in"
+            f" {span(trial.limit.seconds, 'a ')} (limit {trial.limit.mails:,})"
+            ))
+    widest = max(len(at_most) for *_, at_most in rows)
+    for identity, mails, refused, at_most in rows:  # two spaces, text left
+        yield identity, f" {mails}", f" {refused}", f" {at_most:<{widest}}"
+
+
+def show_peaks(quota: str, seconds: int, found: Counter[int]) -> str:
+    """Return a line that tells how much is usual within a window."""
+    whose = f"a key of quota {quota}" if quota else "an identity"
+    return (f"busiest {span(seconds)} of {whose}:"
+            f" median {percentile(found, 50):,},"
+            f" 90% {percentile(found, 90):,},"
+            f" 99% {percentile(found, 99):,}, most {max(found):,}")
+
+
+def span(seconds: int, article: str = "") -> str:
+    """Return a window in words, exactly: "minute", "a minute", "2 hours"."""
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+        if seconds % size == 0)
+    if seconds == size:
+        return f"{article}{unit}".replace("a hour", "an hour")
+    return quantity(seconds // size, unit)
+
+
+def quantity(count: int, noun: str) -> str:
+    """Return how many there are: "1 mail", "2 identities"."""
+    if count == 1:
+        return f"1 {noun}"
+    plural = noun[:-1] + "ies" if noun.endswith("ty") else noun + "s"
+    return f"{count:,} {plural}"
 
 
 # ---------------------------------------------------------------------------
@@ -4232,6 +4660,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
            help="return the value of a config parameter")
     one_of("--status", metavar="ID", nargs="?", const="",
            help="show who has used how much, or all about one identity")
+    one_of("--simulate", action="store_true", help="show what the limits, also"
+           " those of -o, would have done to the mail that is recorded")
     one_of("--reset", metavar="ID", help="forget what an identity has used")
     one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
            " identity other limits at once, such as 500/day or 10/min,90/h")
@@ -4240,7 +4670,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     also = parser.add_argument
     also("--for", dest="term", metavar="TIME", type=duration, help="how long"
          " --limit or --block holds, such as 90s, 30m, 2h, 1d; else for good")
-    also("--json", action="store_true", help="show --status as JSON")
+    also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
          default=[], help="override a setting; may be repeated")
@@ -4262,8 +4692,9 @@ def choose_command(options: argparse.Namespace) -> None:
     for name, command in COMMANDS.items():  # --json may stand alone
         if getattr(options, name) not in (None, False):
             options.command = command
-    if options.json and options.command is not show_status:
-        raise ValueError("--json goes with --status")
+    if options.json and options.command not in (
+            show_status, show_simulated):
+        raise ValueError("--json goes with --status and --simulate")
     if options.term and options.command is not set_limit:
         raise ValueError("--for goes with --limit and --block")
     identities = [options.reset, options.block, options.unlimit]
@@ -4312,6 +4743,7 @@ def configure(options: argparse.Namespace) -> Config:
         config.values.update(
             SOCKET=f"{folder}/policy", pidfile=f"{folder}/{PROGRAM}.pid",
             backend=0, sqlite_config={"database": f"{folder}/db.sqlite3"})
+    options.without_overrides = copy.deepcopy(config)
     for text in options.overrides:
         override(config, text)
     return config
@@ -4388,6 +4820,50 @@ def show_status(options: argparse.Namespace) -> None:
     for line in (show_one(standings[0], options.places) if chosen else
                  show_most(standings, now)):
         print(line.replace(FULL, f"\033[31m{FULL}\033[0m") if colour else line)
+
+
+def show_simulated(options: argparse.Namespace) -> None:
+    """Show what limits would have done to the recorded mail."""
+    settings, database = open_as_owner(options, make=False)
+    in_force = check_settings(options.without_overrides)
+    with contextlib.closing(Progress()) as progress:
+        result = database.look(
+            simulate, settings, in_force, int(time.time()), progress.tell)
+    if options.json:
+        print(json.dumps(simulation_as_json(result)))
+        for note in result.notes:
+            log.warning("%s", note)
+        return
+    columns, lines = shutil.get_terminal_size(
+        (80 if sys.stdout.isatty() else 999, 0))
+    for line in show_simulation(result, columns or 80, lines):
+        print(line)
+
+
+class Progress:
+    """Tells on a terminal how far it is, if that takes more than a second."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._shown = ""
+
+    def tell(self, rows: int) -> None:
+        """Tell how many rows have been judged."""
+        if time.monotonic() > self._since + 1:
+            self._show(f"{rows:,} records judged")
+
+    def close(self) -> None:
+        """Take it off the terminal."""
+        if self._shown:
+            self._show("")
+
+    def _show(self, text: str) -> None:
+        """Write over what is shown."""
+        if sys.stderr is not None and sys.stderr.isatty():
+            width = len(self._shown)
+            print(f"\r{text:{width}}", end="" if text else "\r",
+                  file=sys.stderr, flush=True)
+            self._shown = text
 
 
 def show_prometheus(options: argparse.Namespace) -> None:
@@ -4518,6 +4994,7 @@ def get_config(options: argparse.Namespace) -> None:
 
 COMMANDS = {"json": show_status, "clean": clean_all, "check": check_start,
             "status": show_status, "prometheus": show_prometheus,
+            "simulate": show_simulated,
             "get_config": get_config, "reset": reset, "limit": set_limit,
             "block": set_limit, "unlimit": unlimit}
 
