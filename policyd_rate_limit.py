@@ -3322,17 +3322,17 @@ def show_simulation(result: Simulation, columns: int, lines: int,
         yield "nothing is recorded that could be judged"
         yield from result.notes
         return
-    refused = sum(trial.refused for trial in result.refused)
+    mails = sum(trial.refused for trial in result.refused)
+    sum_up = "no mail would have been refused"
+    if mails:
+        sum_up = (f"{quantity(len(result.refused), 'identity')} would have"
+                  f" been refused, {quantity(mails, 'mail')}")
     keys = f" and {quantity(result.keys, 'quota key')}" if result.keys else ""
     yield (f"{quantity(result.mails, 'mail')} of"
            f" {quantity(result.identities, 'identity')}{keys}"
            f" since {moment(result.since)[:-3]}")
-    below = [
-        f"{quantity(len(result.refused), 'identity')} would have been"
-        f" refused, {quantity(refused, 'mail')}",
-        *(show_peaks(*key, found)
-          for key, found in sorted(result.peaks.items())),
-        *result.notes]
+    below = [sum_up, *(show_peaks(*key, found) for key, found
+                       in sorted(result.peaks.items())), *result.notes]
     shown: Sequence[Trial] = result.refused
     if lines:
         taken = sum(-(-len(line) // columns) for line in below)
