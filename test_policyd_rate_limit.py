@@ -5136,7 +5136,10 @@ class SimulateTest(FolderTest):
                    "count": "client_network", "limits": [[3, 60]]},
                   {"by": "helo_name", "limits": [[3, 60]]}]
         self.config = self.write("test.yaml", json.dumps({
-            "limits": [[5, 60]], "quotas": quotas}))
+            "limits": [[5, 60]], "quotas": quotas,
+            "limits_by_id": {"boss": [], "10.0.0.0/8": [], "free": []}}))
+        no_quotas = [f"quota {name}: left out, but" for name in (
+            "sasl_domain", "sender", "server", "places", "helo_name")]
         for told, settings in (
                 ({"places: not judged: of different", "helo_name: not judged:"
                   " nothing is recorded", "one by one"}, {"limits": [[3, 60]]}
@@ -5144,10 +5147,12 @@ class SimulateTest(FolderTest):
                 ({"quota sender: not judged: so far", "quota server: left out",
                   "quota places: left", "quota helo_name: left", "one by one"},
                  {"quotas": [quotas[0], {**quotas[1], "count": "bytes"}]}),
-                ({f"quota {name}: left out" for name in (
-                    "sasl_domain", "sender", "server", "places", "helo_name")
-                  } | {"limit_by_sender: a change", "count_mode: a change"},
-                 {"quotas": [], "limit_by_sender": True, "count_mode": 2}),
+                ({"limit_by_sender: a change", "count_mode: a change",
+                  *no_quotas}, {"quotas": [],
+                                "limit_by_sender": True, "count_mode": 2}),
+                ({"the file has no limits for 10.0.0.0/8, boss", *no_quotas},
+                 {"limits_by_id": {"boss": [[1, 60]], "free": []},
+                  "quotas": []}),
                 ({"looser than the limits of the file for 1 identity",
                   "places: not judged", "helo_name: not judged", "one by one"},
                  {"limits": [[5, 59], [100, 90]]})):
@@ -5204,6 +5209,17 @@ class SimulateTest(FolderTest):
         self.assertIn("looser", out)  # it is 150 a day where none is given
         out, _ = self.simulate(limits=[[5, 60], [150, 86400], [1, 1]])
         self.assertNotIn("looser", out)
+
+    def test_limits_that_are_only_tried_are_judged_too(self) -> None:
+        self.record([("joe", 1000, 1)] * 3)
+        self.config = self.write("test.yaml", "limits: [[1, 60]]\n")
+        self.assertEqual(self.found(dry_run=True), self.found())
+        self.assertEqual(self.found()["refused"], [{
+            "identity": "joe", "mails": 3, "refused": 2,
+            "limit": {"mails": 1, "seconds": 60}, "peak": 3}])
+        for options in (("--simulate", "--status"), ("--simulate", "x"),
+                        ("--simulate", "--for", "1d")):
+            self.assertEqual(command(*options)[0], 2)
 
     def test_an_identity_with_an_equals_sign_is_found(self) -> None:
         """It has one more in front where a quota has its name."""
