@@ -4878,11 +4878,12 @@ class Progress:
 
     def _show(self, text: str) -> None:
         """Write over what is shown."""
-        if sys.stderr is not None and sys.stderr.isatty():
-            width = len(self._shown)
-            print(f"\r{text:{width}}", end="" if text else "\r",
-                  file=sys.stderr, flush=True)
-            self._shown = text
+        if sys.stderr is None or not sys.stderr.isatty():
+            return
+        with contextlib.suppress(OSError):  # nobody has to see it
+            print("\r" + text.ljust(len(self._shown)),
+                  end="" if text else "\r", file=sys.stderr, flush=True)
+        self._shown = text
 
 
 def show_prometheus(options: argparse.Namespace) -> None:

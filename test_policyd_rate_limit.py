@@ -5106,9 +5106,10 @@ class SimulateTest(FolderTest):
             since = time.monotonic()
             wait_for(lambda: time.monotonic() > since + wait, "a while")
         out, _ = process.communicate(timeout=PATIENCE)
-        self.assertEqual(process.returncode, 0)
+        shown = self.read_all(ours)
+        self.assertEqual(process.returncode, 0, shown)
         self.assertIn("1,234 mails of 1 identity since", out)
-        return self.read_all(ours)
+        return shown
 
     def test_progress_is_shown_on_a_terminal_after_a_second(self) -> None:
         with contextlib.closing(sqlite3.connect(self.database)) as old:
