@@ -416,6 +416,7 @@ class Rule:
     limits_by_id: Patterns = Patterns({})
     fail_action: str = ""
     dry_run: bool = False
+    block_for: int = 0  # seconds; 0: nobody is blocked
 
 
 def as_network(text: str) -> Network:
@@ -510,6 +511,11 @@ def as_name(value: object) -> str:
     return name
 
 
+def as_block_for(value: object) -> int:
+    """a number of seconds, or 0 to block nobody"""
+    return min(as_whole(value), MAX_NUMBER)
+
+
 def as_fail_action(value: object) -> str:
     """an action, in which $identity, $used, ... stand for what was found"""
     action = as_action(value)
@@ -520,7 +526,8 @@ def as_fail_action(value: object) -> str:
 QUOTA: Mapping[str, Callable[[Any], Any]] = {
     "by": as_by, "name": as_name, "when": as_when, "count": as_counted,
     "limits": as_limits, "limits_by_id": as_limits_by_id,
-    "fail_action": as_fail_action, "dry_run": as_bool}
+    "fail_action": as_fail_action, "dry_run": as_bool,
+    "block_for": as_block_for}
 
 
 def as_quotas(value: object) -> tuple[Rule, ...]:
@@ -655,6 +662,12 @@ class Settings:
     fail_action: str = setting(
         "defer_if_permit Rate limit reach, retry later", as_fail_action,
         "the action for a mail too many")
+    block_for: int = setting(
+        0, as_block_for, "seconds for which an identity that exceeds a limit"
+        " is blocked; 0: not at all")
+    block_action: str = setting(
+        "defer_if_permit Sending is blocked, contact your postmaster",
+        as_fail_action, "the action for a mail of a blocked identity")
     db_error_action: str = setting(
         "dunno", as_action,
         "the action for a mail within the limits while the database is away")
@@ -688,7 +701,8 @@ class Settings:
     def rules(self) -> tuple[Rule, ...]:
         """Return the rule of the settings themselves, then the quotas."""
         first = Rule(limits=self.limits, limits_by_id=self.limits_by_id,
-                     fail_action=self.fail_action, dry_run=self.dry_run)
+                     fail_action=self.fail_action, dry_run=self.dry_run,
+                     block_for=self.block_for)
         return (first, *(replace(
             quota, fail_action=quota.fail_action or self.fail_action,
             dry_run=quota.dry_run or self.dry_run) for quota in self.quotas))
@@ -852,6 +866,7 @@ def parse_count(text: str) -> int:
 # ---------------------------------------------------------------------------
 
 STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of a mail's
+SENDER_KEY = "sender="  # begins the key of a sender where logins count, too
 ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
 
 
@@ -879,8 +894,30 @@ class Verdict(NamedTuple):
     usage: tuple[Usage, ...]
     broken: Usage | None
     tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
-    blocked: bool = False  # it is broken since --block or block_for say so
+    block: Override | None = None  # of --block or block_for, that broke it
     room_at: int | None = None  # if that was asked: when the mail would pass
+
+
+class Override(NamedTuple):
+    """Limits of --limit, --block or block_for, which win over all others."""
+
+    limits: Limits
+    ends: int | None  # None: they are permanent
+    made: int = 0  # since when they hold
+    reason: str = ""  # the limit that was exceeded, where block_for made them
+
+    def holds_at(self, now: float) -> bool:
+        """Say whether they are in force at a time."""
+        return self.ends is None or self.ends > now
+
+    def as_text(self) -> str:
+        """Return what mail_limit has of them: limits, then # and a reason."""
+        text = json.dumps(self.limits)
+        return f"{text}  # {self.reason}" if self.reason else text
+
+    def is_block(self) -> bool:
+        """Say whether they let no mail pass at all."""
+        return any(limit.mails == 0 for limit in self.limits)
 
 
 class Refusal(NamedTuple):
@@ -918,16 +955,18 @@ class Charge(NamedTuple):
 class Account:
     """What an identity has used of each window, and limits of its own."""
 
-    def __init__(self, used: dict[int, int], own: Limits | None = None,
-                 blocked: bool = False) -> None:
+    def __init__(self, used: dict[int, int], queried: Limits | None = None,
+                 override: Override | None = None) -> None:
         """Take what was used of each window by its length in seconds.
 
-        own: the limits that --limit or else the query sets, in place of those
-        of the configuration; None where there are none.
+        queried, override: the limits of sql_limits_by_id, and those of
+        --limit.  These win over them, and they over the configuration's.
         """
         self.used = used
-        self.own = own
-        self.blocked = blocked  # by --block or block_for
+        self.own = queried if override is None else override.limits
+        self.block: Override | None = None
+        if override is not None and override.is_block():
+            self.block = override
 
     def limits_of(self, claim: Claim) -> Limits:
         """Return the limits that hold for a claim."""
@@ -948,9 +987,10 @@ class DistinctValues(Account):
     """The different values of an identity, in place of its mails."""
 
     def __init__(self, seen: dict[str, int], now: int,
-                 own: Limits | None = None, blocked: bool = False) -> None:
+                 queried: Limits | None = None,
+                 override: Override | None = None) -> None:
         """Take when each value was last seen, and the time, in seconds."""
-        super().__init__({}, own, blocked)
+        super().__init__({}, queried, override)
         self.seen = seen
         self.now = now
         self.date = now  # of what is seen from now on
@@ -966,11 +1006,6 @@ class DistinctValues(Account):
         """Note that the claim's value was seen."""
         assert claim.value is not None
         self.seen[claim.value] = self.date
-
-
-def is_blocked(limits: Limits) -> bool:
-    """Say whether limits let no mail pass at all."""
-    return any(limit.mails == 0 for limit in limits)
 
 
 def claims_of(request: Request, settings: Settings,
@@ -1038,11 +1073,28 @@ def key_of_identity(by: Sequence[str], name: str, settings: Settings) -> str:
     sender has a key of its own, so that nobody uses up a login's limit.
     """
     if by == ("sender",) and settings.limit_by_sasl:
-        name = f"sender={name}"
-    prefix, equals, _ = name.lstrip("=").partition("=")
-    if equals and any(quota.name == prefix for quota in settings.quotas):
-        return "=" + name  # or it would be a quota's key
-    return name
+        name = SENDER_KEY + name
+    return escape(name, settings)
+
+
+def escape(identity: str, settings: Settings) -> str:
+    """Return an identity so that it is no quota's key, name=value."""
+    name, equals, _ = identity.lstrip("=").partition("=")
+    if equals and any(quota.name == name for quota in settings.quotas):
+        return "=" + identity
+    return identity
+
+
+def name_in_key(key: str, rule: Rule, settings: Settings) -> str:
+    """Return the name that a key stands for, as limits_by_id has it."""
+    if rule.by:
+        return key.partition("=")[2]
+    if key == escape(key[1:], settings):
+        key = key[1:]
+    if (settings.limit_by_sasl and settings.limit_by_sender
+            and key.startswith(SENDER_KEY)):
+        return key[len(SENDER_KEY):]
+    return key
 
 
 def value_of(request: Request, by: Sequence[str]) -> str | None:
@@ -1110,10 +1162,14 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
     """
     verdicts, charges = [], []
     for mail in mails:
-        verdict = judge(mail, accounts)
-        verdicts.append(verdict)
+        verdict = judge([
+            usage for claim in mail.claims
+            for usage in accounts[claim.identity].usage(claim)])
         if verdict.broken is not None:
+            block = accounts[verdict.broken.claim.identity].block
+            verdicts.append(verdict._replace(block=block))
             continue
+        verdicts.append(verdict)
         without = {usage.claim.identity for usage in verdict.tried}
         for claim in mail.claims:
             account = accounts[claim.identity]
@@ -1123,19 +1179,15 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
     return verdicts, charges
 
 
-def judge(mail: Mail, accounts: Mapping[str, Account]) -> Verdict:
+def judge(usage: Sequence[Usage]) -> Verdict:
     """Say whether a mail keeps all its limits: a cost has to fit whole."""
-    usage: list[Usage] = []
-    for claim in mail.claims:
-        usage += accounts[claim.identity].usage(claim)
     tried: dict[str, Usage] = {}
     for use in usage:
         claim = use.claim
         if use.used + claim.cost <= use.limit.mails:
             continue
         if not claim.rule.dry_run:
-            return Verdict(tuple(usage), use, tuple(tried.values()),
-                           accounts[claim.identity].blocked)
+            return Verdict(tuple(usage), use, tuple(tried.values()))
         tried.setdefault(claim.identity, use)
     return Verdict(tuple(usage), None, tuple(tried.values()))
 
@@ -1185,18 +1237,21 @@ def describe(verdict: Verdict, client: str = "", refused: int = 0) -> str:
     return ", ".join(parts) or "no limits"
 
 
-def explain(broken: Usage, room: int | None, now: float) -> str:
-    """Return the rule's fail_action with what was found in it."""
-    claim, limit = broken.claim, broken.limit
+def explain(verdict: Verdict, block_action: str, now: float) -> str:
+    """Return the action for a refused mail, with what was found in it."""
+    assert verdict.broken is not None
+    claim, limit, used = verdict.broken
     action = claim.rule.fail_action
+    if verdict.block is not None:
+        action = block_action
     if "$" not in action:
         return action
-    never = room == 0 or claim.cost > limit.mails
-    at = within = "never" if never else "unknown"
-    if room:
-        at, within = moment(room), spell(max(room - math.ceil(now), 1))
+    at = within = "never"
+    if verdict.room_at is not None:
+        at = moment(verdict.room_at)
+        within = spell(max(verdict.room_at - math.ceil(now), 1))
     text = string.Template(action).substitute(
-        identity=printable(claim.identity), used=broken.used,
+        identity=printable(claim.identity), used=used,
         mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
         room_at=at, room_in=within)
     return text.encode()[:MAX_ACTION].decode(errors="ignore")
@@ -1999,19 +2054,8 @@ def retotal(transaction: Transaction, identity: str, now: int) -> None:
 # ---------------------------------------------------------------------------
 
 QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
-BLOCKED: Limits = (Limit(0, 86400),)  # what --block sets
+BLOCKED: Limits = (Limit(0, 86400),)  # one alert a day, not one a mail
 PERMANENT = 10**12  # in the column ends, which cannot be NULL: year 33658
-
-
-class Override(NamedTuple):
-    """Limits of --limit or --block, which win over all others."""
-
-    limits: Limits
-    ends: int | None  # None: they are permanent
-
-    def holds_at(self, now: float) -> bool:
-        """Say whether they are in force at a time."""
-        return self.ends is None or self.ends > now
 
 
 Overrides = dict[str, Override]  # by identity
@@ -2140,6 +2184,7 @@ def settle(transaction: Transaction, settlement: Settlement,
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
     write_refusals(transaction, mails, settlement.verdicts)
+    write_blocks(transaction, mails, settlement.verdicts)
     for place, verdict in enumerate(settlement.verdicts):
         if verdict.broken is not None:
             settlement.verdicts[place] = with_room(
@@ -2249,17 +2294,15 @@ def ask_usage(transaction: Transaction, pages: Sequence[Page],
 
 
 def take_override(transaction: Transaction, page: Page, text: str) -> None:
-    """Note the limits of --limit, and until when they hold."""
-    limits, known = parse_override(text), page.known_override
-    if limits is None:
-        return
-    if known is None or known.limits != limits:
-        [ends] = transaction.run(
-            "SELECT ends FROM mail_limit WHERE id = ?",
-            page.claim.identity).fetchone() or [PERMANENT]
-        known = Override(limits, None if ends == PERMANENT else ends)
-    page.override = known
-    page.add_windows(limits)
+    """Note the limits of --limit, whose text was read."""
+    page.override = page.known_override
+    if page.override is None or page.override.as_text() != text:
+        ends, made = transaction.run(
+            "SELECT ends, made FROM mail_limit WHERE id = ?",
+            page.claim.identity).fetchone() or (PERMANENT, 0)
+        page.override = parse_override(text, ends, made)
+    if page.override is not None:
+        page.add_windows(page.override.limits)
 
 
 def is_amiss(transaction: Transaction, page: Page, date: int,
@@ -2285,16 +2328,15 @@ def fill_page(transaction: Transaction, page: Page, now: float,
     each window's first row.
     """
     page.newest, page.total = date or 0, total or 0
-    own, blocked = page.queried, False
-    if page.override is not None:
-        own, blocked = page.override.limits, is_blocked(page.override.limits)
     if page.claim.value is None:
         page.account = Account(
             {seconds: 0 if ahead is None else page.total - ahead
-             for seconds, ahead in zip(page.windows, before)}, own, blocked)
+             for seconds, ahead in zip(page.windows, before)},
+            page.queried, page.override)
     else:
         seen = read_values(transaction, page, now)
-        page.account = DistinctValues(seen, page.second, own, blocked)
+        page.account = DistinctValues(
+            seen, page.second, page.queried, page.override)
         page.account.date = page.date
 
 
@@ -2427,10 +2469,28 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
                             [found[key] for key in sorted(found)])
 
 
+def write_blocks(transaction: Transaction, mails: Sequence[Mail],
+                 verdicts: Sequence[Verdict]) -> None:
+    """Block who has exceeded a limit that has block_for."""
+    for mail, verdict in zip(mails, verdicts):
+        if verdict.broken is None or verdict.block is not None:
+            continue
+        claim, limit, _ = verdict.broken
+        if claim.rule.block_for:
+            now = int(mail.now)
+            transaction.attempt(
+                "an identity is not blocked: %s", set_override,
+                claim.identity, Override(
+                    BLOCKED, now + claim.rule.block_for, now,
+                    f"{limit.mails}/{limit.seconds}s"))
+
+
 def with_room(transaction: Transaction, verdict: Verdict,
               pages: Mapping[str, Page]) -> Verdict:
     """Add to a verdict when such a mail passes again, if that is asked."""
     assert verdict.broken is not None
+    if verdict.block is not None:
+        return verdict._replace(room_at=verdict.block.ends)
     action = verdict.broken.claim.rule.fail_action
     if "$room" not in action.replace("{", ""):
         return verdict
@@ -2469,23 +2529,43 @@ def read_refusals(transaction: Transaction, which: str = "", *values: object,
 def read_overrides(transaction: Transaction, now: int) -> Overrides:
     """Return all limits of --limit that are in force."""
     overrides = {}
-    for identity, text, ends in transaction.run(
-            "SELECT id, limits, ends FROM mail_limit"
+    for identity, text, ends, made in transaction.run(
+            "SELECT id, limits, ends, made FROM mail_limit"
             " WHERE ends > ? ORDER BY id", now).fetchall():
-        limits = parse_override(text)
-        if limits is not None:
-            overrides[identity] = Override(
-                limits, None if ends == PERMANENT else ends)
+        override = parse_override(text, ends, made)
+        if override is not None:
+            overrides[identity] = override
     return overrides
 
 
-def parse_override(text: str) -> Limits | None:
-    """Parse limits of mail_limit; what others wrote there may be rubbish."""
+def parse_override(text: str, ends: int, made: int) -> Override | None:
+    """Return the limits of a row of mail_limit; others may write rubbish.
+
+    The text is a list of limits; what comes after # is the reason.
+    """
     try:
-        return parse_limits(text)
+        limits = parse_limits(text)
     except ValueError as error:
         log.warning("mail_limit: %s; it does not hold", error, extra=SELDOM)
         return None
+    return Override(limits, None if ends == PERMANENT else ends, made,
+                    text.partition("#")[2].strip())
+
+
+def set_override(transaction: Transaction, identity: str, override: Override,
+                 ) -> None:
+    """Give an identity other limits."""
+    ends = PERMANENT if override.ends is None else override.ends
+    drop_override(transaction, identity)
+    transaction.run(
+        "INSERT INTO mail_limit (id, limits, ends, made) VALUES (?, ?, ?, ?)",
+        identity, override.as_text(), ends, override.made)
+
+
+def drop_override(transaction: Transaction, identity: str) -> int:
+    """Delete the other limits of an identity; return how many rows it had."""
+    return int(transaction.run(
+        "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
 
 
 # ---------------------------------------------------------------------------
@@ -2663,14 +2743,13 @@ class Memory:
         record = self._records.get(claim.identity) or Record(claim)
         now = record.latest(now)
         override = self.overrides.get(claim.identity)
-        own, blocked = record.queried, False
-        if override is not None and override.holds_at(now):
-            own, blocked = override.limits, is_blocked(override.limits)
+        if override is not None and not override.holds_at(now):
+            override = None
         second = math.floor(now)
         if claim.value is not None:
             return DistinctValues(
-                dict(record.values), second, own, blocked)
-        account = Account({}, own, blocked)
+                dict(record.values), second, record.queried, override)
+        account = Account({}, record.queried, override)
         for limit in account.limits_of(claim):
             account.used[limit.seconds] = record.used_of(limit.seconds, second)
         return account
@@ -2988,7 +3067,7 @@ class Service:
                 verdict.usage or settings.sql_limits_by_id):
             action = settings.db_error_action
         if broken is not None:
-            action = explain(broken, verdict.room_at, now)
+            action = explain(verdict, settings.block_action, now)
             with contextlib.suppress(Exception):  # the answer comes first
                 refused = self._alarm(broken, client, settings, now)
         usual = broken is None and not verdict.tried
@@ -3329,7 +3408,8 @@ def remove_stale_socket(path: str) -> None:
 # ---------------------------------------------------------------------------
 # 12. Upkeep
 #
-# Cleaning, and what an admin changes by hand: --limit, --block, --reset.
+# Cleaning; what an admin changes by hand: --limit, --block, --reset; and
+# limits tried on the mail that is recorded: --simulate.
 # ---------------------------------------------------------------------------
 
 CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
@@ -3377,7 +3457,8 @@ def clean_mails(transaction: Transaction, settings: Settings, after: str,
 def own_limits(transaction: Transaction, query: str | None, identity: str,
                overrides: Overrides) -> Limits | None:
     """Return what query and --limit say of an identity; None: it fails."""
-    limits, _ = overrides.get(identity, ((), 0))
+    override = overrides.get(identity)
+    limits: Limits = () if override is None else override.limits
     if not query:
         return limits
     found = transaction.attempt(
@@ -3410,7 +3491,7 @@ def clean_values(transaction: Transaction, settings: Settings,
         [last] = transaction.run(
             f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
             identity, value, CLEAN_STEP - 1).fetchone() or (None,)
-        limits, _ = overrides.get(identity, ((), 0))
+        limits = overrides.get(identity, Override((), None)).limits
         until = now - max([keep, *(
             kept_for(limit.seconds) for limit in limits)])
         if last is not None:
@@ -3491,20 +3572,6 @@ class Housekeeping:
             service.log_outage(error)
 
 
-def set_override(transaction: Transaction, identity: str, limits: Limits,
-                 ends: int, now: int) -> None:
-    """Give an identity other limits."""
-    drop_override(transaction, identity)
-    transaction.run("INSERT INTO mail_limit (id, limits, ends, made) VALUES"
-                    " (?, ?, ?, ?)", identity, json.dumps(limits), ends, now)
-
-
-def drop_override(transaction: Transaction, identity: str) -> bool:
-    """Give an identity its usual limits; say if it had others."""
-    return bool(transaction.run(
-        "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
-
-
 def forget(transaction: Transaction, identity: str) -> int:
     """Forget the mails of an identity; return how many were recorded."""
     take_turns(transaction, [identity])
@@ -3532,6 +3599,450 @@ def check_counting(transaction: Transaction, query: str | None) -> None:
             ask_limits(transaction, query, "Zoë дима 😀")
         except Exception as error:
             raise LedgerError(f"sql_limits_by_id: {error}") from error
+
+
+SIMULATE_STEP = 10_000  # rows read in one transaction: 20 ms on SQLite
+COUNTING = ("limit_by_sasl", "limit_by_sender", "limit_by_ip",
+            "limited_networks", "count_mode")  # made the rows what they are
+SUMMED = ("", "recipients", "mails", "bytes")  # what such a row can hold
+
+
+class PastMail(NamedTuple):
+    """A row of mail_count, as far as limits are concerned."""
+
+    identity: str
+    date: int  # in seconds, rounded up
+    cost: int
+
+
+class Place(NamedTuple):
+    """Where a step of reading begins."""
+
+    identity: str = ""
+    date: int = 0
+    skip: int = 0  # rows of that identity and date which have been read
+
+
+class Terms(NamedTuple):
+    """What an identity is judged by."""
+
+    quota: str  # its name; "": the settings' own limits
+    limits: Limits
+    in_force: Limits  # under which its mail was recorded, as far as is known
+
+
+class Trial(NamedTuple):
+    """What limits would have done to the mail of one identity."""
+
+    since: int  # the date of its first mail
+    mails: int  # as the limits count them, as are the others
+    refused: Counter[Limit]  # by the first limit that each one broke
+    peaks: Mapping[int, int]  # by window: the most that was sent within one
+
+
+class Offender(NamedTuple):
+    """An identity of which limits would have refused mail."""
+
+    identity: str
+    mails: int
+    refused: int
+    limit: Limit  # that refused most of them
+    peak: int  # the most that was sent within its window
+
+
+@dataclass
+class Simulation:
+    """What limits would have done to all recorded mail.
+
+    The keys of quotas count the mail of identities once more, so they are
+    kept apart.
+    """
+
+    mails: int = 0
+    identities: int = 0
+    keys: int = 0
+    since: int | None = None  # None: nothing is recorded
+    refused: list[Offender] = field(default_factory=list)  # the most first
+    peaks: dict[tuple[str, int], Counter[int]] = field(  # by quota and window
+        default_factory=dict)  # how many identities have each peak
+    looser: int = 0  # identities and keys whose limits are looser than before
+    notes: list[str] = field(default_factory=list)  # what it cannot know
+
+    def add(self, identity: str, terms: Terms, trial: Trial) -> None:
+        """Add what became of one identity, or of a quota's key."""
+        if terms.quota:
+            self.keys += 1
+        else:
+            self.identities += 1
+            self.mails += trial.mails
+        if self.since is None or trial.since < self.since:
+            self.since = trial.since
+        if trial.refused:
+            limit, _ = trial.refused.most_common(1)[0]
+            self.refused.append(Offender(
+                identity, trial.mails, sum(trial.refused.values()), limit,
+                trial.peaks[limit.seconds]))
+        for seconds, peak in trial.peaks.items():
+            self.peaks.setdefault((terms.quota, seconds), Counter())[peak] += 1
+        if is_looser(terms.limits, terms.in_force):
+            self.looser += 1
+
+
+def simulate(transaction: Transaction, settings: Settings,
+             in_force: Settings, now: int,
+             tell: Callable[[int], None] = lambda rows: None) -> Simulation:
+    """Judge all recorded mail under settings; change nothing.
+
+    in_force: the settings under which it was recorded, as far as is known.
+    tell: hears time and again how many rows have been judged.
+    """
+    result = Simulation()
+    columns = columns_of(transaction, "mail_count")
+    refusals, overrides = read_hints(transaction, now)
+    transaction.run("COMMIT")
+    windows = {rule.name: windows_of(rule) for rule in settings.rules}
+    for identity, mails in itertools.groupby(
+            read_mails(transaction, columns, tell),
+            operator.attrgetter("identity")):
+        terms = find_terms(transaction, settings, in_force, identity)
+        if terms is not None:
+            needed = {limit.seconds for limit in terms.limits}
+            trial = try_limits(mails, terms.limits, sorted(
+                needed | windows[terms.quota]))
+            result.add(identity, terms, trial)
+    result.refused.sort(key=lambda one: (-one.refused, one.identity))
+    result.notes += [*note_limits(result, refusals, overrides),
+                     *note_changes(settings, in_force),
+                     *note_quotas(settings, in_force, result)]
+    return result
+
+
+def read_mails(transaction: Transaction, columns: Sequence[str],
+               tell: Callable[[int], None]) -> Iterator[PastMail]:
+    """Yield all recorded mail by identity and date, read in short steps."""
+    spell_id = str if "total" in columns else fold  # as an update will do
+    place, done = Place(), 0
+    while True:
+        with brief_read(transaction):
+            rows = read_step(transaction, columns, place)
+        mails = [PastMail(spell_id(identity), date, cost)
+                 for identity, date, cost in rows]
+        yield from mails
+        done += len(mails)
+        tell(done)
+        if len(mails) < SIMULATE_STEP:
+            return
+        last = mails[-1]
+        skip = count_last(mails)
+        if skip == len(mails) and place.date == last.date and (
+                spell_id(place.identity) == last.identity):
+            skip += place.skip  # more of one second than a step takes
+        place = Place(rows[-1][0], last.date, skip)
+
+
+def read_step(transaction: Transaction, columns: Sequence[str],
+              place: Place) -> list[Row]:
+    """Read the next rows, in the order of the index mail_count_total."""
+    cost = "1"  # the first versions of the original had no other
+    if "recipient_count" in columns:
+        cost = "COALESCE(recipient_count, 1)"
+    select = f"SELECT id, date, {cost} FROM mail_count WHERE"
+    order = ", ".join(column for column in ("date", "total", "recipient_count")
+                      if column in columns)
+    rows = list(transaction.run(
+        f"{select} id = ? AND date >= ? ORDER BY {order} LIMIT ? OFFSET ?",
+        *place[:2], SIMULATE_STEP, place.skip).fetchall())
+    if len(rows) < SIMULATE_STEP:
+        rows += transaction.run(
+            f"{select} id > ? ORDER BY id, {order} LIMIT ?",
+            place.identity, SIMULATE_STEP - len(rows)).fetchall()
+    return rows
+
+
+def count_last(mails: Sequence[PastMail]) -> int:
+    """Count the mails that have identity and date of the last one."""
+    identity, date, _ = mails[-1]
+    for count, mail in enumerate(reversed(mails)):
+        if (mail.identity, mail.date) != (identity, date):
+            return count
+    return len(mails)
+
+
+@contextlib.contextmanager
+def brief_read(transaction: Transaction) -> Iterator[None]:
+    """Read in a transaction of its own, so that no writer waits for it."""
+    if transaction.backend.begin_reading:
+        transaction.later(transaction.backend.begin_reading)
+    yield
+    transaction.run("COMMIT")
+
+
+def find_terms(transaction: Transaction, settings: Settings,
+               in_force: Settings, identity: str) -> Terms | None:
+    """Return what an identity is judged by; None: that cannot be done."""
+    rule, former = rule_of(settings, identity), rule_of(in_force, identity)
+    if rule.count not in SUMMED or (
+            former.by and not counts_alike(rule, former)):
+        return None
+    if settings.sql_limits_by_id and not rule.by:
+        with brief_read(transaction):
+            asked = transaction.attempt(
+                QUERY_FAILED, ask_limits, settings.sql_limits_by_id, identity)
+        if asked is not None:
+            return Terms(rule.name, asked, asked)
+    in_file: Limits = ()  # of a quota that is new
+    if former.by == rule.by:
+        in_file = limits_in(in_force, former, identity)
+    return Terms(rule.name, limits_in(settings, rule, identity), in_file)
+
+
+def counts_alike(rule: Rule, other: Rule) -> bool:
+    """Say whether two rules count the same mail by the same."""
+    return (rule.by, rule.when, rule.count) == (
+        other.by, other.when, other.count)
+
+
+def limits_in(settings: Settings, rule: Rule, identity: str) -> Limits:
+    """Return the limits that the file has for an identity or a key."""
+    limits = rule.limits_by_id.find(
+        name_in_key(identity, rule, settings), rule.by in ((), *ADDRESSES))
+    return rule.limits if limits is None else limits
+
+
+def windows_of(rule: Rule) -> set[int]:
+    """Return the windows of a rule's limits, in seconds."""
+    return {limit.seconds for limits in (
+        rule.limits, *rule.limits_by_id.texts.values(),
+        *dict(rule.limits_by_id.networks).values()) for limit in limits}
+
+
+def is_looser(limits: Limits, others: Limits) -> bool:
+    """Say whether limits could let mail pass that others refuse."""
+    return not all(any(
+        limit.mails <= other.mails and limit.seconds >= other.seconds
+        for limit in limits) for other in others)
+
+
+def try_limits(mails: Iterable[PastMail], limits: Limits,
+               windows: Iterable[int]) -> Trial:
+    """Judge the mail of one identity as it came; a refused one adds nothing.
+
+    Each comes at its date, which is its time rounded up to a second; the
+    daemon, which knew the time, may have counted one second more.
+    windows: the lengths whose peaks are wanted, the limits' among them.
+    """
+    sent = {seconds: SlidingSum(seconds) for seconds in windows}
+    passed = {limit.seconds: SlidingSum(limit.seconds) for limit in limits}
+    peaks = dict.fromkeys(sent, 0)
+    refused: Counter[Limit] = Counter()
+    since, total = None, 0
+    for identity, date, cost in mails:
+        since = date if since is None else since
+        total += cost
+        for seconds, window in sent.items():
+            window.add(date, cost)
+            peaks[seconds] = max(peaks[seconds], window.used(date))
+        claim = Claim(identity, cost, limits)
+        broken = judge([
+            Usage(claim, limit, passed[limit.seconds].used(date))
+            for limit in limits]).broken
+        if broken is not None:
+            refused[broken.limit] += cost
+            continue
+        for window in passed.values():
+            window.add(date, cost)
+    return Trial(since or 0, total, refused, peaks)
+
+
+class SlidingSum:
+    """What was sent within a number of seconds, told in the order of dates.
+
+    It keeps one number for each second in which there was mail.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        self._seconds = seconds
+        self._dates: deque[int] = deque()
+        self._costs: deque[int] = deque()  # at each of these dates
+        self._sum = 0
+
+    def add(self, date: int, cost: int) -> None:
+        """Add a mail."""
+        if self._dates and self._dates[-1] == date:
+            self._costs[-1] += cost
+        else:
+            self._dates.append(date)
+            self._costs.append(cost)
+        self._sum += cost
+
+    def used(self, now: int) -> int:
+        """Return the sum within the window that ends now."""
+        oldest = now - self._seconds  # this one has left, as in the ledger
+        while self._dates and self._dates[0] <= oldest:
+            self._dates.popleft()
+            self._sum -= self._costs.popleft()
+        return self._sum
+
+
+def read_hints(transaction: Transaction, now: int) -> tuple[int, int]:
+    """Return how many refusals are noted, and how many overrides hold."""
+    refusals, overrides = 0, 0
+    if columns_of(transaction, "mail_refused"):  # the original has neither
+        [refusals] = transaction.run(
+            "SELECT COALESCE(SUM(hits), 0) FROM mail_refused").fetchone()
+    if columns_of(transaction, "mail_limit"):
+        overrides = len(read_overrides(transaction, now))
+    return int(refusals), overrides
+
+
+def note_limits(result: Simulation, refusals: int, overrides: int,
+                ) -> Iterator[str]:
+    """Yield where other limits held than those that were tried."""
+    if result.looser:
+        yield (f"looser than the limits of the file for"
+               f" {quantity(result.looser, 'identity')}: refused mail is not"
+               f" recorded ({quantity(refusals, 'refusal')} noted), so more"
+               " would have been sent than is shown")
+    if overrides:
+        yield (f"limits of --limit or --block, now in force for"
+               f" {quantity(overrides, 'identity')}, are left out here")
+
+
+def note_changes(settings: Settings, in_force: Settings) -> Iterator[str]:
+    """Yield what differs that cannot be tried on the past."""
+    for name in COUNTING:
+        if getattr(settings, name) != getattr(in_force, name):
+            yield (f"{name}: a change has no effect here: recorded mail stays"
+                   " as it was counted")
+    newly_limited = unlimited_in(in_force) - unlimited_in(settings)
+    if newly_limited:
+        names = ", ".join(sorted(newly_limited))
+        yield (f"mail is recorded only where a limit counts it; the file has"
+               f" no limits for {printable(names[:MAX_TOLD])}")
+
+
+def unlimited_in(settings: Settings) -> set[str]:
+    """Return the names and patterns that the file leaves without limits."""
+    first, *_ = settings.rules
+    entries = [*first.limits_by_id.texts.items(), *first.limits_by_id.networks]
+    names = {str(pattern) for pattern, limits in entries if not limits}
+    return names if first.limits else {*names, "all others"}
+
+
+def note_quotas(settings: Settings, in_force: Settings,
+                result: Simulation) -> Iterator[str]:
+    """Yield which quotas could not be judged, and how the others were."""
+    formers = {rule.name: rule for rule in in_force.rules[1:]}
+    found = {quota for quota, _ in result.peaks}
+    for rule in settings.rules[1:]:
+        former = formers.pop(rule.name, rule)
+        if rule.count not in SUMMED:
+            yield (f"quota {rule.name}: not judged: of different values only"
+                   " the last time of each is recorded")
+        elif not counts_alike(rule, former):
+            yield (f"quota {rule.name}: not judged: so far it counted other"
+                   " mail, or by something else")
+        elif rule.name not in found:
+            yield f"quota {rule.name}: not judged: nothing is recorded for it"
+    for name in formers:
+        yield (f"quota {name}: left out, but mail that it refused is not"
+               " recorded")
+    if result.keys:
+        yield ("identities and keys of quotas are judged one by one: mail"
+               " refused for one still counts for the others here")
+
+
+def percentile(found: Counter[int], percent: int) -> int:
+    """Return the least number that so many percent do not exceed."""
+    left = -(-sum(found.values()) * percent // 100)  # rounded up
+    for value in sorted(found):
+        left -= found[value]
+        if left <= 0:
+            return value
+    return 0
+
+
+def simulation_as_json(result: Simulation) -> dict[str, Any]:
+    """Return what --json prints."""
+    return {
+        "mails": result.mails, "identities": result.identities,
+        "since": result.since, "refused": [
+            {**offender._asdict(), "limit": offender.limit._asdict()}
+            for offender in result.refused],
+        "windows": [
+            {"seconds": seconds, "p50": percentile(found, 50),
+             "p90": percentile(found, 90), "p99": percentile(found, 99),
+             "max": max(found), **({"quota": quota} if quota else {})}
+            for (quota, seconds), found in sorted(result.peaks.items())]}
+
+
+def show_simulation(result: Simulation, columns: int, lines: int,
+                    ) -> Iterator[str]:
+    """Yield lines that tell the result: what fits the terminal, or all."""
+    if result.since is None:
+        yield "nothing is recorded that could be judged"
+        yield from result.notes
+        return
+    mails = sum(offender.refused for offender in result.refused)
+    sum_up = "no mail would have been refused"
+    if mails:
+        sum_up = (f"{quantity(len(result.refused), 'identity')} would have"
+                  f" been refused, {quantity(mails, 'mail')}")
+    keys = f" and {quantity(result.keys, 'quota key')}" if result.keys else ""
+    yield (f"{quantity(result.mails, 'mail')} of"
+           f" {quantity(result.identities, 'identity')}{keys}"
+           f" since {moment(result.since)[:-3]}")
+    below = [sum_up, *(show_peaks(*key, found) for key, found
+                       in sorted(result.peaks.items())), *result.notes]
+    shown = result.refused
+    if lines:
+        taken = sum(-(-len(line) // columns) for line in below)
+        shown = shown[:max(3, lines - taken - 4)]  # and two heads, a prompt
+    if shown:
+        yield from align(list(show_offenders(shown)), columns)
+    if len(shown) < len(result.refused):
+        yield f"and {len(result.refused) - len(shown):,} more: --json has all"
+    yield from below
+
+
+def show_offenders(offenders: Iterable[Offender],
+                   ) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of a table of those who would have been refused."""
+    rows = [("identity", "mails", "refused", "at most")]
+    rows += [
+        (printable(one.identity), f"{one.mails:,}", f"{one.refused:,}",
+         f"{one.peak:,} in {span(one.limit.seconds, 'a ')}"
+         f" (limit {one.limit.mails:,})") for one in offenders]
+    widest = max(len(at_most) for *_, at_most in rows)
+    for identity, mails, refused, at_most in rows:  # two spaces, text left
+        yield identity, f" {mails}", f" {refused}", f" {at_most:<{widest}}"
+
+
+def show_peaks(quota: str, seconds: int, found: Counter[int]) -> str:
+    """Return a line that tells how much is usual within a window."""
+    whose = f"a key of quota {quota}" if quota else "an identity"
+    return (f"busiest {span(seconds)} of {whose}:"
+            f" median {percentile(found, 50):,},"
+            f" 90% {percentile(found, 90):,},"
+            f" 99% {percentile(found, 99):,}, most {max(found):,}")
+
+
+def span(seconds: int, article: str = "") -> str:
+    """Return a window in words, exactly: "minute", "a minute", "2 hours"."""
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+        if seconds % size == 0)
+    if seconds == size:
+        return f"{article}{unit}".replace("a hour", "an hour")
+    return quantity(seconds // size, unit)
+
+
+def quantity(count: int, noun: str) -> str:
+    """Return how many there are: "1 mail", "2 identities"."""
+    if count == 1:
+        return f"1 {noun}"
+    plural = noun[:-1] + "ies" if noun.endswith("ty") else noun + "s"
+    return f"{count:,} {plural}"
 
 
 # ---------------------------------------------------------------------------
@@ -3862,8 +4373,9 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
     """Return limits, where from, until when, and if they are only tried."""
     rule = rule_of(settings, identity)
     if identity in overrides:
-        limits, ends = overrides[identity]
-        return limits, "--limit", ends, rule.dry_run
+        limits, ends, *_ = overrides[identity]
+        return (limits, "--limit", FOR_GOOD if ends is None else ends,
+                rule.dry_run)
     query, own = settings.sql_limits_by_id, None
     if query and not rule.by:
         own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
@@ -4807,6 +5319,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
            help="return the value of a config parameter")
     one_of("--status", metavar="ID", nargs="?", const="",
            help="show who has used how much, or all about one identity")
+    one_of("--simulate", action="store_true", help="show what the limits, also"
+           " those of -o, would have done to the mail that is recorded")
     one_of("--reset", metavar="ID", help="forget what an identity has used")
     one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
            " identity other limits at once, such as 500/day or 10/min,90/h")
@@ -4815,7 +5329,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     also = parser.add_argument
     also("--for", dest="term", metavar="TIME", type=duration, help="how long"
          " --limit or --block holds, such as 90s, 30m, 2h, 1d; else for good")
-    also("--json", action="store_true", help="show --status as JSON")
+    also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
          default=[], help="override a setting; may be repeated")
@@ -4837,8 +5351,9 @@ def choose_command(options: argparse.Namespace) -> None:
     for name, command in COMMANDS.items():  # --json may stand alone
         if getattr(options, name) not in (None, False):
             options.command = command
-    if options.json and options.command is not show_status:
-        raise ValueError("--json goes with --status")
+    if options.json and options.command not in (
+            show_status, show_simulated):
+        raise ValueError("--json goes with --status and --simulate")
     if options.term and options.command is not set_limit:
         raise ValueError("--for goes with --limit and --block")
     identities = [options.reset, options.block, options.unlimit]
@@ -4846,9 +5361,6 @@ def choose_command(options: argparse.Namespace) -> None:
         raise ValueError("ID is empty")
     if options.limit is not None:
         options.limit[1] = parse_given(options.limit[1])
-
-
-BLOCKED = (Limit(0, 86400),)  # one alert a day, not one for each mail
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
@@ -4887,6 +5399,7 @@ def configure(options: argparse.Namespace) -> Config:
         config.values.update(
             SOCKET=f"{folder}/policy", pidfile=f"{folder}/{PROGRAM}.pid",
             backend=0, sqlite_config={"database": f"{folder}/db.sqlite3"})
+    options.without_overrides = copy.deepcopy(config)
     for text in options.overrides:
         override(config, text)
     return config
@@ -4965,6 +5478,51 @@ def show_status(options: argparse.Namespace) -> None:
         print(line.replace(FULL, f"\033[31m{FULL}\033[0m") if colour else line)
 
 
+def show_simulated(options: argparse.Namespace) -> None:
+    """Show what limits would have done to the recorded mail."""
+    settings, database = open_as_owner(options, make=False)
+    in_force = check_settings(options.without_overrides)
+    with contextlib.closing(Progress()) as progress:
+        result = database.read(
+            simulate, settings, in_force, int(time.time()), progress.tell)
+    if options.json:
+        print(json.dumps(simulation_as_json(result)))
+        for note in result.notes:
+            log.warning("%s", note)
+        return
+    columns, lines = shutil.get_terminal_size(
+        (80 if sys.stdout.isatty() else 999, 0))
+    for line in show_simulation(result, columns or 80, lines):
+        print(line)
+
+
+class Progress:
+    """Tells on a terminal how far it is, if that takes more than a second."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._shown = ""
+
+    def tell(self, rows: int) -> None:
+        """Tell how many rows have been judged."""
+        if time.monotonic() > self._since + 1:
+            self._show(f"{rows:,} records judged")
+
+    def close(self) -> None:
+        """Take it off the terminal."""
+        if self._shown:
+            self._show("")
+
+    def _show(self, text: str) -> None:
+        """Write over what is shown."""
+        if sys.stderr is None or not sys.stderr.isatty():
+            return
+        with contextlib.suppress(OSError):  # nobody has to see it
+            print("\r" + text.ljust(len(self._shown)),
+                  end="" if text else "\r", file=sys.stderr, flush=True)
+        self._shown = text
+
+
 def show_prometheus(options: argparse.Namespace) -> None:
     """Show it for node_exporter's textfile collector, which reads UTF-8."""
     settings, database = open_as_owner(options, make=False)
@@ -4991,7 +5549,8 @@ def set_limit(options: argparse.Namespace) -> None:
     ends = now + options.term if options.term else FOR_GOOD
     if check_known(settings, database, key).dry_run:
         log.warning("%s: dry_run: no mail of it is refused", printable(key))
-    database.transact(set_override, key, limits, ends, now)
+    database.transact(set_override, key, Override(
+        limits, None if ends == FOR_GOOD else ends, now))
     given = ", ".join(map(ratio, limits)) or "no limits"
     print(f"{printable(key)}: {given} {term(ends)}")
 
@@ -5093,6 +5652,7 @@ def get_config(options: argparse.Namespace) -> None:
 
 COMMANDS = {"json": show_status, "clean": clean_all, "check": check_start,
             "status": show_status, "prometheus": show_prometheus,
+            "simulate": show_simulated,
             "get_config": get_config, "reset": reset, "limit": set_limit,
             "block": set_limit, "unlimit": unlimit}
 
