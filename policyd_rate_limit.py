@@ -5019,14 +5019,14 @@ def load_settings(options: argparse.Namespace) -> Settings:
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
     if options.command in (run_daemon, check_start):
-        log_doubts(settings, options)
+        log_doubts(options, [*doubts(settings),
+                             *doubt_readers(settings, config)])
     return settings
 
 
-def log_doubts(settings: Settings, options: argparse.Namespace) -> None:
+def log_doubts(options: argparse.Namespace, found: Iterable[Doubt]) -> None:
     """Log what cannot be meant; --check raises where nothing is limited."""
-    found = [*doubts(settings), *doubt_readers(settings, options.config)]
-    found.sort(key=lambda doubt: not doubt.fatal)
+    found = sorted(found, key=lambda doubt: not doubt.fatal)
     for doubt in found[:MAX_DOUBTS]:
         message = f"{options.config.place(*doubt.names)}: {doubt.message}"
         if doubt.fatal and options.command is check_start:
@@ -5115,7 +5115,7 @@ def clean_all(options: argparse.Namespace) -> None:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
     if settings.report:
-        log_doubts(settings, options)
+        log_doubts(options, doubt_reports(settings))
         send_reports(database, settings)
 
 
