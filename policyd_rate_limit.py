@@ -4164,6 +4164,8 @@ def read_file(path: str) -> str:
                               " the configuration into a file")
         os.set_blocking(file.fileno(), True)  # for what a shell pipes to us
         content = file.read(MAX_FILE + 1)
+    if is_fifo and not content:  # a reload finds that of the start used up
+        raise ConfigError(f"{path}: cannot be read: the pipe is empty")
     if len(content) > MAX_FILE:
         raise ConfigError(f"{path}: cannot be read: it is larger than"
                           f" {MAX_FILE} bytes")

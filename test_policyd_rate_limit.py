@@ -6427,6 +6427,9 @@ class ConfFileTest(FolderTest):
         done = run("-f", "/dev/stdin", "--get-config", "limits",
                    input="limits: [[1, 2]]\n")
         self.assertEqual((done.returncode, done.stdout), (0, "[[1, 2]]"))
+        done = run("-f", "/dev/stdin", "--check", input="")
+        self.assertEqual((done.returncode, done.stderr), (
+            5, "error: /dev/stdin: cannot be read: the pipe is empty\n"))
 
     def test_a_file_without_end_is_refused(self) -> None:
         got = command("-f", "/dev/zero", "--check")
