@@ -924,9 +924,22 @@ def mend_windows(value: object) -> object:
     return value if mended == list(value) else mended
 
 
+def mend_bool(value: object) -> object:
+    """Take as True what 1.x did, if it does not say no: 2, "yes"."""
+    if type(value) is int and value not in (0, 1):
+        return True
+    if isinstance(value, str) and value.lower() in ("true", "yes", "on"):
+        return True
+    return value
+
+
 def mend_count_mode(value: object) -> object:
-    """Take the number that equals it: True."""
-    return int(value) if isinstance(value, bool) else value
+    """Take the number that it says: True, "1"."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) and re.fullmatch("[012]", value):
+        return int(value)
+    return value
 
 
 def mend_socket(value: object) -> object:
@@ -1728,7 +1741,7 @@ def describe_rules(settings: Settings) -> Iterator[str]:
     for rule in quotas:
         by = "+".join(rule.by)
         subject = "all mail together" if by == "server" else f"each {by}"
-        name = "" if rule.name == by else f"{rule.name}: "
+        name = "" if rule.name == by else f"{printable(rule.name)}: "
         yield f"{name}{subject}: {describe_rule(settings, rule)}"
 
 
@@ -4402,13 +4415,21 @@ def mend_values(config: Config) -> dict[str, Any]:
             key: mend_entry(config, mend_limits, limits,
                             "limits_by_id", str(key))
             for key, limits in values["limits_by_id"].items()}
-    for entry in fields(Settings):
-        is_empty = entry.name in values and values[entry.name] is None
-        if is_empty and entry.metadata["check"] is as_bool:
-            values[entry.name] = False
+    for name in values:
+        if not is_boolean(name):
+            continue
+        values[name] = mend_entry(config, mend_bool, values[name], name)
+        if values[name] is None:
+            values[name] = False
             log.warning("%s: %s: left empty, taken as False; write False or"
-                        " True", config.place(entry.name), entry.name)
+                        " True", config.place(name), name)
     return values
+
+
+def is_boolean(name: object) -> bool:
+    """Say whether a setting has this name and is True or False."""
+    return any(entry.name == name and entry.metadata["check"] is as_bool
+               for entry in fields(Settings))
 
 
 def mend_entry(config: Config, mend: Callable[[Any], object], value: object,
@@ -5030,7 +5051,8 @@ def log_doubts(options: argparse.Namespace, found: Iterable[Doubt]) -> None:
     """Log what cannot be meant; --check raises where nothing is limited."""
     found = sorted(found, key=lambda doubt: not doubt.fatal)
     for doubt in found[:MAX_DOUBTS]:
-        message = f"{options.config.place(*doubt.names)}: {doubt.message}"
+        place = options.config.place(*doubt.names)
+        message = f"{place}: {printable(doubt.message)}"
         if doubt.fatal and options.command is check_start:
             raise ConfigError(message)
         log.log(logging.ERROR if doubt.fatal else logging.WARNING,

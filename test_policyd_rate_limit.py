@@ -1591,7 +1591,7 @@ class SettingsTest(FolderTest):
         ("debug log_requests limit_by_sasl limit_by_sender limit_by_ip report"
          " report_only_if_needed smtp_starttls smtp_tls_verify alert dry_run",
          "True or False",
-         ("2", "'yes'", "[]", "-1", "{}")),
+         ("1.5", "'no'", "[]", "{}")),
         ("user group pidfile", "text (in quotes, if it looks like a number)",
          ("5", "True", "''", "['x']")),
         ("SOCKET", 'a path, or [address, port] such as ["127.0.0.1", 8552]',
@@ -1609,7 +1609,7 @@ class SettingsTest(FolderTest):
         ("backend", "0 (SQLite), 1 (MySQL) or 2 (PostgreSQL)",
          ("3", "-1", "'sqlite'", "True")),
         ("count_mode", "auto, 0 (each RCPT), 1 (recipients at DATA) or"
-         " 2 (mails at DATA)", ("3", "-1", "'1'", "'Auto'")),
+         " 2 (mails at DATA)", ("3", "-1", "'3'", "'Auto'")),
         ("sqlite_config", "names with values, among them database, a path",
          ("'db'", "5", "['db']", "False", "{}")),
         ("limits",
@@ -2084,6 +2084,8 @@ class SettingsTest(FolderTest):
         ("delay_to_close", "0.5", "1", 1),
         ("report_limits", "[86399.5]", "[86400]", (86400,)),
         ("count_mode", "True", "1", 1), ("count_mode", "False", "0", 0),
+        ("count_mode", "'2'", "2", 2), ("debug", "2", "True", True),
+        ("limit_by_sender", "'Yes'", "True", True),
         ("SOCKET", "['127.1', 8552]", "['127.0.0.1', 8552]",
          ("127.0.0.1", 8552)),
         ("SOCKET", "['10.1.2', 8552]", "['10.1.0.2', 8552]",
@@ -3521,10 +3523,11 @@ class DatabaseTest(FolderTest):
     def command(self, option: str, **settings: Any
                 ) -> subprocess.CompletedProcess[str]:
         """Run the program as a command."""
+        path = self.write("test.yaml", self.config(**settings))
+        os.chmod(path, 0o600)  # it has a password
         return run(
             option, "--standalone", self.folder, "-o",
-            f"backend={self.server.backend}", "-f",
-            self.write("test.yaml", self.config(**settings)),
+            f"backend={self.server.backend}", "-f", path,
             program=self.program)
 
     def host(self, name: str = "host", **settings: Any) -> Daemon:
