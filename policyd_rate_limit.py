@@ -1003,6 +1003,7 @@ class Placed(NamedTuple):
     label: str = ""
 
 
+# Seconds that are often a window.
 SPANS = (3600, 7200, 21600, 43200, 86400, 172800, 604800, 2592000)
 COUNTED_AT: Mapping[str | int, Sequence[str]] = {  # by count_mode
     "auto": ("rcpt", "data", "end-of-message"), 0: ("rcpt",),
@@ -1014,7 +1015,7 @@ EVERYWHERE = (ipaddress.IPv4Network("0.0.0.0/0"),
 
 
 def doubts(settings: Settings) -> Iterator[Doubt]:
-    """Yield what has no effect, or hardly the one that is meant."""
+    """Yield a doubt for each setting without effect, or with a wrong one."""
     for find in DOUBTS:
         yield from find(settings)
 
@@ -1065,11 +1066,10 @@ def excludes_all(networks: Choice) -> bool:
 
 def join_networks(networks: Iterable[Network]) -> Iterator[Network]:
     """Yield networks so that two halves are one whole."""
-    versions: tuple[list[Any], list[Any]] = [], []
-    for network in networks:
-        versions[network.version == 6].append(network)
-    for version in versions:
-        yield from ipaddress.collapse_addresses(version)
+    found: list[Any] = list(networks)
+    for version in (4, 6):
+        yield from ipaddress.collapse_addresses([
+            network for network in found if network.version == version])
 
 
 def is_inside(network: Network, others: Sequence[Prefixes]) -> bool:
@@ -1110,20 +1110,19 @@ def doubt_limits(settings: Settings) -> Iterator[Doubt]:
 
 
 def doubt_numbers(settings: Settings) -> Iterator[Doubt]:
-    """Yield limits with their numbers swapped, as it seems."""
+    """Yield limits whose numbers seem to be swapped."""
     for rule, names, label in place_rules(settings):
-        listed = {"limits": rule.limits, **{
-            f"limits_by_id: {text}": limits
-            for text, limits in rule.limits_by_id.texts.items()}}
-        for name, limits in listed.items():
+        listed: list[tuple[Names, Limits]] = [(("limits",), rule.limits)]
+        for text, limits in rule.limits_by_id.texts.items():
+            listed.append((("limits_by_id", text), limits))
+        for place, limits in listed:
             swapped = [limit for limit in limits if look_swapped(*limit)]
             if swapped and rule.count != "bytes":
                 mails, seconds = swapped[0]
                 yield Doubt(
-                    False, f"{label}{name}: [{mails}, {seconds}] lets"
-                    f" {mails // seconds} mails pass in a second; is"
-                    f" [{seconds}, {mails}] meant?",
-                    (*names, *name.split(": ", 1)))
+                    False, f"{label}{': '.join(place)}: [{mails}, {seconds}]"
+                    f" lets {mails // seconds} mails pass in a second; is"
+                    f" [{seconds}, {mails}] meant?", (*names, *place))
 
 
 def look_swapped(mails: int, seconds: int) -> bool:
@@ -1187,8 +1186,11 @@ def why_no_value(attribute: str, text: str) -> str:
     if attribute in ("client_address", "server_address") and not (
             is_address or text == "unknown"):
         return "this is no IP address"
+    if is_address and attribute and (attribute,) not in ADDRESSES:
+        return "only what no client chooses is compared with addresses"
     if attribute in NUMBERS and not re.fullmatch("0|[1-9][0-9]*", text):
-        return f'Postfix writes a number; write "{text.lstrip("0") or 0}"'
+        number = f'; write "{text.lstrip("0")}"' if text.isdecimal() else ""
+        return f"Postfix writes this as a number{number}"
     return ""
 
 
@@ -1230,7 +1232,8 @@ def never_matches(settings: Settings, rule: Rule, attribute: str,
         return False
     return not any(
         not why_no_value(attribute, text)
-        and (text[:1] in ("@", ".") or choice.fits(text))
+        and (text[:1] in ("@", ".")
+             or choice.fits(text, (attribute,) in ADDRESSES))
         and (text != "" or attribute not in needed)
         for text in choice.wanted.texts)
 

@@ -1890,8 +1890,11 @@ class SettingsTest(FolderTest):
                   ("server", "server=all", 'leave out "server="'),
                   ("client_address", "mx1", "this is no IP address"),
                   ("client_network", "192.0.2.7", networks),
-                  ("server_port", "0587", 'Postfix writes a number; write'
-                   ' "587"'))),
+                  ("sender", "10.0.0.1", "only what no client chooses is"
+                   " compared with addresses"),
+                  ("server_port", "smtp", "Postfix writes this as a number"),
+                  ("server_port", "0587", 'Postfix writes this as a number;'
+                   ' write "587"'))),
             ("quotas:\n- by: sender\n  limits: [9/h]\n"
              "  limits_by_id: {10.0.0.0/8: []}", 5,
              "quotas: sender: limits_by_id: networks match no sender"),
@@ -1900,8 +1903,8 @@ class SettingsTest(FolderTest):
              " limits_by_id: joe@x.org: values of sender, helo_name are joined"
              " by bars"),
             (joe + "when: {server_port: [587, 465, 025]}", 5,
-             "quotas: sasl_username: when: server_port: 025: Postfix writes a"
-             ' number; write "25"'),
+             "quotas: sasl_username: when: server_port: 025: Postfix writes"
+             ' this as a number; write "25"'),
             (joe + 'when: {sender_domain: ["!a@x.org"]}', 5, "quotas:"
              " sasl_username: when: sender_domain: a@x.org: domains are"
              ' compared; write "x.org"'),
