@@ -4175,7 +4175,7 @@ def read_file(path: str) -> str:
     """Return the text of a file; wait for nobody who might write it."""
     with open(path, "rb", opener=open_at_once) as file:
         is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-        if is_fifo and not path.startswith(("/dev/", "/proc/")):
+        if is_fifo and not path.startswith(("/dev/fd/", "/dev/stdin")):
             raise ConfigError(f"{path}: cannot be read: it is a FIFO, write"
                               " the configuration into a file")
         os.set_blocking(file.fileno(), True)  # for what a shell pipes to us
