@@ -97,6 +97,7 @@ MAX_NUMBER = 2**31 - 1  # what a column of type int holds
 MAX_DATE = 2**62  # later than any date
 MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
+MAX_ADDRESS = 45  # characters of an IP address: IPv6 with IPv4 in the end
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
 FOR_GOOD = 10**12  # seconds: the year 33658
 NOTICE = 25  # the log level of what is said even with debug: False
@@ -223,9 +224,10 @@ def parse_address(
 # ---------------------------------------------------------------------------
 # 2. Settings
 #
-# One entry a setting: name, default, check.  A check takes what a file holds
-# and returns it typed, or raises ValueError or TypeError; its docstring
-# tells the admin what was expected.
+# The table of all settings: name, default, check and meaning.  A check takes
+# what a file holds and returns it typed, or raises ValueError or TypeError;
+# its docstring tells the admin what was expected.  At the end, the doubts:
+# what passes the checks, but cannot be meant.
 # ---------------------------------------------------------------------------
 
 ATTRIBUTES = (  # SMTPD_POLICY_README
@@ -244,19 +246,36 @@ DERIVED = {  # what is made of such an attribute
 ADDRESSES = (  # what may mean a host's address: no client chooses these
     ("client_address",), ("client_network",), ("server_address",),
     ("sasl_username",))
+COUNTS = ("recipients", "mails", "bytes")  # what a quota counts, or values
 FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
          "room_in")  # what fail_action may name
 ANY_WINDOW = range(1, MAX_NUMBER + 1)
+MAX_LIMITS = 100  # of one identity: each is a column of an SQL statement
+MAX_QUOTAS = 100  # each is a row or more to write for every mail
+MAX_MAILS = 10**15  # in a limit, also of bytes: sums stay below SQL's 2**63
+UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
     r"(?i:ok|[45]\d\d|dunno|defer|defer_if_(?:permit|reject)|bcc|discard"
     r"|filter|hold|info|prepend|redirect|sleep|warn|warn_if_reject"
     r"|(?:permit|reject)(?:_\w+)?|check_\w+)")
+PASSES = re.compile(  # those of them after which a mail goes on its way
+    r"(?i:ok|dunno|bcc|info|prepend|sleep|warn|warn_if_reject|permit(?:_\w+)?)"
+    r"|(?![45]\d\d$)\d+")
+REFUSES = re.compile(  # those that stop it
+    r"(?i:[45]\d\d|defer|defer_if_permit|discard|hold|reject)")
+Names = tuple[str, ...]  # they lead to a setting, or to an entry in it
 Limits = tuple[Limit, ...]
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Wrong(ValueError):
-    """Says why, and where: for each place the names that lead there."""
+    """A value cannot be used: why, and at which places within it."""
+
+    def __init__(self, why: str, *places: Names) -> None:
+        super().__init__(why)
+        self.why = why
+        self.places = places or ((),)
 
 
 def show(value: object) -> str:
@@ -267,15 +286,27 @@ def show(value: object) -> str:
         return "a huge number"
 
 
-def check_entry(check: Callable[[Any], T], value: object, *names: str) -> T:
+def suggest(name: object, known: Iterable[str]) -> str:
+    """Return the end of a message: which known name is likely to be meant."""
+    spelt = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(str(name)[:50].lower(), spelt, 1)
+    return f"; is {spelt[close[0]]} meant?" if close else ""
+
+
+def check_entry(check: Callable[[Any], T], value: object, *names: str,
+                secret: bool = False) -> T:
     """Check the value that the names lead to, or raise Wrong."""
+    places: tuple[Names, ...] = ((),)
     try:
         return check(value)
     except Wrong as error:
-        why, *entries = error.args
+        why, places = error.why, error.places
     except (KeyError, OverflowError, TypeError, ValueError):
-        why, entries = f"found {show(value)}, expected {check.__doc__}", [()]
-    raise Wrong(f"{names[-1]}: {why}", *((*names, *more) for more in entries))
+        why = f"found {show(value)}, expected {check.__doc__}"
+    if secret:
+        why = (f"expected {check.__doc__}; what was found may hold a"
+               " password and is not shown")
+    raise Wrong(f"{names[-1]}: {why}", *((*names, *more) for more in places))
 
 
 def as_whole(value: object, least: int = 0, most: float = math.inf) -> int:
@@ -317,8 +348,10 @@ def as_text(value: object) -> str:
 
 def as_texts(value: object) -> tuple[str, ...]:
     """text or a list of texts"""
-    texts = [value] if isinstance(value, str) else as_list(value or ())
-    return tuple(map(as_text, texts)) if value else ()
+    if not value:
+        return ()
+    texts = [value] if isinstance(value, str) else as_list(value)
+    return tuple(map(as_text, texts))
 
 
 def as_addresses(value: object) -> tuple[str, ...]:
@@ -341,7 +374,7 @@ def as_permission(value: object) -> int:
     if mode > 0o777:  # 666 is 01232
         meant = f"0{value}" if re.fullmatch("[1-7]..", str(value)) else "0666"
         raise Wrong(f"found {show(value)}, expected a file mode such as"
-                    f" {meant}", ())
+                    f" {meant}")
     return mode
 
 
@@ -353,16 +386,74 @@ def as_sqlite(value: object) -> dict[Any, Any]:
 
 
 def as_limits(value: object) -> Limits:
-    """a list of [mails, seconds], such as [[10, 60], [150, 86400]]"""
-    return tuple(Limit(as_whole(mails), as_seconds(seconds))
-                 for mails, seconds in map(as_list, as_list(value)))
+    """a list such as [[10, 60], [150, 86400]] or ["10/min", "150/day"]"""
+    listed = value.split(",") if isinstance(value, str) else as_list(value)
+    if len(listed) > MAX_LIMITS:
+        raise Wrong(f"found {len(listed)} limits, {MAX_LIMITS} are possible")
+    return tuple(map(as_limit, listed))
+
+
+def as_limit(value: object) -> Limit:
+    """[mails, seconds], or text such as 10/min"""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*([0-9]{1,15})\s*/(.*)", value)
+        if not found:
+            raise ValueError
+        return Limit(int(found[1]), duration(found[2]))
+    mails, seconds = as_list(value)
+    if as_whole(mails) > MAX_MAILS:
+        raise Wrong(f"{show(mails)} is too large a number; [] is no limit")
+    return Limit(as_whole(mails), as_seconds(seconds))
+
+
+def duration(text: str) -> int:
+    """Parse a time such as 90s, 2h, day or 60; return seconds."""
+    found = re.fullmatch(r"(?=.)([0-9]{0,9})(|s|sec|second|m|min|minute|h|hour"
+                         r"|d|day|w|week)s?", text.strip().lower())
+    seconds = int(found[1] or 1) * UNITS[found[2][:1]] if found else 0
+    if seconds < 1:
+        raise ValueError(f"found {show(text)}, expected seconds, or a number"
+                         " with s, min, h, d or w, such as 90s, 30min, 2h")
+    return min(seconds, MAX_NUMBER)
+
+
+@functools.lru_cache(1000)  # it takes as long as a third of a decision
+def parse_limits(text: str) -> Limits:
+    """Parse limits as text: 10/min,500/day or [[10, 60], "500/day"]."""
+    # Its parser's recursion kills the process: no more than can be meant.
+    text = str(text)[:1000].strip()
+    is_list = text.startswith(("[", "("))
+    try:
+        return as_limits(ast.literal_eval(text) if is_list else text)
+    except Wrong as error:
+        raise ValueError(error.why) from None
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"found {show(text)}, expected limits such as"
+                         " 10/min,500/day or [[10, 60], [500, 86400]]"
+                         ) from None
+
+
+def parse_given(text: str) -> Limits:
+    """Parse the LIMITS of --limit."""
+    try:
+        return parse_limits(text)
+    except ValueError as error:
+        raise ValueError(f"LIMITS: {error}") from None
+
+
+class Prefixes(NamedTuple):
+    """Networks of one length: entries by the bits that they start with."""
+
+    version: int  # of IP
+    shift: int  # bits of an address that the networks leave open
+    entries: Mapping[int, Any]
 
 
 class Patterns(NamedTuple):
     """Texts and networks by which a value is looked up."""
 
     texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
-    networks: tuple[tuple[Network, Any], ...] = ()  # the longest first
+    networks: tuple[Prefixes, ...] = ()  # the longest first
 
     def find(self, value: str, is_address: bool = True) -> Any:
         """Return the entry of the pattern that fits best, or None.
@@ -379,15 +470,40 @@ class Patterns(NamedTuple):
             return None  # a sender 127.0.0.1 is not this host
         if value in self.texts:
             return self.texts[value]
-        for network, entry in self.networks if address else ():
-            if address in network:
-                return entry
+        entry = self.find_network(address) if address else None
+        if entry is not None or not self.texts:
+            return entry
         _, at, domain = value.rpartition("@")
         pattern = at + domain
         while pattern not in self.texts and domain:
             pattern = f"{at}.{domain}"
             domain = domain.partition(".")[2]
         return self.texts.get(pattern)
+
+    def find_network(self, address: Address) -> Any:
+        """Return the entry of the longest network around an address."""
+        number, version = int(address), address.version
+        for networks in self.networks:
+            if networks.version == version:
+                entry = networks.entries.get(number >> networks.shift)
+                if entry is not None:
+                    return entry
+        return None
+
+    def entries(self) -> Iterator[Any]:
+        """Yield the entries of all patterns."""
+        yield from self.texts.values()
+        for networks in self.networks:
+            yield from networks.entries.values()
+
+    def each_network(self) -> Iterator[Network]:
+        """Yield all networks."""
+        for version, shift, entries in self.networks:
+            kind = ipaddress.IPv4Network if version == 4 else (
+                ipaddress.IPv6Network)
+            bits = (32 if version == 4 else 128) - shift
+            for number in entries:
+                yield kind((number << shift, bits))
 
 
 class Choice(NamedTuple):
@@ -418,6 +534,12 @@ class Rule:
     dry_run: bool = False
     block_for: int = 0  # seconds; 0: nobody is blocked
 
+    def all_limits(self) -> Iterator[Limit]:
+        """Yield the limits, and those of limits_by_id."""
+        yield from self.limits
+        for limits in self.limits_by_id.entries():
+            yield from limits
+
 
 def as_network(text: str) -> Network:
     """a network such as 10.0.0.0/8"""
@@ -427,26 +549,56 @@ def as_network(text: str) -> Network:
     return ipaddress.ip_network((mapped, bits)) if mapped else network
 
 
+@functools.lru_cache(1000)  # it takes ten times as long as to look it up
+def network_around(address: str) -> str:
+    """Return the network that client_network means, "" if there is none."""
+    found = parse_address(address)
+    if found is None:
+        return ""
+    bits = 24 if found.version == 4 else 64  # what one customer gets
+    return str(ipaddress.ip_network((found, bits), strict=False))
+
+
+def as_pattern(key: object) -> str | Network:
+    """Return the text, or the network, that values are compared with."""
+    words = {True: '"yes", like "on"', False: '"no", like "off"',
+             None: '"null", like "~"'}
+    if isinstance(key, (bool, type(None))):  # a user called no
+        raise Wrong(f"the key {words[key]}, means {key} in YAML; quote it",
+                    (str(key),))
+    pattern = fold(str(key)) if key != "" else ""
+    if re.fullmatch(r"[0-9a-f.:]+/[0-9.]+", pattern):
+        return as_network(pattern)
+    return pattern
+
+
 def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
     """Sort entries by the kind of their patterns."""
     texts: dict[str, Any] = {}
     networks: dict[Network, Any] = {}
     names: dict[object, str] = {}
     for key, entry in entries.items():
-        if isinstance(key, (bool, type(None))):  # a user called yes
-            raise Wrong(f"put quotes around {key}", (str(key),))
-        name = str(key)
-        pattern: Any = fold(name) if name else ""
-        if re.fullmatch(r"[0-9a-f.:]+/[0-9.]+", pattern):
-            pattern = as_network(pattern)
-            networks[pattern] = entry
-        else:
+        name, pattern = str(key), as_pattern(key)
+        if pattern in names:
+            raise Wrong(f"{name} and {names[pattern]} are the same",
+                        (name,), (names[pattern],))
+        names[pattern] = name
+        if isinstance(pattern, str):
             texts[pattern] = entry
-        other = names.setdefault(pattern, name)
-        if other != name:
-            raise Wrong(f"{name} and {other} are the same", (name,), (other,))
-    return Patterns(texts, tuple(sorted(
-        networks.items(), key=lambda item: -item[0].prefixlen)))
+        else:
+            networks[pattern] = entry
+    return Patterns(texts, index_networks(networks))
+
+
+def index_networks(entries: Mapping[Network, Any]) -> tuple[Prefixes, ...]:
+    """Return networks so that each length takes one look-up."""
+    lengths: dict[tuple[int, int], dict[int, Any]] = {}
+    for network, entry in entries.items():
+        shift = network.max_prefixlen - network.prefixlen
+        first = int(network.network_address) >> shift
+        lengths.setdefault((network.version, shift), {})[first] = entry
+    return tuple(Prefixes(version, shift, lengths[version, shift])
+                 for version, shift in sorted(lengths))
 
 
 def as_choice(value: object) -> Choice:
@@ -461,7 +613,7 @@ def as_choice(value: object) -> Choice:
 
 
 def as_limits_by_id(value: object) -> Patterns:
-    """identities or patterns, each with a list of [mails, seconds]"""
+    """identities or patterns, each with a list of limits"""
     return as_patterns({key: check_entry(as_limits, limits, str(key))
                         for key, limits in as_mapping(value).items()})
 
@@ -475,11 +627,17 @@ def as_networks(value: object) -> Choice | None:
     return as_choice(texts) if texts else None
 
 
+def as_known(value: object, known: Sequence[str], expected: str) -> str:
+    """Check that a value is one of the known names."""
+    if value not in known:
+        raise Wrong(f"found {show(value)}, expected {expected}"
+                    + suggest(value, known))
+    return str(value)
+
+
 def as_attribute(value: object) -> str:
     """an attribute that Postfix sends, such as sasl_username"""
-    if value not in ATTRIBUTES and value not in DERIVED:
-        raise ValueError
-    return str(value)
+    return as_known(value, (*ATTRIBUTES, *DERIVED), str(as_attribute.__doc__))
 
 
 def as_by(value: object) -> tuple[str, ...]:
@@ -498,9 +656,8 @@ def as_when(value: object) -> tuple[tuple[str, Choice], ...]:
 
 def as_counted(value: object) -> str:
     """recipients, mails, bytes, or an attribute that Postfix sends"""
-    if value in ("recipients", "mails", "bytes"):
-        return str(value)
-    return as_attribute(value)
+    return as_known(value, (*COUNTS, *ATTRIBUTES, *DERIVED),
+                    str(as_counted.__doc__))
 
 
 def as_name(value: object) -> str:
@@ -533,18 +690,28 @@ QUOTA: Mapping[str, Callable[[Any], Any]] = {
 def as_quotas(value: object) -> tuple[Rule, ...]:
     """a list of quotas, each with by and limits"""
     rules: dict[str, Rule] = {}
+    if len(as_list(value)) > MAX_QUOTAS:
+        raise Wrong(f"found {len(as_list(value))} quotas, {MAX_QUOTAS} are"
+                    " possible")
     for number, quota in enumerate(as_list(value)):
-        parts = {}
-        for name, item in as_mapping(quota).items():
-            if name not in QUOTA:
-                raise Wrong(f"{name}: no such entry", (str(number), str(name)))
-            parts[name] = check_entry(QUOTA[name], item, str(number), name)
-        if "by" not in parts or not {"limits", "limits_by_id"} & {*parts}:
-            raise Wrong("a quota needs by and limits", (str(number),))
-        rule = Rule(**{"name": "+".join(parts["by"]), **parts})
-        if rules.setdefault(rule.name, rule) is not rule:
+        rule = as_quota(as_mapping(quota), str(number))
+        if rule.name in rules:
             raise Wrong(f"two are called {rule.name}", (str(number), "name"))
+        rules[rule.name] = rule
     return tuple(rules.values())
+
+
+def as_quota(entries: Mapping[Any, Any], number: str) -> Rule:
+    """Check the entries of the quota with a number."""
+    parts: dict[str, Any] = {}
+    for name, item in entries.items():
+        if name not in QUOTA:
+            raise Wrong(f"{name}: no such entry{suggest(name, QUOTA)}",
+                        (number, str(name)))
+        parts[name] = check_entry(QUOTA[name], item, number, name)
+    if "by" not in parts or not ("limits" in parts or "limits_by_id" in parts):
+        raise Wrong("a quota needs by and limits", (number,))
+    return Rule(**{"name": "+".join(parts["by"]), **parts})
 
 
 def as_socket(value: object) -> str | tuple[str, int]:
@@ -597,11 +764,15 @@ as_subject = expect("text",
 
 
 def setting(default: object, check: Callable[[Any], Any], meaning: str,
-            error: type[PolicydError] = ConfigError) -> Any:
-    """Make an entry of the table; error is what a bad value raises."""
+            error: type[PolicydError] = ConfigError,
+            secret: bool = False) -> Any:
+    """Make an entry of the table.
+
+    error: what a wrong value raises.  secret: no message may show the value.
+    """
     return field(default_factory=lambda: check(default), metadata={
         "default": default, "check": check, "meaning": meaning,
-        "error": error})
+        "error": error, "secret": secret})
 
 
 @dataclass(frozen=True)
@@ -631,10 +802,11 @@ class Settings:
     mysql_config: Mapping[str, Any] = setting(
         {"user": "username", "passwd": "*****",
          "db": "database", "host": "localhost", "charset": "utf8"}, as_mapping,
-        "how to connect to MariaDB or MySQL")
+        "how to connect to MariaDB or MySQL", secret=True)
     pgsql_config: Mapping[str, Any] = setting(
         {"database": "database", "user": "username", "password": "*****",
-         "host": "localhost"}, as_mapping, "how to connect to PostgreSQL")
+         "host": "localhost"}, as_mapping, "how to connect to PostgreSQL",
+        secret=True)
     db_timeout: int = setting(
         10, as_seconds, "seconds to wait for the database")
     limits: Limits = setting(
@@ -691,7 +863,8 @@ class Settings:
     smtp_tls_verify: bool = setting(
         True, as_bool, "check smtp_server's certificate, unless it is local")
     smtp_credentials: tuple[str, str] | None = setting(
-        None, as_credentials, "user and password for smtp_server")
+        None, as_credentials, "user and password for smtp_server",
+        secret=True)
     alert: bool = setting(
         False, as_bool, "mail report_to at once when somebody hits a limit")
     alert_command: tuple[str, ...] = setting(
@@ -707,14 +880,13 @@ class Settings:
             quota, fail_action=quota.fail_action or self.fail_action,
             dry_run=quota.dry_run or self.dry_run) for quota in self.quotas))
 
-    @property
-    def windows(self) -> set[int]:
+    @functools.cached_property
+    def windows(self) -> frozenset[int]:
         """Return the windows of the file's limits, in seconds."""
-        return {limit.seconds for rule in self.rules for limits in (
-            rule.limits, *rule.limits_by_id.texts.values(),
-            *dict(rule.limits_by_id.networks).values()) for limit in limits}
+        return frozenset(limit.seconds for rule in self.rules
+                         for limit in rule.all_limits())
 
-    @property
+    @functools.cached_property
     def longest_window(self) -> int:
         """Return the longest of these."""
         return max(self.windows, default=86400)
@@ -729,70 +901,458 @@ class Settings:
         return [86400] if 86400 in self.windows else ANY_WINDOW
 
 
-def doubts(settings: Settings) -> Iterator[tuple[bool, str]]:
-    """Yield what has no effect, with True if that means: nothing counts."""
-    named = bool(settings.limit_by_sasl or settings.limit_by_sender
-                 or settings.quotas)
-    windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
+def mend_limits(value: object) -> object:
+    """Take whole numbers where 1.x took fractions: [[3, 3600.5]]."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    mended = [mend_limit(limit) for limit in value]
+    return value if mended == list(value) else mended
+
+
+def mend_limit(limit: object) -> object:
+    """Make one limit of whole numbers, the stricter way."""
+    if not isinstance(limit, (list, tuple)) or len(limit) != 2:
+        return limit
+    mails, seconds = limit
+    if not is_fraction(mails) and not is_fraction(seconds):
+        return limit
+    if is_fraction(mails):
+        mails = math.floor(mails)
+    return [mails, mend_seconds(seconds)]
+
+
+def is_fraction(value: object) -> bool:
+    """Say whether a value is a number that is not whole."""
+    return (isinstance(value, float) and math.isfinite(value)
+            and not value.is_integer())
+
+
+def mend_seconds(value: Any) -> object:
+    """Take the next whole second: 0.5."""
+    return math.ceil(value) if is_fraction(value) else value
+
+
+def mend_windows(value: object) -> object:
+    """Take the next whole seconds, as in limits: [3600.5]."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    mended = list(map(mend_seconds, value))
+    return value if mended == list(value) else mended
+
+
+def mend_bool(value: object) -> object:
+    """Take as True what 1.x did, if it does not say no: 2, "yes"."""
+    if type(value) is int and value not in (0, 1):
+        return True
+    if isinstance(value, str) and value.lower() in ("true", "yes", "on"):
+        return True
+    return value
+
+
+def mend_count_mode(value: object) -> object:
+    """Take the number that it says: True, "1"."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str) and re.fullmatch("[012]", value):
+        return int(value)
+    return value
+
+
+def mend_socket(value: object) -> object:
+    """Write out an IPv4 address: ["127.1", 8552]."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return value
+    parts = str(value[0]).split(".")
+    if len(parts) not in (2, 3) or not all(map(str.isdecimal, parts)):
+        return value
+    *first, last = parts  # which stands at the end of the four
+    zeros = ["0"] * (4 - len(parts))
+    return [".".join([*first, *zeros, last]), *value[1:]]
+
+
+def mend_permission(value: object) -> object:
+    """Leave out what means nothing on a socket, as the sticky bit: 01777."""
+    octal = str(value).replace("o", "", 1) if value != 0o1777 else "01777"
+    found = re.fullmatch("0[1-7]([0-7]{3})", octal)
+    return f"0{found[1]}" if found and found[1] != "000" else value
+
+
+def mend_action(value: object) -> object:
+    """Take a space for each tab, which Postfix would take as well."""
+    return value.replace("\t", " ") if isinstance(value, str) else value
+
+
+def mend_smtp_server(value: object) -> object:
+    """Take host and port apart: "mail.example.org:587"."""
+    if not isinstance(value, str) or parse_address(value):
+        return value
+    host, _, port = value.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port):
+        return value
+    return [host.strip("[]"), int(port)]
+
+
+# What 1.x took and the checks refuse, where it is plain what is meant: an
+# upgrade must not leave a mail host without the daemon.  Each of these
+# returns the very value that it was given where there is nothing to mend.
+MENDS: Mapping[str, Callable[[Any], object]] = {
+    "limits": mend_limits, "delay_to_close": mend_seconds,
+    "report_limits": mend_windows, "count_mode": mend_count_mode,
+    "SOCKET": mend_socket, "socket_permission": mend_permission,
+    "success_action": mend_action, "fail_action": mend_action,
+    "db_error_action": mend_action, "smtp_server": mend_smtp_server}
+
+
+class Doubt(NamedTuple):
+    """A setting that passes the checks, but cannot be meant."""
+
+    fatal: bool  # --check fails, as where nothing at all would be limited
+    message: str
+    names: Names  # of the setting
+
+
+class Placed(NamedTuple):
+    """A rule, and how messages name it."""
+
+    rule: Rule
+    names: Names = ()  # they lead to it
+    label: str = ""
+
+
+# Seconds that are often a window.
+SPANS = (3600, 7200, 21600, 43200, 86400, 172800, 604800, 2592000)
+COUNTED_AT: Mapping[str | int, Sequence[str]] = {  # by count_mode
+    "auto": ("rcpt", "data", "end-of-message"), 0: ("rcpt",),
+    1: ("data", "end-of-message"), 2: ("data", "end-of-message")}
+NUMBERS = ("recipient_count", "size", "encryption_keysize", "client_port",
+           "server_port")  # attributes, as Postfix writes them
+EVERYWHERE = (ipaddress.IPv4Network("0.0.0.0/0"),
+              ipaddress.IPv6Network("::/0"))
+
+
+def doubts(settings: Settings) -> Iterator[Doubt]:
+    """Yield a doubt for each setting without effect, or with a wrong one."""
+    for find in DOUBTS:
+        yield from find(settings)
+
+
+def place_rules(settings: Settings) -> list[Placed]:
+    """Return the rules with their places."""
+    first, *quotas = settings.rules
+    return [Placed(first), *(
+        Placed(rule, ("quotas", str(number)), f"quotas: {rule.name}: ")
+        for number, rule in enumerate(quotas))]
+
+
+def limits_nothing(settings: Settings) -> bool:
+    """Say whether no rule can ever refuse a mail, not even on trial."""
+    return not any(is_effective(settings, rule) for rule in settings.rules)
+
+
+def is_effective(settings: Settings, rule: Rule) -> bool:
+    """Say whether a rule can ever refuse a mail, if only on trial."""
+    has_limits = any(rule.all_limits())
+    if passes(rule.fail_action):
+        return False
+    if rule.by:
+        return has_limits and not any(
+            never_matches(settings, rule, *condition)
+            for condition in rule.when)
+    return (has_limits or bool(settings.sql_limits_by_id)) and bool(
+        settings.limit_by_sasl or settings.limit_by_sender
+        or (settings.limit_by_ip and settings.limited_networks
+            and not excludes_all(settings.limited_networks)))
+
+
+def passes(action: str) -> bool:
+    """Say whether Postfix lets a mail pass for an action."""
+    return bool(PASSES.fullmatch(action.split()[0]))
+
+
+def excludes_all(networks: Choice) -> bool:
+    """Say whether the networks with "!" exclude all that the others have."""
+    if not networks.unwanted.networks:
+        return False
+    wanted = (EVERYWHERE if networks.wanted is None
+              else networks.wanted.each_network())
+    unwanted = index_networks(dict.fromkeys(
+        join_networks(networks.unwanted.each_network()), True))
+    return all(is_inside(network, unwanted) for network in wanted)
+
+
+def join_networks(networks: Iterable[Network]) -> Iterator[Network]:
+    """Yield networks so that two halves are one whole."""
+    found: list[Any] = list(networks)
+    for version in (4, 6):
+        yield from ipaddress.collapse_addresses([
+            network for network in found if network.version == version])
+
+
+def is_inside(network: Network, others: Sequence[Prefixes]) -> bool:
+    """Say whether a network is part of one of the others."""
+    number = int(network.network_address)
+    shift = network.max_prefixlen - network.prefixlen
+    return any(other.version == network.version and other.shift >= shift
+               and number >> other.shift in other.entries for other in others)
+
+
+def doubt_identities(settings: Settings) -> Iterator[Doubt]:
+    """Yield where no mail belongs to anybody."""
+    nothing, networks = limits_nothing(settings), settings.limited_networks
+    if not (settings.limit_by_sasl or settings.limit_by_sender
+            or settings.limit_by_ip or settings.quotas):
+        yield Doubt(True, "limit_by_sasl, limit_by_sender, limit_by_ip: all"
+                    " are False, so nothing is limited", ("limit_by_sasl",))
+    if not settings.limit_by_ip:
+        return
+    if not networks:
+        yield Doubt(nothing, "limited_networks: empty, so no address is"
+                    " limited", ("limited_networks",))
+    elif excludes_all(networks):
+        yield Doubt(nothing, "limited_networks: those with \"!\" exclude all"
+                    " others, so no address is limited",
+                    ("limited_networks",))
+
+
+def doubt_limits(settings: Settings) -> Iterator[Doubt]:
+    """Yield where there are no limits."""
+    if not settings.windows and not settings.sql_limits_by_id:
+        yield Doubt(True, "limits: none here, in limits_by_id, quotas or by"
+                    " sql_limits_by_id, so nothing is limited", ("limits",))
+    for rule, names, label in place_rules(settings):
+        if rule.by and not any(rule.all_limits()):
+            yield Doubt(limits_nothing(settings), f"{label}it has no limits,"
+                        " so it never refuses", names)
+
+
+def doubt_numbers(settings: Settings) -> Iterator[Doubt]:
+    """Yield limits whose numbers seem to be swapped."""
+    for rule, names, label in place_rules(settings):
+        listed: list[tuple[Names, Limits]] = [(("limits",), rule.limits)]
+        for text, limits in rule.limits_by_id.texts.items():
+            listed.append((("limits_by_id", text), limits))
+        for place, limits in listed:
+            swapped = [limit for limit in limits if look_swapped(*limit)]
+            if swapped and rule.count != "bytes":
+                mails, seconds = swapped[0]
+                yield Doubt(
+                    False, f"{label}{': '.join(place)}: [{mails}, {seconds}]"
+                    f" lets {mails // seconds} mails pass in a second; is"
+                    f" [{seconds}, {mails}] meant?", (*names, *place))
+
+
+def look_swapped(mails: int, seconds: int) -> bool:
+    """Say whether the mails of a limit look like its seconds."""
+    if mails not in SPANS or not 1 < seconds < mails:
+        return False  # [3600, 1] bounds the recipients of a mail
+    return seconds % 60 != 0 or (mails >= 86400 and seconds < 3600)
+
+
+def doubt_patterns(settings: Settings) -> Iterator[Doubt]:
+    """Yield what in limits_by_id can match nobody."""
+    for rule, names, label in place_rules(settings):
+        patterns, place = rule.limits_by_id, (*names, "limits_by_id")
+        for text in patterns.texts:
+            why = why_no_key(settings, rule, text)
+            if why:
+                yield Doubt(False, f"{label}limits_by_id: {text}: {why}",
+                            (*place, text))
+        if rule.by and rule.by not in ADDRESSES and patterns.networks:
+            yield Doubt(False, f"{label}limits_by_id: networks match no"
+                        f" {'+'.join(rule.by)}", place)
+
+
+def why_no_key(settings: Settings, rule: Rule, text: str) -> str:
+    """Return why a text in limits_by_id can match nobody, or ""."""
+    name, equals, value = text.partition("=")
+    if equals and name == rule.name:
+        return f'leave out "{name}="'
+    if equals and not rule.by and name in (
+            *(quota.name for quota in settings.quotas), *ATTRIBUTES, *DERIVED):
+        return (f'it looks like the key of a quota; write "{value}" into'
+                f" limits_by_id of the quota {name}")
+    if text == "":
+        return "mail without it is not counted"
+    if len(rule.by) == 1:
+        return why_no_value(rule.by[0], text)
+    if rule.by and text[0] not in "@." and (
+            text.count("|") != len(rule.by) - 1):
+        return f"values of {', '.join(rule.by)} are joined by bars"
+    return why_no_value("", text)
+
+
+def why_no_value(attribute: str, text: str) -> str:
+    """Return why an attribute cannot match a text, or ""."""
+    if "*" in text:
+        bare = text.replace("*@*.", "@.").replace("*@", "@").replace("*.", ".")
+        meant = bare if "*" not in bare and bare[:1] in ("@", ".") else (
+            "@example.org")
+        return f'there is no wildcard; write "{meant}"'
+    is_address = parse_address(text) is not None
+    if re.fullmatch(r"[0-9]+(?:\.[0-9]+){3}", text) and not is_address:
+        return "this is no IP address"
+    if text == "" and attribute != "server":
+        return ""
+    if attribute == "server" and text != "all":
+        return 'server has but one value, "all"'
+    if attribute.endswith("_domain") and "@" in text:
+        return f'domains are compared; write "{text.rpartition("@")[2]}"'
+    if attribute == "client_network":
+        return "networks are compared; write one, such as 192.0.2.0/24"
+    if attribute in ("client_address", "server_address") and not (
+            is_address or text == "unknown"):
+        return "this is no IP address"
+    if is_address and attribute and (attribute,) not in ADDRESSES:
+        return "only what no client chooses is compared with addresses"
+    if attribute in NUMBERS and not re.fullmatch("0|[1-9][0-9]*", text):
+        number = f'; write "{text.lstrip("0")}"' if text.isdecimal() else ""
+        return f"Postfix writes this as a number{number}"
+    return ""
+
+
+def doubt_conditions(settings: Settings) -> Iterator[Doubt]:
+    """Yield what in `when` can match no mail."""
+    for placed in place_rules(settings):
+        for attribute, choice in placed.rule.when:
+            yield from doubt_condition(settings, placed, attribute, choice)
+
+
+def doubt_condition(settings: Settings, placed: Placed, attribute: str,
+                    choice: Choice) -> Iterator[Doubt]:
+    """Yield what one attribute of a `when` can never be."""
+    names = (*placed.names, "when", attribute)
+    label = f"{placed.label}when: {attribute}: "
+    wanted = choice.wanted.texts if choice.wanted else ()
+    for text in (*wanted, *choice.unwanted.texts):
+        why = why_no_value(attribute, text)
+        if why:
+            yield Doubt(False, f"{label}{text}: {why}", names)
+    if never_matches(settings, placed.rule, attribute, choice):
+        yield Doubt(limits_nothing(settings), f"{label}no mail that is counted"
+                    " can match", names)
+
+
+def never_matches(settings: Settings, rule: Rule, attribute: str,
+                  choice: Choice) -> bool:
+    """Say whether a condition of a rule can match no mail."""
+    if attribute == "server":
+        return not choice.fits("all")
+    if attribute == "protocol_state":
+        return not any(map(choice.fits, COUNTED_AT[settings.count_mode]))
+    if choice.wanted is None:
+        return False
+    counted = {*rule.by, rule.count}  # mail without these is not counted
+    needed = counted | {DERIVED.get(name, name) for name in counted}
+    if (choice.wanted.networks and (attribute,) in ADDRESSES
+            and not excludes_all(choice)):
+        return False
+    return not any(
+        not why_no_value(attribute, text)
+        and (text[:1] in ("@", ".")
+             or choice.fits(text, (attribute,) in ADDRESSES))
+        and (text != "" or attribute not in needed)
+        for text in choice.wanted.texts)
+
+
+def doubt_actions(settings: Settings) -> Iterator[Doubt]:
+    """Yield actions that do not do what their setting is for."""
+    if settings.dry_run:
+        yield Doubt(False, "dry_run: True, so no mail is refused",
+                    ("dry_run",))
+    for name in ("success_action", "db_error_action"):
+        action = getattr(settings, name)
+        word = action.split()[0]
+        yield from doubt_word(word, name, (name,))
+        if re.fullmatch(r"(?i:ok|permit\w*)", word):
+            yield Doubt(False, f"{name}: after {word} Postfix skips all"
+                        " restrictions that come later; write dunno", (name,))
+    word = settings.success_action.split()[0]
+    if REFUSES.fullmatch(word):
+        yield Doubt(False, f"success_action: {word} stops the mail that is"
+                    " within its limits; write dunno", ("success_action",))
+    yield from doubt_refusal(settings, settings.fail_action, "",
+                             ("fail_action",))
+    for number, quota in enumerate(settings.quotas):
+        if quota.fail_action:
+            yield from doubt_refusal(
+                settings, quota.fail_action, f"quotas: {quota.name}: ",
+                ("quotas", str(number), "fail_action"))
+
+
+def doubt_refusal(settings: Settings, action: str, label: str, names: Names,
+                  ) -> Iterator[Doubt]:
+    """Yield why a fail_action refuses no mail."""
+    word = action.split()[0]
+    yield from doubt_word(word, f"{label}fail_action", names)
+    if passes(action):
+        yield Doubt(limits_nothing(settings), f"{label}fail_action: {word}"
+                    " lets the mail pass, so none is refused; to try limits"
+                    " set dry_run: True", names)
+
+
+def doubt_word(word: str, label: str, names: Names) -> Iterator[Doubt]:
+    """Yield that an action is unknown, if it is."""
+    if not ACTIONS.fullmatch(word):
+        yield Doubt(False, f"{label}: access(5) knows no {word}", names)
+
+
+def doubt_query(settings: Settings) -> Iterator[Doubt]:
+    """Yield where the query has the placeholder of another database."""
+    query = re.sub("'(?:[^']|'')*'", "", settings.sql_limits_by_id or "")
+    right, other = ("?", "%s") if settings.backend == 0 else ("%s", "?")
+    if other in query and right not in query:
+        backend = ("SQLite", "MariaDB and MySQL", "PostgreSQL")
+        yield Doubt(True, f"sql_limits_by_id: write {right} instead of"
+                    f" {other}, for {backend[settings.backend]}",
+                    ("sql_limits_by_id",))
+
+
+def doubt_reports(settings: Settings) -> Iterator[Doubt]:
+    """Yield why reports and alerts reach nobody."""
     mails_alert = settings.alert and not settings.alert_command
-    if not named and not settings.limit_by_ip:
-        yield True, ("limit_by_sasl, limit_by_sender, limit_by_ip: all are"
-                     " False, so nothing is limited")
-    if settings.limit_by_ip and not settings.limited_networks:
-        yield not named, "limited_networks: empty, so no address is limited"
-    if not windows:
-        yield True, ("limits: none here, in limits_by_id, quotas or by"
-                     " sql_limits_by_id, so nothing is limited")
-    if settings.dry_run or settings.fail_action.lower() in ("dunno", "ok"):
-        yield False, "fail_action, dry_run: as they are, no mail is refused"
-    if (settings.report or mails_alert) and not settings.report_to:
-        yield False, "report_to: nobody is named to get reports and alerts"
-    if settings.report_limits == () and (settings.report or settings.alert):
-        yield False, "report_limits: empty, so nobody is told of a refusal"
+    mails = settings.report or mails_alert
+    if mails and not settings.report_to:
+        yield Doubt(False, "report_to: nobody is named to get reports and"
+                    " alerts", ("report_to",))
+    if (mails and settings.smtp_credentials and not settings.smtp_starttls
+            and not is_this_host(settings.smtp_server[0])):
+        yield Doubt(False, "smtp_credentials: they are sent to another host"
+                    " encrypted only; set smtp_starttls: True",
+                    ("smtp_credentials",))
+    if not settings.report and not settings.alert:
+        return
+    if settings.report_limits == ():
+        yield Doubt(False, "report_limits: empty, so nobody is told of a"
+                    " refusal", ("report_limits",))
+    windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
     for window in settings.report_limits or ():
-        if (settings.report or settings.alert) and window not in windows:
-            yield False, f"report_limits: no limit has the window {window}"
-    for name, action in dict.fromkeys([
-            ("success_action", settings.success_action),
-            ("db_error_action", settings.db_error_action),
-            *(("fail_action", rule.fail_action) for rule in settings.rules)]):
-        if not ACTIONS.fullmatch(action.split()[0]):
-            yield False, f"{name}: access(5) knows no {action.split()[0]}"
+        if window not in windows:
+            yield Doubt(False, "report_limits: no limit has the window"
+                        f" {window}", ("report_limits",))
 
 
-@functools.lru_cache(1000)  # it takes as long as a third of a decision
-def parse_limits(text: str) -> Limits:
-    """Parse limits as Python writes lists: [[10, 60], [150, 86400]]."""
-    try:
-        # Its parser's recursion kills the process: no more than can be meant.
-        return as_limits(ast.literal_eval(str(text)[:1000].strip()))
-    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
-        raise ValueError(f"found {str(text)[:200]!r}, expected"
-                         f" {as_limits.__doc__}") from None
+def is_this_host(host: str) -> bool:
+    """Say whether a name or address certainly means this host."""
+    address = parse_address(host)
+    return host.lower() == "localhost" or (
+        address is not None and address.is_loopback)
 
 
-UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+def doubt_process(settings: Settings) -> Iterator[Doubt]:
+    """Yield where the daemon may not listen, or whom it becomes."""
+    path = settings.SOCKET
+    if isinstance(path, str) and not path.startswith("/"):
+        yield Doubt(False, f"SOCKET: {path} is in the folder where the daemon"
+                    f" is started; is /var/spool/postfix/{path} meant?",
+                    ("SOCKET",))
+    if settings.user in ("root", "0"):
+        yield Doubt(False, "user: root may do anything; name an account of"
+                    f" its own, such as {PROGRAM}", ("user",))
 
 
-def parse_given(text: str) -> Limits:
-    """Parse LIMITS: as in the file, or such as 10/min,500/day."""
-    if text.strip().startswith(("[", "(")):
-        return parse_limits(text)
-    try:
-        return as_limits([[int(mails), duration(span)] for mails, _, span in
-                          (part.partition("/") for part in text.split(","))])
-    except ValueError:
-        raise ValueError(f"LIMITS: found {text!r}, expected such as 500/day,"
-                         " 10/min,90/h, [[10, 60]]") from None
-
-
-def duration(text: str) -> int:
-    """Parse a time such as 90s, 2h, day or 60; return seconds."""
-    found = re.fullmatch(r"(?=.)(\d{0,9})(|s|sec|second|m|min|minute|h|hour"
-                         r"|d|day|w|week)s?", text.strip().lower())
-    if not found:
-        raise ValueError
-    return as_seconds(int(found[1] or 1) * UNITS[found[2][:1]])
+DOUBTS: Sequence[Callable[[Settings], Iterator[Doubt]]] = (
+    doubt_identities, doubt_limits, doubt_numbers, doubt_patterns,
+    doubt_conditions, doubt_actions, doubt_query, doubt_reports, doubt_process)
 
 
 # ---------------------------------------------------------------------------
@@ -1112,9 +1672,7 @@ def attribute_of(request: Request, name: str) -> str:
         return "all"
     value = request.attributes.get(DERIVED.get(name, name), "")
     if name == "client_network":
-        address = parse_address(value)
-        return "" if address is None else str(ipaddress.ip_network(
-            (address, 24 if address.version == 4 else 64), strict=False))
+        return network_around(value) if len(value) <= MAX_ADDRESS else ""
     if name in DERIVED:
         value = value.rpartition("@")[2].rstrip(". ") if "@" in value else ""
     return fold(value) if value else ""
@@ -1269,6 +1827,64 @@ def spell(seconds: int) -> str:
         if seconds % size == 0 or seconds >= 10 * size)
     number = math.ceil(seconds / size)
     return f"{number} {unit}{'s' if number > 1 else ''}"
+
+
+def describe_rules(settings: Settings) -> Iterator[str]:
+    """Yield what is limited, in words: a line for each rule."""
+    first, *quotas = settings.rules
+    subjects = []
+    if settings.limit_by_sasl:
+        subjects.append("login")
+    if settings.limit_by_sender:
+        subjects.append("sender")
+    if settings.limit_by_ip and settings.limited_networks:
+        subjects.append("client address in limited_networks")
+    if subjects:
+        words = describe_rule(settings, first)
+        if settings.sql_limits_by_id:
+            words += "; sql_limits_by_id may give others"
+        yield f"each {', else each '.join(subjects)}: {words}"
+    for rule in quotas:
+        by = "+".join(rule.by)
+        subject = "all mail together" if by == "server" else f"each {by}"
+        name = "" if rule.name == by else f"{printable(rule.name)}: "
+        yield f"{name}{subject}: {describe_rule(settings, rule)}"
+
+
+def describe_rule(settings: Settings, rule: Rule) -> str:
+    """Return a rule's limits in words, and what else is to be known of it."""
+    what = rule.count or "mails"
+    if what not in COUNTS:
+        what = f"different values of {what}"
+    limits = [f"{limit.mails} {per(limit.seconds)}" for limit in rule.limits]
+    if limits:
+        limits[0] = limits[0].replace(" ", f" {what} ", 1)
+    words = [", ".join(limits) or "no limits"]
+    most = min((limit.mails for limit in rule.limits), default=0)
+    by_recipients = rule.count == "recipients" or (
+        not rule.count and settings.count_mode != 2)
+    if most and by_recipients and settings.count_mode != 0:
+        words.append(f"a mail to more than {most} recipients is always"
+                     " refused")
+    exceptions = sum(1 for _ in rule.limits_by_id.entries())
+    if exceptions:
+        words.append(f"{exceptions} in limits_by_id "
+                     f"{'has' if exceptions == 1 else 'have'} other limits")
+    if rule.when:
+        names = ", ".join(attribute for attribute, _ in rule.when)
+        words.append(f"only where its \"when\" matches ({names})")
+    if rule.dry_run:
+        words.append("dry_run: nothing is refused")
+    return "; ".join(words)
+
+
+def per(seconds: int) -> str:
+    """Return a limit's window in words: per hour, in 90 seconds."""
+    size, unit = next((size, unit) for size, unit in (
+        (604800, "week"), (86400, "day"), (3600, "hour"), (60, "minute"),
+        (1, "second")) if seconds % size == 0)
+    number = seconds // size
+    return f"per {unit}" if number == 1 else f"in {number} {unit}s"
 
 
 def moment(date: float) -> str:
@@ -1800,32 +2416,37 @@ class Database:
         if left < 0 or not self.lock.acquire(timeout=left):
             raise LedgerError(TOO_SLOW)
         try:
-            while True:
-                transaction = None
-                began = time.monotonic()
-                was_open = self._connection is not None
-                try:
-                    self._connect(deadline)
-                    transaction = self.begin(begin, deadline)
-                    result = work(transaction, *given)
-                    transaction.run("COMMIT")
-                    return result
-                except Exception as error:  # drivers raise more than their own
-                    now = time.monotonic()
-                    conflict = self.backend.is_conflict(error)
-                    undone = self._roll_back(keep=conflict)
-                    if conflict and now <= latest(transaction, deadline):
-                        time.sleep(random.uniform(0, 0.01))
-                        continue
-                    quick = now - began < self.backend.timeout / 2
-                    answered = transaction is not None and transaction.answered
-                    if was_open and quick and not answered and not conflict:
-                        continue
-                    raise LedgerError(
-                        self.backend.explain(error), undone) from error
+            return self._try_until(deadline, begin, work, *given)
         finally:
             self._under_way = None
             self.lock.release()
+
+    def _try_until(self, deadline: float, begin: str, work: Callable[..., T],
+                   *given: Any) -> T:
+        """Do the same under the lock, again for as long as that may help."""
+        while True:
+            transaction = None
+            began = time.monotonic()
+            was_open = self._connection is not None
+            try:
+                self._connect(deadline)
+                transaction = self.begin(begin, deadline)
+                result = work(transaction, *given)
+                transaction.run("COMMIT")
+                return result
+            except Exception as error:  # drivers raise more than their own
+                now = time.monotonic()
+                conflict = self.backend.is_conflict(error)
+                undone = self._roll_back(keep=conflict)
+                if conflict and now <= latest(transaction, deadline):
+                    time.sleep(random.uniform(0, 0.01))
+                    continue
+                quick = now - began < self.backend.timeout / 2
+                answered = transaction is not None and transaction.answered
+                if was_open and quick and not answered and not conflict:
+                    continue
+                raise LedgerError(
+                    self.backend.explain(error), undone) from error
 
     def begin(self, statement: str, deadline: float) -> Transaction:
         """Begin a transaction on the connection, which is watched now."""
@@ -2260,37 +2881,38 @@ def read_pages(transaction: Transaction, pages: Mapping[str, Page],
     unread = list(pages.values())
     while unread:
         again = []
-        for some in chunks(unread, transaction.backend.chunk):
-            for place, override, date, total, *before in ask_usage(
-                    transaction, some):
-                page = some[place]
-                asked = len(page.windows)
-                if override is not None:
-                    take_override(transaction, page, override)
-                if date is not None and is_amiss(
-                        transaction, page, date, total, now):
-                    again.append(page)
-                elif len(page.windows) > asked:
-                    again.append(page)  # --limit has windows of its own
-                else:
-                    fill_page(transaction, page, now, date, total, before)
+        for page, [override, date, total, *before] in ask_usage(
+                transaction, unread):
+            asked = len(page.windows)
+            if override is not None:
+                take_override(transaction, page, override)
+            is_whole = len(page.windows) == asked  # or --limit has others
+            if is_whole and is_right(transaction, page, date, total, now):
+                fill_page(transaction, page, now, date, total, before)
+            else:
+                again.append(page)
         unread = again
 
 
 def ask_usage(transaction: Transaction, pages: Sequence[Page],
-              ) -> list[tuple[Any, ...]]:
-    """Ask for the use of all windows of some identities, in one statement."""
-    width = max([len(page.windows) for page in pages])
-    values: list[object] = []
-    for page in pages:
-        second = page.second
-        values.append(page.claim.identity)
-        values += [second - seconds for seconds in page.windows]
-        values += [second] * (width - len(page.windows))
-    statement = usage_statement(len(pages), width, transaction.backend.text)
-    found: list[tuple[Any, ...]] = transaction.run(
-        statement, *values, pages[0].second).fetchall()
-    return found
+              ) -> Iterator[tuple[Page, Sequence[Any]]]:
+    """Yield what the tables have of identities, many with one statement.
+
+    Of each that is what usage_statement() yields, without the place.
+    """
+    for some in chunks(pages, transaction.backend.chunk):
+        width = max([len(page.windows) for page in some])
+        values: list[object] = []
+        for page in some:
+            second = page.second
+            values.append(page.claim.identity)
+            values += [second - seconds for seconds in page.windows]
+            values += [second] * (width - len(page.windows))
+        statement = usage_statement(
+            len(some), width, transaction.backend.text)
+        for place, *found in transaction.run(
+                statement, *values, some[0].second).fetchall():
+            yield some[place], found
 
 
 def take_override(transaction: Transaction, page: Page, text: str) -> None:
@@ -2301,22 +2923,25 @@ def take_override(transaction: Transaction, page: Page, text: str) -> None:
             "SELECT ends, made FROM mail_limit WHERE id = ?",
             page.claim.identity).fetchone() or (PERMANENT, 0)
         page.override = parse_override(text, ends, made)
+        page.known_override = page.override
     if page.override is not None:
         page.add_windows(page.override.limits)
 
 
-def is_amiss(transaction: Transaction, page: Page, date: int,
+def is_right(transaction: Transaction, page: Page, date: int | None,
              total: int | None, now: float) -> bool:
-    """Mend what is wrong with the newest row; say if anything was."""
+    """Say whether the newest row is as it should be; if not, mend that."""
+    if date is None:
+        return True  # there is none
     if total is None or date > now + CLOCK_SKEW:
         # The original wrote that row, or the clock has been set back far.
         retotal(transaction, page.claim.identity, math.ceil(now))
-        return True
+        return False
     if date > page.date:
         # Another host's clock is ahead: that is the time here, too.
         page.set_time(date - 0.5)
-        return True
-    return False
+        return False
+    return True
 
 
 def fill_page(transaction: Transaction, page: Page, now: float,
@@ -3811,9 +4436,7 @@ def limits_in(settings: Settings, rule: Rule, identity: str) -> Limits:
 
 def windows_of(rule: Rule) -> set[int]:
     """Return the windows of a rule's limits, in seconds."""
-    return {limit.seconds for limits in (
-        rule.limits, *rule.limits_by_id.texts.values(),
-        *dict(rule.limits_by_id.networks).values()) for limit in limits}
+    return {limit.seconds for limit in rule.all_limits()}
 
 
 def is_looser(limits: Limits, others: Limits) -> bool:
@@ -3924,8 +4547,12 @@ def note_changes(settings: Settings, in_force: Settings) -> Iterator[str]:
 def unlimited_in(settings: Settings) -> set[str]:
     """Return the names and patterns that the file leaves without limits."""
     first, *_ = settings.rules
-    entries = [*first.limits_by_id.texts.items(), *first.limits_by_id.networks]
-    names = {str(pattern) for pattern, limits in entries if not limits}
+    patterns = first.limits_by_id
+    names = {name for name, limits in patterns.texts.items() if not limits}
+    names.update(
+        str(network) for network, limits in zip(
+            patterns.each_network(), list(patterns.entries())[
+                len(patterns.texts):]) if not limits)
     return names if first.limits else {*names, "all others"}
 
 
@@ -4575,13 +5202,15 @@ def short(date: int | None, now: int) -> str:
 # 15. Configuration file
 #
 # YAML, as much of it as such files hold, or the assignments of an old .conf;
-# then -o; then the checks of the Settings table.
+# then each -o; then the checks of the Settings table.
 # ---------------------------------------------------------------------------
 
 CONFIG_FILES = (
     "~/.config/policyd-rate-limit.conf", "~/.config/policyd-rate-limit.yaml",
     "/etc/policyd-rate-limit.conf", "/etc/policyd-rate-limit.yaml")
-Lines = dict[tuple[str, ...], int]  # of a setting, or of an entry in one
+MAX_FILE = 2**26  # bytes; a file with a million limits_by_id has 2**25
+SECRET = re.compile("(?i)pass|credential")  # what a message must not show
+Lines = dict[Names, int]  # of a setting, or of an entry in one
 
 
 class Config(NamedTuple):
@@ -4589,13 +5218,13 @@ class Config(NamedTuple):
 
     path: str | None
     values: dict[str, Any]
-    places: dict[tuple[str, ...], str]  # the file and line, or the option
+    places: dict[Names, str]  # the file and line, or the option
 
     def place(self, *names: str) -> str:
         """Return where a setting is, or an entry in it."""
         while names and names not in self.places:
             names = names[:-1]
-        return self.places.get(names) or str(self.path)
+        return self.places.get(names) or self.path or "the defaults"
 
 
 class MissingFile(ConfigError):
@@ -4616,9 +5245,8 @@ def read_config(path: str | None) -> Config:
     known = default_values()
     for name in map(str, values):  # old files carry old names: only warn
         if name not in known and name != "config_file":
-            close = difflib.get_close_matches(name, known, 1)
             log.warning("%s: %s: no such setting%s", config.place(name), name,
-                        f"; is {close[0]} meant?" if close else "")
+                        suggest(name, known))
     return config
 
 
@@ -4626,64 +5254,136 @@ def read_first(paths: Sequence[str]) -> tuple[str, str]:
     """Return the first path with a file that can be read, and its text."""
     for path in paths:
         try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                return path, file.read()
+            return path, read_file(path)
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError) as error:
-            if len(paths) == 1:
-                raise ConfigError(f"{path}: cannot be read: {error}") from None
-            log.warning("%s: skipped, it cannot be read: %s", path, error)
+        except OSError as error:
+            why = f"{path}: cannot be read: {error}"
+        except ConfigError as error:
+            why = str(error)
+        if len(paths) == 1:
+            raise ConfigError(why)
+        log.warning("skipped: %s", why)
     raise MissingFile(
         f"no configuration file found; looked for {', '.join(paths)}")
+
+
+def read_file(path: str) -> str:
+    """Return the text of a file; wait for nobody who might write it."""
+    with open(path, "rb", opener=open_at_once) as file:
+        is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+        if is_fifo and not path.startswith(("/dev/fd/", "/dev/stdin")):
+            raise ConfigError(f"{path}: cannot be read: it is a FIFO, write"
+                              " the configuration into a file")
+        os.set_blocking(file.fileno(), True)  # for what a shell pipes to us
+        content = bytearray()
+        while len(content) <= MAX_FILE and (more := file.read(65536)):
+            content += more
+    if is_fifo and not content:  # a reload finds that of the start used up
+        raise ConfigError(f"{path}: cannot be read: the pipe is empty")
+    if len(content) > MAX_FILE:
+        raise ConfigError(f"{path}: cannot be read: it is larger than"
+                          f" {MAX_FILE} bytes")
+    try:
+        return content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}:{line}: byte 0x{content[error.start]:02X} is not UTF-8;"
+            " convert the file, such as by iconv -f latin1 -t utf-8"
+            ) from None
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """Open a file; of a FIFO without a writer too, this returns at once."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_yaml(text: str, path: str) -> tuple[dict[str, Any], Lines]:
     """Read YAML; what our reader refuses, PyYAML reads if it is there."""
     try:
-        values, lines = parse_yaml(text)
+        values, lines = parse_with_either(text)
+        if not isinstance(values, (dict, type(None))):
+            raise YamlError(
+                f"found {show(values)}, expected lines NAME: VALUE", 1)
+    except YamlError as error:
+        error = find_assignment(text) or error
+        raise ConfigError(f"{path}:{error.line}: {error}") from None
+    return values or {}, lines
+
+
+def parse_with_either(text: str) -> tuple[object, Lines]:
+    """Parse YAML with our reader, else with PyYAML, or raise YamlError."""
+    try:
+        return parse_yaml(text)
     except YamlError as refused:
         try:
-            values, lines = parse_with_pyyaml(text)
-        except Exception as error:  # else ours names the line just as well
-            why = error if isinstance(error, YamlError) else refused
-            raise ConfigError(f"{path}:{why.line}: {why}") from None
-    if not isinstance(values, (dict, type(None))):
-        raise ConfigError(f"{path}: found {show(values)},"
-                          " expected lines NAME: VALUE")
-    return values or {}, lines
+            return parse_with_pyyaml(text)
+        except YamlError:
+            raise
+        except Exception:  # ours names the line just as well
+            raise refused from None
+
+
+def find_assignment(text: str) -> YamlError | None:
+    """Return what to write for a line such as limits = [], if there is one."""
+    found = re.search(rf"^[ \t]*({'|'.join(default_values())})[ \t]*=", text,
+                      re.MULTILINE)
+    if not found:
+        return None
+    return YamlError(f"{found[1]}: write \"{found[1]}: VALUE\" instead of"
+                     f" \"{found[1]} = VALUE\"",
+                     text.count("\n", 0, found.start(1)) + 1)
 
 
 def parse_with_pyyaml(text: str) -> tuple[object, Lines]:
     """Do the same as parse_yaml; raise any error."""
     import yaml
     loader: Any = yaml.SafeLoader(text)
-    known = loader.yaml_implicit_resolvers
     loader.yaml_implicit_resolvers = {
-        **known, "0": [("tag:yaml.org,2002:str", YAML_ZERO), *known["0"]]}
+        **loader.yaml_implicit_resolvers,
+        **{first: [("tag:yaml.org,2002:str", YAML_PLAIN),
+                   *loader.yaml_implicit_resolvers[first]]
+           for first in "-+0123456789"}}
     root, lines = loader.get_single_node(), Lines()
-    nodes: list[tuple[tuple[str, ...], Any]] = [((), root)]
+    nodes: list[tuple[Names, Any]] = [((), root)]
     seen: set[int] = set()  # or aliases of aliases are without end
     for names, node in nodes:  # which grows
         if id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                nodes.append(((*names, str(key.value)), value))
-                note_line(lines, nodes[-1][0], key.start_mark.line + 1)
+            nodes += pyyaml_entries(loader, node, names, lines)
         elif isinstance(node, yaml.SequenceNode):
             nodes += [((*names, str(place)), item)
                       for place, item in enumerate(node.value)]
     return root and loader.construct_document(root), lines
 
 
-def note_line(lines: Lines, names: tuple[str, ...], line: int) -> None:
-    """Note where a key is; refuse the second of two that are the same."""
-    if names in lines:
-        raise YamlError(f"{names[-1]} is given twice, in line {lines[names]}"
-                        " before", line)
-    lines[names] = line
+def pyyaml_entries(loader: Any, node: Any, names: Names, lines: Lines,
+                   ) -> Iterator[tuple[Names, Any]]:
+    """Yield the names and values of a mapping, and record their lines."""
+    keys: dict[Any, int] = {}
+    for key, value in node.value:
+        found = key.value
+        if key.tag != "tag:yaml.org,2002:merge":  # <<
+            found = loader.construct_object(key, deep=True)
+        place = (*names, str(found))
+        record_line(lines, place, key.start_mark.line + 1, found, keys)
+        yield place, value
+
+
+def record_line(lines: Lines, names: Names, line: int, key: Any,
+                keys: dict[Any, int]) -> None:
+    """Record where a key is; refuse the second of two that are the same.
+
+    keys: those before it in its mapping, with their lines; 1 and 1.0 are one.
+    """
+    before = keys.get(key) or lines.get(names)
+    if before:
+        raise YamlError(
+            f"{names[-1]} is given twice, in line {before} before", line)
+    lines[names] = keys[key] = line
 
 
 def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
@@ -4704,9 +5404,11 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
             values[target.id] = evaluate(node.value, known | values)
             lines[(target.id,)] = node.lineno
         except Exception:  # it may be any statement of Python
+            shown = text.split("\n")[node.lineno - 1].strip()[:60]
+            if SECRET.search(shown):
+                shown = shown.partition("=")[0]
             log.warning("%s:%d: skipped: it is not NAME = VALUE: %s",
-                        path, node.lineno,
-                        text.split("\n")[node.lineno - 1].strip()[:60])
+                        path, node.lineno, shown)
     return values, lines
 
 
@@ -4727,28 +5429,34 @@ def evaluate(node: Any, known: Mapping[str, Any]) -> Any:
                 for key, value in zip(node.keys, node.values)}
     parts = [evaluate(part, known) for part in ast.iter_child_nodes(node)
              if isinstance(part, ast.expr)]
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return parts if isinstance(node, ast.List) else tuple(parts)
+    if isinstance(node, ast.List):
+        return parts
+    if isinstance(node, ast.Tuple):
+        return tuple(parts)
     for part in parts:  # text times a number could fill the memory
         if not isinstance(part, (int, float)) or abs(part) >= 2**63:
             raise ValueError
     return ARITHMETIC[type(node.op)](*parts)
 
 
-def override(config: Config, text: str) -> None:
+def apply_option(config: Config, text: str) -> None:
     """Apply -o NAME=VALUE to a configuration; the value is YAML."""
     name, equals, value = text.partition("=")
-    top = name.split(".")[0]
-    place = f"-o {text}"
-    if not equals or top not in default_values():
+    top, known = name.split(".")[0], default_values()
+    is_secret = bool(SECRET.search(name)) or top in secret_settings()
+    place = f"-o {name}" if is_secret else f"-o {text}"
+    if not equals:
+        raise ConfigError(f"{place}: expected NAME=VALUE")
+    if top not in known:
         raise ConfigError(
-            f"{place}: expected NAME=VALUE with the name of a setting")
+            f"{place}: {top}: no such setting{suggest(top, known)}")
     try:
         parsed, _ = parse_yaml(value)
     except YamlError as error:
-        raise ConfigError(f"{place}: {error}") from None
+        why = "the value is not YAML" if is_secret else str(error)
+        raise ConfigError(f"{place}: {why}") from None
     if config.values.get(top) is None:
-        config.values[top] = default_values()[top]
+        config.values[top] = known[top]
     mapping, key = descend(config.values, name)
     if mapping is config.values and key != top:
         raise ConfigError(f"{place}: {top} holds no names")
@@ -4763,9 +5471,10 @@ def override(config: Config, text: str) -> None:
 def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     """Return the mapping and the key in it that a dotted name means."""
     head, _, rest = name.partition(".")
-    if name in values or not isinstance(values.get(head), dict):
-        return values, name
-    return descend(values[head], rest)
+    while name not in values and isinstance(values.get(head), dict):
+        values, name = values[head], rest
+        head, _, rest = name.partition(".")
+    return values, name
 
 
 def default_values() -> dict[str, Any]:
@@ -4774,22 +5483,66 @@ def default_values() -> dict[str, Any]:
             for entry in fields(Settings)}
 
 
+def secret_settings() -> list[str]:
+    """Return the names of the settings that may hold a password."""
+    return [entry.name for entry in fields(Settings)
+            if entry.metadata["secret"]]
+
+
 def check_settings(config: Config) -> Settings:
     """Return the settings, or raise what says which one is wrong."""
-    values = {}
+    values, checked = mend_values(config), {}
     for entry in fields(Settings):
-        value = config.values.get(entry.name)
+        value, known = values.get(entry.name), entry.metadata
         if value is None:
             continue  # left out or left empty: the default holds
         try:
-            values[entry.name] = check_entry(
-                entry.metadata["check"], value, entry.name)
+            checked[entry.name] = check_entry(
+                known["check"], value, entry.name, secret=known["secret"])
         except Wrong as error:
-            place, *others = [config.place(*names) for names in error.args[1:]]
+            place, *others = [config.place(*names) for names in error.places]
             also = "".join(f" ({other})" for other in others)
-            raise entry.metadata["error"](
-                f"{place}: {error.args[0]}{also}") from None
-    return Settings(**values)
+            raise known["error"](f"{place}: {error.why}{also}") from None
+    return Settings(**checked)
+
+
+def mend_values(config: Config) -> dict[str, Any]:
+    """Return the values, of what only 1.x took the plain meaning."""
+    values = dict(config.values)
+    for name, mend in MENDS.items():
+        if name in values:
+            values[name] = mend_entry(config, mend, values[name], name)
+    if isinstance(values.get("limits_by_id"), dict):
+        values["limits_by_id"] = {
+            key: mend_entry(config, mend_limits, limits,
+                            "limits_by_id", str(key))
+            for key, limits in values["limits_by_id"].items()}
+    for name in values:
+        if not is_boolean(name):
+            continue
+        values[name] = mend_entry(config, mend_bool, values[name], name)
+        if values[name] is None:
+            values[name] = False
+            log.warning("%s: %s: left empty, taken as False; write False or"
+                        " True", config.place(name), name)
+    return values
+
+
+def is_boolean(name: object) -> bool:
+    """Say whether a setting has this name and is True or False."""
+    return any(entry.name == name and entry.metadata["check"] is as_bool
+               for entry in fields(Settings))
+
+
+def mend_entry(config: Config, mend: Callable[[Any], object], value: object,
+               *names: str) -> object:
+    """Return what a value means; warn where it is not what it says."""
+    mended = mend(value)
+    if mended is not value:
+        log.warning("%s: %s: found %s, taken as %s; write it like that",
+                    config.place(*names), ": ".join(names), show(value),
+                    show(mended))
+    return mended
 
 
 YAML_DEPTH = 50  # levels of nesting
@@ -4800,11 +5553,13 @@ YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
 # Beside each pattern: an example that it takes, and one that it does not.
 YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{0,15}")  # "1.5", not "1e5"
 YAML_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")  # "-12", not "1_0"
-YAML_ZERO = re.compile(r"0[0-9]+\Z")  # "0666", not "0": text
-YAML_ODD = re.compile(r"""  # "1:30", not "1.2.3": text, but not to all readers
-    (?! (?:[0-9]{1,4}:){7}[0-9]+$ )  # an IPv6 address is text to us
-    [-+]? \.?[0-9][0-9_]* (?: :[0-9]{1,2} )*  # 1_0 and 1:30, which is 90
-          (?: \.[0-9_]* )? (?: [eE][-+]?[0-9]+ )?  # 1.5 1e5
+YAML_HUGE = re.compile(  # "1000000000000000000", not "1"
+    r"[-+]?[1-9][0-9]{18,}")
+# Text to us: a login 0123 stays as it is, and 1:30 is no 90.
+YAML_PLAIN = re.compile(  # "0666", not "0"
+    r"0[0-9]+\Z|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?\Z")
+YAML_ODD = re.compile(r"""  # "1_0", not "1.2.3": text, but not to all readers
+    [-+]? \.?[0-9][0-9_]* (?: \.[0-9_]* )? (?: [eE][-+]?[0-9]+ )?  # 1_0 1e5
   | [-+]? (?: 0[bx][0-9a-fA-F_]+ | \.(?i:inf|nan) )  # 0x1F .inf
   | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?  # 2024-12-31
   | << | =
@@ -4937,16 +5692,19 @@ class YamlReader:
     def read_block(self) -> Any:
         """Read the lines that start with a dash, or a key, in this column."""
         found: dict[Any, Any] = {}  # the keys of a list are its places
+        keys: dict[Any, int] = {}  # and their lines
         column, dash = self.column(), self.at(*YAML_DASH)
         around, self.indent = self.indent, column
         while self.column() == column and self.at(*YAML_DASH) == dash:
-            key = len(found) if dash else self.read_key(flow=False)
+            key = len(found) if dash else self.read_key(False, keys)
             self.names.append(str(key))
             self.pos += 1  # over the dash or colon
             line = self.line
             self.skip(YAML_GAP)
             below = self.line > line
-            least = column + (dash or not self.at(*YAML_DASH))
+            least = column + 1  # where the value may start in a line below
+            if not dash and self.at(*YAML_DASH):
+                least = column  # a list below a key need not be indented
             empty = below and self.column() < least
             found[key] = None if empty else self.read(nest=dash or below)
             self.names.pop()
@@ -4955,7 +5713,8 @@ class YamlReader:
 
     def read_flow(self) -> Any:
         """Read [a, b] or {a: b, c: d}, on one line or more."""
-        found: dict[Any, Any] = {}
+        found: dict[Any, Any] = {}  # the keys of a list are its places
+        keys: dict[Any, int] = {}  # and their lines
         close, more = "]" if self.at("[") else "}", True
         while more:
             self.pos += 1  # over the bracket or comma
@@ -4964,7 +5723,7 @@ class YamlReader:
                 break
             key, empty = len(found), False
             if close == "}":
-                key = self.read_key(flow=True)
+                key = self.read_key(True, keys)
                 self.pos += 1
                 self.skip(YAML_GAP)
                 empty = self.at(",", "}")
@@ -4978,8 +5737,8 @@ class YamlReader:
         self.pos += 1
         return list(found.values()) if close == "]" else found
 
-    def read_key(self, flow: bool) -> Any:
-        """Read a key, up to its colon."""
+    def read_key(self, flow: bool, keys: dict[Any, int]) -> Any:
+        """Read a key, up to its colon; keys are those before it."""
         found = self.at_text(flow)
         if (not found or not found["colon"] or "\n" in found[0]
                 or len(found[0]) > YAML_KEY + 1):
@@ -4987,7 +5746,7 @@ class YamlReader:
         if found["text"].endswith(":") and not found["text"].endswith("::"):
             self.refuse("put quotes around")  # as in `- fe80::`
         key = self.read_text(found["text"])
-        note_line(self.lines, (*self.names, str(key)), self.line)
+        record_line(self.lines, (*self.names, str(key)), self.line, key, keys)
         self.pos = found.end() - 1
         return key
 
@@ -5005,18 +5764,22 @@ class YamlReader:
             return int(text)
         if YAML_FLOAT.fullmatch(text):
             return float(text)
-        if YAML_ODD.fullmatch(text) and not YAML_ZERO.fullmatch(text):
+        if YAML_HUGE.fullmatch(text):
+            self.refuse("this number is too large:")
+        if YAML_ODD.fullmatch(text) and not YAML_PLAIN.fullmatch(text):
             self.refuse("put quotes around")
         return text
 
     def refuse(self, why: str) -> NoReturn:
         """Refuse what stands here, for the reason given or a better one."""
-        rest = self.text[self.pos:self.pos + 60].split("\n")[0]
+        rest = self.text[self.pos:self.pos + 60].split("\n")[0] or "the end"
+        if any(map(SECRET.search, self.names)):
+            rest = f"the value of {self.names[-1]}"
         if self.at("\t"):
             why = "write spaces instead of a tab:"
         elif self.at("'", '"') and not self.at_text(flow=False):
             why = "close the quotes on the same line, write \\ as \\\\:"
-        raise YamlError(f"{why} {rest or 'the end'}",
+        raise YamlError(f"{why} {rest}",
                         min(self.line, self.text.count("\n")))
 
 
@@ -5327,7 +6090,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     one_of("--block", metavar="ID", help="let no mail of an identity pass")
     one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
-    also("--for", dest="term", metavar="TIME", type=duration, help="how long"
+    also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
          " --limit or --block holds, such as 90s, 30m, 2h, 1d; else for good")
     also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
@@ -5343,6 +6106,14 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def parse_term(text: str) -> int:
+    """Parse the TIME of --for; argparse shows this error's own message."""
+    try:
+        return duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def choose_command(options: argparse.Namespace) -> None:
@@ -5363,25 +6134,55 @@ def choose_command(options: argparse.Namespace) -> None:
         options.limit[1] = parse_given(options.limit[1])
 
 
+MAX_DOUBTS = 20  # lines; a file may have 100,000 patterns that match nobody
+
+
 def load_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of a command, and log as they say."""
     config = configure(options)
     options.file = options.file or config.path  # a reload has another $HOME
-    options.places = config.places
+    options.config, options.places = config, config.places
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
     if options.command in (run_daemon, check_start):
-        tell_doubts(settings, options.command is check_start)
+        log_doubts(options, [*doubts(settings),
+                             *doubt_readers(settings, config)])
     return settings
 
 
-def tell_doubts(settings: Settings, strict: bool) -> None:
-    """Log what has no effect; if strict, raise where nothing is limited."""
-    for nothing_counts, message in doubts(settings):
-        if nothing_counts and strict:
+def log_doubts(options: argparse.Namespace, found: Iterable[Doubt]) -> None:
+    """Log what cannot be meant; --check raises where nothing is limited."""
+    found = sorted(found, key=lambda doubt: not doubt.fatal)
+    for doubt in found[:MAX_DOUBTS]:
+        place = options.config.place(*doubt.names)
+        message = f"{place}: {printable(doubt.message)}"
+        if doubt.fatal and options.command is check_start:
             raise ConfigError(message)
-        log.log(logging.ERROR if nothing_counts else logging.WARNING,
+        log.log(logging.ERROR if doubt.fatal else logging.WARNING,
                 "%s", message)
+    if len(found) > MAX_DOUBTS:
+        log.warning("%d more warnings like these", len(found) - MAX_DOUBTS)
+
+
+def doubt_readers(settings: Settings, config: Config) -> Iterator[Doubt]:
+    """Yield where other accounts can read a password in the file."""
+    passwords = {"smtp_credentials": settings.smtp_credentials}
+    for name in ("mysql_config", "pgsql_config"):
+        passwords[name] = next((
+            value for key, value in getattr(settings, name).items()
+            if SECRET.search(str(key)) and value and value != "*****"), None)
+    for name, password in passwords.items():
+        in_file = config.path and config.place(name).startswith(config.path)
+        if password and in_file and can_all_read(str(config.path)):
+            yield Doubt(False, f"{name}: any account of this host can read"
+                        f" the password; chmod o= {config.path}", (name,))
+
+
+def can_all_read(path: str) -> bool:
+    """Say whether any account of this host can read a file."""
+    path = os.path.abspath(path)
+    return bool(os.stat(path).st_mode & 0o4) and all(
+        os.stat(folder).st_mode & 0o1 for folder in pathlib.Path(path).parents)
 
 
 def configure(options: argparse.Namespace) -> Config:
@@ -5396,12 +6197,15 @@ def configure(options: argparse.Namespace) -> Config:
         log.warning("%s", error)
     folder = options.standalone
     if folder:
-        config.values.update(
-            SOCKET=f"{folder}/policy", pidfile=f"{folder}/{PROGRAM}.pid",
-            backend=0, sqlite_config={"database": f"{folder}/db.sqlite3"})
+        values = {
+            "SOCKET": f"{folder}/policy", "backend": 0,
+            "sqlite_config": {"database": f"{folder}/db.sqlite3"},
+            "pidfile": f"{folder}/{PROGRAM}.pid"}
+        config.values.update(values)
+        config.places.update({(name,): "--standalone" for name in values})
     options.without_overrides = copy.deepcopy(config)
     for text in options.overrides:
-        override(config, text)
+        apply_option(config, text)
     return config
 
 
@@ -5439,7 +6243,7 @@ def clean_all(options: argparse.Namespace) -> None:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
     if settings.report:
-        tell_doubts(settings, strict=False)
+        log_doubts(options, doubt_reports(settings))
         send_reports(database, settings)
 
 
@@ -5604,6 +6408,7 @@ def check_start(options: argparse.Namespace) -> None:
     for folder in barred(needed) if owner else ():
         log.warning("%s: the unit lets nobody write there: systemctl edit %s,"
                     " add ReadWritePaths=%s", folder, PROGRAM, folder)
+    print(*describe_rules(settings), sep="\n")
     print(backend.probe(functools.partial(
         check_counting, query=settings.sql_limits_by_id)), "OK", sep="\n")
 
@@ -5640,7 +6445,8 @@ def get_config(options: argparse.Namespace) -> None:
     mapping, key = descend({**default_values(), **config.values,
                             "config_file": config.path}, name)
     if key not in mapping:
-        raise UnknownSetting(f"{name} not found")
+        known = [*default_values(), "config_file"]
+        raise UnknownSetting(f"{name}: no such setting{suggest(name, known)}")
     value = mapping[key]
     if name == "SOCKET" and isinstance(value, list):
         value = tuple(value)  # as the original prints it
