@@ -4491,9 +4491,9 @@ class DaemonTest(NetTest):
         daemon = self.hurried()
         for number in (1, 2):
             daemon.ask()
-            wait_for(lambda: f"policyd_rate_limit_requests_total {number}"
-                     in prl.read_counters(daemon.pidfile),  # noqa: B023
-                     "the counters")
+            line = f"policyd_rate_limit_requests_total {number}"
+            wait_for(lambda: line in prl.read_counters(  # noqa: B023
+                daemon.pidfile), "the counters")
 
     def test_a_tally_that_cannot_be_written_ends_nothing(self) -> None:
         daemon = self.hurried()
@@ -5016,6 +5016,72 @@ class ReportTest(ReportsTest):
         self.assertTrue(sink.said[1].startswith("AUTH"))
 
 
+class WordingTest(ReportsTest):
+    """What the log says can be relied on, whatever a client says."""
+
+    def test_no_value_passes_for_another_field_of_the_log(self) -> None:
+        daemon = self.daemon(json.dumps({
+            "limits": [[1, 60]], "limit_by_sender": True,
+            "log_requests": True, "fail_action": "450 $identity is full",
+            "quotas": [{"by": ["sender", "helo_name"], "limits": [[1, 60]],
+                        "when": {"sasl_username": "by-quota"}}],
+            "limits_by_id": {"by-quota": []}}))
+        for forged in (
+                "joe>, cost=0, client=198.51.100.9, broken=1/1s",
+                "client=198.51.100.9", "a Client=198.51.100.9 x@e.org",
+                "xclient=198.51.100.9, broken=1/1s, attempts=9",
+                "client_address=198.51.100.9", "\\x3e, identity=<ann",
+                "<client=198.51.100.9@e.org"):
+            for login in "", "by-quota":
+                with self.subTest(forged, login=login):
+                    mark = len(daemon.log())
+                    for _ in range(2):
+                        daemon.ask(sasl_username=login, sender=forged,
+                                   helo_name=forged)
+                    log = daemon.log()[mark:].lower()
+                    for name in "client", "client_address":
+                        self.assertEqual(
+                            {*re.findall(rf"{name}=(\S*?),?\s", log)},
+                            {"192.0.2.7"}, log)
+                    [line] = [line for line in log.splitlines()
+                              if "attempts=" in line]
+                    for field in "broken=", "attempts=", "used=", "identity=":
+                        self.assertEqual(line.count(field), 1, line)
+
+    def test_usual_values_are_written_as_they_are(self) -> None:
+        daemon = self.daemon("{limit_by_sender: True, log_requests: True}")
+        for sender in ("srs0=hhh=tt=e.org=joe@x.org", "joe smith", "jo\u00e9",
+                       "bounce+ann=e.org@x.org", "o'neil/#!$%&*{}|~?^`@e.org"):
+            daemon.ask(sasl_username="", sender=sender)
+            self.assertIn(f"identity=<{sender}>, cost=1", daemon.log())
+            self.assertIn(f"sender={sender}, ", daemon.log())
+
+    def test_a_database_s_error_is_printable(self) -> None:
+        path = self.path("a\nb\u202e")
+        done = self.command(
+            "--status", "-o", "sqlite_config=" + json.dumps(
+                {"database": path}))
+        self.assertEqual(done.returncode, 6)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertIn("a?b?: ", done.stderr)
+
+    def test_too_many_recipients_are_named_in_log_and_reply(self) -> None:
+        for action, said in (
+                ("defer_if_permit Retry", "defer_if_permit Retry (too many"
+                 " recipients in one message: 5, at most 3)"),
+                ("reject", "reject (too many recipients in one message: 5,"
+                 " at most 3)"),
+                ("HOLD", "HOLD"), ("redirect a@x.org", "redirect a@x.org")):
+            daemon = self.daemon(json.dumps(
+                {"limits": [[3, 60]], "fail_action": action}),
+                name=action.split()[0])
+            self.assertEqual(daemon.ask(recipient_count=5), said)
+            self.assertIn("attempts=1, too many recipients in one message: 5,"
+                          " at most 3, action=", daemon.log())
+            self.assertEqual(daemon.ask(recipient_count=3), PASS)
+            self.assertEqual(daemon.ask(recipient_count=3), action)
+
+
 class AlertTest(ReportsTest):
     """Who hits a limit is told of at once, and no mail waits for it."""
 
@@ -5365,7 +5431,7 @@ class StatusTest(ReportsTest):
         self.refuse("many", 3, 86400)
         self.ledger.database.transact(
             prl.Transaction.write, self.ledger.database.backend.note,
-            [("early", 60, 10, 99, 1000, 2000, "")])
+            [("early", 60, 10, 99, 1000, 2000, "", 0)])
         self.show("--limit", "boss", "900/h", "--for", "3w")
         lines = self.show("--status").splitlines()
         self.assertEqual(
@@ -5374,7 +5440,7 @@ class StatusTest(ReportsTest):
              "ann", "1d", "early", "1d"])
         clock, date = r"\d\d:\d\d", r"\d{4}-\d\d-\d\d"
         for line, shown in (
-                (0, "identity +used refused +last +room +until"),
+                (0, "identity +used refusals +last +room +until"),
                 (1, rf"many +1m \[\.{{10}}\] +0/10 +3 +{clock}"),
                 (5, rf"boss +1h \[#\.{{9}}\] +20/900 +{date}"),
                 (6, rf"joe +1m \[#{{10}}\] +10/10 +({clock}|{date})"),
@@ -5404,8 +5470,8 @@ class StatusTest(ReportsTest):
                         else result.stdout)
                 os.close(ours)
                 shown = text.splitlines()
-                self.assertRegex(shown[1], r"^a-very-long-na.* 4/10 +13 ")
-                self.assertRegex(shown[3], r"^a-very-long-na.* 8/10 +7 ")
+                self.assertRegex(shown[1], r"^a-very-long-n.* 4/10 +13 ")
+                self.assertRegex(shown[3], r"^a-very-long-n.* 8/10 +7 ")
                 self.assertLessEqual(max(map(len, shown)), columns or 80)
                 names = [line for line in shown if line[0] == "a"
                          and line[:4] != "and "]
@@ -5439,7 +5505,7 @@ class StatusTest(ReportsTest):
                 "%s", "?"))
         self.assertIn("limits, from sql_limits_by_id (-o", shown)
         self.assertIn("):\n   15m", shown)
-        self.assertRegex(shown, r"\nrefused +by +since +last +client\n2 +0/"
+        self.assertRegex(shown, r"\nrefusals +by +since +last +client\n2 +4/"
                          r"900s +20\d\d-.* 20\d\d-.* 192.0.2.7\n$")
         result = run("--standalone", self.folder, "--status", "new")
         self.assertIn("limits, from limits (the default):", result.stdout)
@@ -5454,18 +5520,18 @@ class StatusTest(ReportsTest):
             self.assertEqual(list(shown), ["time", "identities"])
             joe, one = shown["identities"]
             self.assertEqual((one["identity"], one["source"], one["until"]),
-                             ("ann", "limits", 0))
+                             ("ann", "limits", None))
             self.assertEqual((joe["source"], joe["until"], joe["limits"]), (
-                "--limit", 10**12, [{"mails": 0, "seconds": 86400, "used": 0,
-                                     "room_at": None, "noted": 2}]))
-            [refusal] = joe["refusals"]
+                "--limit", None, [{"mails": 0, "seconds": 86400, "used": 0,
+                                   "room_at": None, "refusals": 2}]))
+            [refusal] = joe["refused_by"]
             self.assertLessEqual(refusal.pop("first"), refusal.pop("last"))
             self.assertEqual(refusal, {
-                "identity": "joe", "seconds": 86400, "mails": 0, "hits": 2,
+                "seconds": 86400, "mails": 4, "refusals": 2,
                 "client": "192.0.2.7"})
             self.assertEqual(one["limits"][0], {
                 "mails": 10, "seconds": 60, "used": 4, "room_at": None,
-                "noted": 0})
+                "refusals": 0})
         [one] = json.loads(
             self.show("--status", "joe", "--json"))["identities"]
         self.assertEqual((one["last_mail"], one["limits"][0]["used"]),
@@ -5496,7 +5562,7 @@ class StatusTest(ReportsTest):
                 "places=joe", 1, rule.limits, rule, str(n))], date))
         [standing] = self.ledger.database.look(
             prl.survey, prl.Settings(quotas=(rule,)), 1020, "places=joe")
-        self.assertEqual(standing.limits, (prl.Window(2, 60, 2, 1060, 1),))
+        self.assertEqual(standing.limits, (prl.LimitUse(2, 60, 2, 1060, 1),))
 
     def test_prometheus_can_read_any_name(self) -> None:
         self.spend('a"b\\c\u00e9', 1)
@@ -5509,7 +5575,7 @@ class StatusTest(ReportsTest):
         self.assertIn("refusals_total counter\npolicyd_rate_limit_refusals_"
                       'total{identity="a\\"b\\\\c\u00e9",window="60"} 5\n',
                       result.stdout)
-        self.assertIn('_limit_ends{identity="a\\"b\\\\c\u00e9"} 10000',
+        self.assertIn('_limit_ends{identity="a\\"b\\\\c\u00e9"} +Inf\n',
                       result.stdout)
         self.assertEqual(result.stderr, "")
 
@@ -5522,7 +5588,7 @@ class StatusTest(ReportsTest):
                 (("--limit", "joe", "[[5, 60]]", "--for", "2h"),
                  "joe: 5/60s until 20", [PASS, REFUSED]),
                 (("--limit", "joe", "[]"), "joe: no limits for good", [PASS]),
-                (("--block", "joe", "--for=30m"), "joe: 0/86400s until",
+                (("--block", "joe", "--for=30m"), "joe: blocked until 2",
                  [REFUSED]),
                 (("--unlimit", "joe"), "joe: its usual limits hold again",
                  [REFUSED]),
@@ -5542,10 +5608,13 @@ class StatusTest(ReportsTest):
         self.assertEqual(daemon.ask(sasl_username="free"), REFUSED)
         shown = run(*daemon.options, "--status", "free").stdout
         self.assertIn("limits, from --limit (for good):\n    1d", shown)
-        self.assertRegex(shown, "\n1 +0/86400s +20")
+        self.assertIn(" blocked\n", shown)
+        self.assertRegex(shown, "\n1 +blocked +20")
+        self.assertRegex(run(*daemon.options, "--status").stdout,
+                         r"free +1d \[#{10}\] blocked +1 .* for good\n")
         self.assertRegex(daemon.log(), "no limits, action=dunno\n(.*\n)*.*"
-                         "identity=<free>, cost=1, used=0/0/86400s,"
-                         " client=192.0.2.7, broken=0/86400s, refused=1, ")
+                         "identity=<free>, cost=1, used=blocked,"
+                         " client=192.0.2.7, broken=blocked, attempts=1, ")
 
     def test_quotas_show_how_they_stand_and_can_be_blocked(self) -> None:
         daemon = self.daemon(json.dumps({
@@ -5581,6 +5650,145 @@ class StatusTest(ReportsTest):
             self.assertIn(f"client_address={address}: ", done.stdout)
             self.assertEqual(daemon.ask(client_address=address), expected)
         self.assertIn(" 1/9\n", run(*daemon.options, "--status", spelt).stdout)
+
+    def test_a_name_s_page_shows_every_limit_that_judges_its_mail(
+            self) -> None:
+        attribute = "sasl_username"
+        daemon = self.daemon(json.dumps({
+            "limits": [[9, 60]], "quotas": [
+                {"by": "sasl_domain", "limits": [[2, 3600]]},
+                {"by": "server", "limits": [[90, 60]],
+                 "when": {"server_port": "587"}},
+                {"by": "server", "name": "anonymous", "limits": [[1, 60]],
+                 "when": {attribute: "!ann@x.org"}},
+                {"by": "sender", "limits": [[70, 60]]},
+                {"by": "helo_name", "limits": [[70, 60]]},
+                {"by": attribute, "name": "places", "count":
+                 "client_network", "limits": [[3, 60]]},
+                {"by": attribute, "name": "to", "count": "recipient_domain",
+                 "limits": [[4, 60]]}]}))
+        for n, who in enumerate(("ann@x.org", "joe@x.org", "ann@x.org")):
+            daemon.ask(sasl_username=who, sender=who,
+                       client_address=f"198.51.{n}.1")
+        shown = run(*daemon.options, "--status", "Ann@X.org").stdout
+        pages = [page.split("\n") for page in shown.split("\n\n")]
+        self.assertEqual([page[0] for page in pages], [
+            "ann@x.org", "sasl_domain=x.org", "server=all",
+            "sender=ann@x.org", "places=ann@x.org", "to=ann@x.org",
+            "anonymous=all"])
+        self.assertRegex(pages[0][2], r"^last refusal: 20.* by sasl_domain="
+                         r"x\.org 2/3600s, client 198\.51\.2\.1$")
+        self.assertIn("[##########] 2/2", pages[1][3])
+        self.assertIn("if the quota's when fits (server_port)", pages[2][2])
+        self.assertRegex("\n".join(pages[4]),
+                         r"value +last seen\n198\.51\.0\.0/24 +20\d\d-")
+        shown = run(*daemon.options, "--status", "ann@x.org", "--json").stdout
+        places = json.loads(shown)["identities"][4]
+        self.assertEqual([value["value"] for value in places["values"]],
+                         ["198.51.0.0/24"])
+        self.assertIn("broken=sasl_domain=x.org 2/3600s, attempts=1",
+                      daemon.log())
+        shown = run(*daemon.options, "--status", "to=ann@x.org").stdout
+        self.assertEqual(shown.count("last mail"), 1)
+
+    def test_what_judges_a_page_is_what_judges_a_mail(self) -> None:
+        for settings, name, keys in (
+                ({}, "joe", "joe"), ({"limit_by_sasl": False}, "joe", ""),
+                ({"limit_by_sasl": False, "limit_by_sender": True},
+                 "joe@x.org", "joe@x.org"),
+                ({"limit_by_ip": True, "limited_networks": ["192.0.2.0/24"]},
+                 "192.0.2.9", "192.0.2.9"),
+                ({"count_mode": 0}, "joe", "joe"),
+                ({"quotas": [{"by": "client_network", "limits": [[1, 60]]}]},
+                 "192.0.2.9", "client_network=192.0.2.0/24"),
+                ({"quotas": [{"by": "sasl_username", "count": "bytes",
+                              "limits": [[1, 60]]}]},
+                 "joe", "joe sasl_username=joe")):
+            with self.subTest(settings=settings):
+                self.assertEqual(
+                    list(prl.related_keys(settings_of(settings), name)),
+                    keys.split())
+
+    def test_a_pattern_lists_the_recorded_identities_that_fit(self) -> None:
+        for who in ("joe@x.org", "ann@x.org", "joe@y.org", "10.1.2.3",
+                    "11.1.2.3", "sasl_domain=x.org", "places=tom@x.org",
+                    "client_network=10.9.0.0/24"):
+            self.spend(who, 1, time.time() - 10**6)
+        config = json.dumps({"quotas": [
+            {"by": by, "limits": [[1, 60]]}
+            for by in ("sasl_domain", "client_network")]})
+        for pattern, names in (
+                ("@X.org", "joe@x.org ann@x.org sasl_domain=x.org"
+                 " places=tom@x.org"),
+                ("10.0.0.0/8", "10.1.2.3 client_network=10.9.0.0/24"),
+                ("@none.org", "")):
+            for option in (), ("--json",):
+                done = self.command("--status", pattern, *option,
+                                    config=config)
+                self.assertEqual(done.stderr, "")
+                if option:
+                    found = [one["identity"] for one in
+                             json.loads(done.stdout)["identities"]]
+                else:
+                    found = [line.split()[0] for line in
+                             done.stdout.splitlines()[1:] if line[0] != " "]
+                self.assertEqual(sorted(found), sorted(names.split()))
+
+    def test_keys_of_quotas_that_are_gone_are_judged_by_none(self) -> None:
+        keys = "sasl_domain=x.org", "places=joe@x.org", "sender+helo_name=a|b"
+        senders = "bounce=joe=x@y.org", "uid=joe,dc=x"
+        for name in (*keys, *senders):
+            self.spend(name, 3)
+            self.refuse(name, 1)
+        config = "limit_by_sender: False"
+        shown = self.command("--prometheus", config=config).stdout
+        for name in keys:
+            self.assertNotIn(f'used{{identity="{name}"', shown)
+            self.assertIn(f'refusals_total{{identity="{name}"', shown)
+            page = self.command("--status", name, config=config).stdout
+            self.assertIn("limits: none, no quota of this name is in", page)
+            self.assertIn("last mail: 20", page)
+        for name, config in zip(senders, (
+                "limit_by_sender: True", "limit_by_sender: False")):
+            self.assertIn(f'used{{identity="{name}"', self.command(
+                "--prometheus", config=config).stdout)
+
+    def test_it_is_read_in_steps(self) -> None:
+        for n in range(2 * prl.SURVEY_STEP):
+            self.spend(f"user{n:04}", 1)
+        steps = 0
+
+        def wanted(name: str) -> bool:
+            nonlocal steps
+            if steps == 0 or name == "zoe":
+                steps += 1
+                self.spend("zoe", 1)  # seen by a later transaction alone
+            return True
+
+        statuses = self.ledger.database.look(
+            lambda work: prl.survey(work, prl.Settings(), int(time.time()),
+                                    wanted=wanted))
+        names = [status.identity for status in statuses]
+        self.assertEqual((steps, names[-1]), (2, "zoe"))
+        self.assertEqual(len({*names}), 2 * prl.SURVEY_STEP + 1)
+        self.assertEqual(len(names), len({*names}))
+
+    def test_prometheus_is_bounded_and_explained(self) -> None:
+        for n in range(prl.MAX_FULLEST + 20):
+            self.spend(f"user{n:03}", n + 1)
+        for n in range(3):
+            self.refuse(f"refused{n}")
+        self.show("--block", "user000", "--for", "1h")
+        shown = self.show("--prometheus")
+        names = {*re.findall(r'_used{identity="(\w+)"', shown)}
+        self.assertEqual(names, {
+            *(f"refused{n}" for n in range(3)), "user000",
+            *(f"user{n + 20:03}" for n in range(prl.MAX_FULLEST))})
+        metrics = re.findall(r"# TYPE policyd_rate_limit_(\w+)", shown)
+        self.assertEqual(
+            metrics, re.findall(r"# HELP policyd_rate_limit_(\w+) .", shown))
+        self.assertEqual({*metrics}.union(
+            f"{name}_total" for name in prl.COUNTED), {*prl.METRICS})
 
     def test_a_typo_is_told(self) -> None:
         self.spend("joe", 1)
