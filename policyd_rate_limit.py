@@ -3756,12 +3756,14 @@ class Tally:
     errors it tells, and no protocol for strangers to ask by.
     """
 
-    def __init__(self, pidfile: str, counts: Mapping[str, float]) -> None:
-        """Take counts that go on."""
+    def __init__(self, pidfile: str, counts: Mapping[str, float],
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """Take counts that go on, and a clock for the hours."""
         self.path = pidfile + ".prom"
         self._counts = counts
+        self._clock = clock
         self._last = dict(counts)  # an hour ago
-        self._began = time.monotonic()  # the hour
+        self._began = clock()  # the hour
 
     def publish(self, asked: bool = False) -> None:
         """Write the file, and log a summary each hour or when asked."""
@@ -3774,7 +3776,7 @@ class Tally:
             with open(path, "x", encoding="utf-8") as file:  # follows no link
                 file.write("\n".join([*lines, ""]))
             os.replace(path, self.path)
-        past = time.monotonic() - self._began
+        past = self._clock() - self._began
         new = {name: counts[name] - self._last[name] for name in counts}
         if asked or (past >= 3600 and new["requests"]):
             seconds = new.pop("decision_seconds")
@@ -3783,7 +3785,7 @@ class Tally:
                     ", ".join(f"{new[name]} {name}" for name in new),
                     1000 * seconds / (decided or 1))
         if past >= 3600:
-            self._last, self._began = counts, time.monotonic()
+            self._last, self._began = counts, self._clock()
 
 
 METRICS = {  # names without policyd_rate_limit_, and what --prometheus says
@@ -3831,8 +3833,7 @@ def show_metrics(database: Database, settings: Settings, answered: bool,
     answered: whether the daemon has just answered a request.
     """
     yield from metric_lines("up", {"": int(answered)})
-    if answered:
-        yield from read_counters(settings.pidfile)
+    yield from read_counters(settings.pidfile)
     now, statuses = int(time.time()), []
     try:
         statuses = database.look(survey, settings, now)

@@ -2874,6 +2874,20 @@ class StoreContract:
             prl.survey, prl.Settings(limits=self.LIMITS), 1310, "joe")
         self.assertEqual(standing.last_mail, 1300)
 
+    def test_all_identities_are_surveyed_in_any_order(self) -> None:
+        ledger, names = self.open(), [
+            f"{n}{rest}" for n in "aAéÉ-_=.z9 ~😀дß" for rest in
+            ("", "=x", "-x", "é", "E", *map(str, range(prl.SURVEY_STEP // 9)))
+            if n + rest != " "]  # to MariaDB that is ""
+        ledger.database.transact(prl.Transaction.write, prl.INSERT, [
+            (name, 1000, 3, "", "DATA", 3) for name in names])
+        statuses = ledger.database.look(
+            prl.survey, prl.Settings(limits=self.LIMITS,
+                                     limit_by_sender=True), 1010)
+        self.assertEqual(sorted(status.identity for status in statuses),
+                         sorted(names))
+        self.assertEqual({status.limits[0].used for status in statuses}, {3})
+
     def test_a_window_is_read_through_the_index(self) -> None:
         ledger = self.open()
         mails = [("user", n, 1, "", "DATA", n) for n in range(1, 1500)]
@@ -5399,12 +5413,12 @@ class AlertTest(ReportsTest):
             self.assertEqual(file.read(), "text")
 
     def test_a_summary_each_hour_if_there_was_anything(self) -> None:
-        counts = dict.fromkeys(prl.COUNTED, 0)
-        tally = prl.Tally(self.path("pid"), counts)
+        counts, now = dict.fromkeys(prl.COUNTED, 0), [5.0]
+        tally = prl.Tally(self.path("pid"), counts, clock=lambda: now[0])
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
             for requests in (0, 2, 0):
                 counts["requests"] += requests
-                tally._began -= 3600
+                now[0] += 3600
                 tally.publish()
         [said] = logged.output
         self.assertIn("in 60 minutes: 2 requests", said)
@@ -7680,6 +7694,23 @@ class PostfixTest(FolderTest):
             "joe@x.example": 1, "ann@x.example": 1, "eve@x.example": 1,
             "bob@y.example": 1, "sasl_domain=x.example": 3,
             "sasl_domain=y.example": 1})
+
+    def test_a_full_limit_silences_no_alert_or_report(self) -> None:
+        to = ("r0@b.test", "r1@b.test")
+        for stage in "recipient", "data", "end_of_data":
+            postfix = self.start(json.dumps({
+                "alert": True, "report_to": to, "limit_by_sasl": False,
+                "quotas": [{"by": "server", "limits": [[1, 3600]]}]}),
+                stage, name=stage)
+            self.assertEqual(postfix.send(), [250, 250])
+            self.assertIn(450, postfix.send())
+            settings = prl.Settings(
+                report_to=to, smtp_server=("127.0.0.1", postfix.port))
+            self.assertEqual(prl.mail(settings, "subject", "text\n"), {})
+            self.assertIn(450, postfix.send(
+                address="198.51.100.1",
+                sender=f"policyd-rate-limit@{socket.getfqdn()}"))
+            postfix.stop()
 
     def test_one_recipient_too_many_gives_none_back(self) -> None:
         postfix = self.start("{count_mode: 0, limits: [[10, 3600]]}",
