@@ -3630,6 +3630,7 @@ class Surveyor:
     def _start_anew(self) -> None:
         """End the transaction and begin another."""
         self._transaction.run("COMMIT")
+        time.sleep(0.002)  # the daemon's turn
         begin = self._transaction.backend.begin_reading
         if begin:
             self._transaction.later(begin)
