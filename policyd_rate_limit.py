@@ -3157,21 +3157,19 @@ def mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
     Postfix tells a policy service the recipient only if there is just one,
     and is_own_report() has to see it.
     """
-    failed: dict[str, str] = {}
+    addresses = {fold(address): address for address in settings.report_to}
     try:
         message = compose(settings, subject, text)
         with contextlib.closing(smtplib.SMTP(
                 *settings.smtp_server, timeout=MAIL_PATIENCE)) as smtp:
             start_tls_and_login(smtp, settings)
-            for address in settings.report_to:
-                reason = deliver(smtp, message, address)
-                if reason:
-                    failed[address] = reason
+            reasons = {address: deliver(smtp, message, address)
+                       for address in addresses.values()}
             with contextlib.suppress(OSError):  # it has the mail already
                 smtp.quit()
     except Exception as error:  # of the network, TLS, the login
-        return dict.fromkeys(settings.report_to, smtp_reason(error))
-    return failed
+        return dict.fromkeys(addresses.values(), smtp_reason(error))
+    return {address: reason for address, reason in reasons.items() if reason}
 
 
 def compose(settings: Settings, subject: str, text: str) -> EmailMessage:
@@ -3492,18 +3490,18 @@ class Surveyor:
         self._transaction = transaction
         self._settings = settings
         self._now = now
-        self._mails = self._values = ""
-        cost = "1"
-        if "recipient_count" in columns_of(transaction, "mail_count"):
-            cost = "COALESCE(recipient_count, 1)"
-        self._mails = f"(SELECT id, date, {cost} AS cost FROM mail_count) AS m"
-        self._overrides: Overrides = {}
         self._tables = [
             table for table in (
                 "mail_count", "mail_value", "mail_refused", "mail_limit")
             if columns_of(transaction, table)]
+        cost = "1"
+        if "recipient_count" in columns_of(transaction, "mail_count"):
+            cost = "COALESCE(recipient_count, 1)"
+        self._mails = f"(SELECT id, date, {cost} AS cost FROM mail_count) AS m"
+        self._values = ""
         if "mail_value" in self._tables:
             self._values = "(SELECT id, date, 1 AS cost FROM mail_value) AS v"
+        self._overrides: Overrides = {}
         if "mail_limit" in self._tables:
             self._overrides = read_overrides(transaction, now)
 
@@ -3530,19 +3528,17 @@ class Surveyor:
             return []
         judged = {name: self._judge(name) for name in names}
         used, newest = self._read_used(judged)
-        refused: dict[str, tuple[Refusal, ...]] = {}
-        if "mail_refused" in self._tables:
-            rows = read_refusals(
-                self._transaction, f"WHERE id IN ({placeholders(names)})"
-                " ORDER BY id, seconds", *names)
-            refused = {name: tuple(some) for name, some in itertools.groupby(
-                rows, operator.attrgetter("identity"))}
-        return [Status(
-            name, newest.get(name), one.source, one.until,
-            one.rule is not None and one.rule.dry_run,
-            tuple(self._use_of(name, one, limit, used, refused.get(name, ()))
-                  for limit in one.limits), refused.get(name, ()))
-            for name, one in judged.items()]
+        refused = self._read_refused(names)
+        statuses = []
+        for name, one in judged.items():
+            rows = refused.get(name, ())
+            uses = [self._use_of(name, one, limit, used.get(name, {}), rows)
+                    for limit in one.limits]
+            statuses.append(Status(
+                identity=name, last_mail=newest.get(name), source=one.source,
+                until=one.until, limits=tuple(uses), refused_by=rows,
+                dry_run=one.rule is not None and one.rule.dry_run))
+        return statuses
 
     def read_values(self, name: str) -> tuple[tuple[str, int], ...]:
         """Return the different values of an identity, the latest first."""
@@ -3597,21 +3593,32 @@ class Surveyor:
                 used[name] = dict(zip(windows, map(int, spent)))
         return used, newest
 
+    def _read_refused(self, names: Sequence[str],
+                      ) -> dict[str, tuple[Refusal, ...]]:
+        """Return the refusals of some identities."""
+        if "mail_refused" not in self._tables:
+            return {}
+        rows = read_refusals(
+            self._transaction, f"WHERE id IN ({placeholders(names)})"
+            " ORDER BY id, seconds", *names)
+        return {name: tuple(some) for name, some in itertools.groupby(
+            rows, operator.attrgetter("identity"))}
+
     def _table_of(self, rule: Rule) -> str:
         """Return where what a rule counts is recorded."""
         counts_mails = rule.count in ("", "recipients", "mails", "bytes")
         return self._mails if counts_mails else self._values
 
     def _use_of(self, name: str, judged: Judged, limit: Limit,
-                used: Mapping[str, Mapping[int, int]],
+                used: Mapping[int, int],
                 refused: Sequence[Refusal]) -> LimitUse:
         """Return what an identity has used of a limit."""
-        use = used.get(name, {}).get(limit.seconds, 0)
+        use = used.get(limit.seconds, 0)
         hits = sum(row.hits for row in refused if row.seconds == limit.seconds)
         room_at = None
-        if 0 < limit.mails <= use and judged.rule is not None:
-            room_at = self._room_at(self._table_of(judged.rule), name, limit,
-                                    use)
+        if judged.rule is not None and 0 < limit.mails <= use:
+            table = self._table_of(judged.rule)
+            room_at = self._room_at(table, name, limit, use)
         return LimitUse(*limit, use, room_at, hits)
 
     def _room_at(self, table: str, name: str, limit: Limit, used: int,
@@ -3676,27 +3683,37 @@ def related_keys(settings: Settings, name: str) -> dict[str, tuple[str, ...]]:
     These are what claims_of() makes of such a mail, as far as that follows
     from the name.  What a quota's `when` asks for beyond that comes with it.
     """
-    requests = [{"sasl_username": name}]
+    known = [{"sasl_username": name}]
     if "@" in name:  # logged in with it, or not
-        requests = [{"sasl_username": name, "sender": name}, {"sender": name}]
+        known = [{"sasl_username": name, "sender": name}, {"sender": name}]
     if parse_address(name):
-        requests = [{"client_address": name}]
+        known = [{"client_address": name}]
     found: dict[str, tuple[str, ...]] = {}
-    for known in requests:
-        for claim in claims_of(mail_from(known), at_data(settings)):
-            if not claim.rule.by:
-                found.setdefault(claim.identity, ())
-        for quota in settings.quotas:
-            one, unknown = without_unknown(quota, known)
-            for claim in claims_of(mail_from(known, quota), at_data(
-                    settings, one)):
-                if claim.rule.by:
-                    found.setdefault(claim.identity, unknown)
+    for attributes in known:
+        for claim, unknown in likely_claims(settings, attributes):
+            found.setdefault(claim.identity, unknown)
     return found
 
 
+def likely_claims(settings: Settings, known: Mapping[str, str],
+                  ) -> Iterator[tuple[Claim, tuple[str, ...]]]:
+    """Yield what a mail may claim of which only this is known.
+
+    With each claim comes on what else that depends.
+    """
+    for claim in claims_of(mail_from(known), at_data(settings)):
+        if not claim.rule.by:
+            yield claim, ()
+    for quota in settings.quotas:
+        one, unknown = without_unknown(quota, known)
+        request = mail_from(known, quota)
+        for claim in claims_of(request, at_data(settings, one)):
+            if claim.rule.by:
+                yield claim, unknown
+
+
 def at_data(settings: Settings, *quotas: Rule) -> Settings:
-    """Return settings that count at DATA, with other quotas if there are."""
+    """Return settings that count at DATA, with other quotas if any."""
     return replace(settings, count_mode=1, quotas=quotas or settings.quotas)
 
 
@@ -3706,7 +3723,7 @@ def without_unknown(quota: Rule, known: Mapping[str, str],
     kept, unknown = [], []
     for name, choice in quota.when:
         source = DERIVED.get(name, name)
-        if source in known or source == "sasl_username":  # there is no login
+        if source in (*known, "sasl_username", ""):  # if unknown: no login
             kept.append((name, choice))
         else:
             unknown.append(name)
@@ -3905,7 +3922,8 @@ def as_json(status: Status) -> dict[str, object]:
              "first": row.first, "last": row.last, "client": row.client}
             for row in status.refused_by],
         "values": [{"value": value, "last": date}
-                   for value, date in status.values]}
+                   for value, date in status.values],
+        "when": status.when}
 
 
 def show_most(statuses: Sequence[Status], now: int, colour: bool,
