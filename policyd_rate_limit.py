@@ -1238,11 +1238,12 @@ def limit_in_words(limit: Limit, rule: Rule, count_mode: str | int) -> str:
     if is_block(limit):
         return "blocked"
     unit = rule.count or ("mails" if count_mode == 2 else "recipients")
+    of = ""
     if unit not in ("mails", "recipients", "bytes"):
-        unit = f"different values of {unit}"
-    elif limit.mails == 1:
+        unit, of = "different values", f" of {unit}"
+    if limit.mails == 1:
         unit = unit[:-1]
-    return f"at most {limit.mails} {unit} in {spell(limit.seconds)}"
+    return f"at most {limit.mails} {unit}{of} in {spell(limit.seconds)}"
 
 
 def spell(seconds: int) -> str:
@@ -3426,7 +3427,7 @@ class Status(NamedTuple):
 
     identity: str
     last_mail: int | None  # None: no mail is recorded
-    source: str  # where its limits come from, "" if they are gone
+    source: str  # where its limits come from, "" if it is not counted
     until: int | None  # when those of --limit end, if they do
     dry_run: bool  # are they only tried?
     limits: tuple[LimitUse, ...]
@@ -3674,6 +3675,9 @@ def named_by(settings: Settings, rule: Rule, identity: str,
     name = identity[1:] if identity.startswith("=") else identity
     if not settings.limit_by_sasl and "@" in name:
         return ("sender",), fold(name)
+    prefix, _, sender = name.partition("=")
+    if prefix == "sender" and settings.limit_by_sender:
+        return ("sender",), sender
     return ("sasl_username",), fold(name)  # or an address: it is found alike
 
 
@@ -3996,7 +4000,7 @@ def show_one(status: Status, origins: Mapping[tuple[str, ...], str],
         yield (f"limits, from {status.source} ({origin_of(status, origins)})"
                f"{tried}{when}:")
     else:
-        yield "limits: none, no quota of this name is in the configuration"
+        yield "limits: none, the configuration counts no mail of this name"
     for use in status.limits:
         span, bar, used = show_use(use, colour)
         room = f"room at {moment(use.room_at)}" if use.room_at else ""
@@ -4955,13 +4959,15 @@ def read_related(settings: Settings, database: Database, spelt: str,
                  now: int) -> list[Status]:
     """Read how an identity stands, then the quotas that judge its mails."""
     key = key_of(settings, spelt)
-    related: dict[str, tuple[str, ...]] = {}
-    if not rule_of(settings, key).by:
-        related = related_keys(settings, fold(spelt))
+    if rule_of(settings, key).by:
+        return database.look(survey, settings, now, key)
+    related = related_keys(settings, fold(spelt))
     keys = [key, *(other for other in related if other != key)]
-    statuses = database.look(survey, settings, now, *keys)
-    return [status._replace(when=related.get(status.identity, ()))
-            for status in statuses]
+    own, *others = database.look(survey, settings, now, *keys)
+    if key not in related and not own.is_overridden:
+        own = own._replace(source="", limits=())  # it is not counted
+    return [own, *(status._replace(when=related[status.identity])
+                   for status in others)]
 
 
 def show_prometheus(options: argparse.Namespace) -> None:

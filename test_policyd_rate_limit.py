@@ -5158,7 +5158,7 @@ class AlertTest(ReportsTest):
         sink.wait(2)
         for facts, key, limit, is_tried in zip(
                 map(self.facts, sink.mails), ("size=all", "places=all"),
-                ("1 byte in", "1 different values of client_network in"),
+                ("1 byte in", "1 different value of client_network in"),
                 (False, True)):
             self.assertEqual(facts["identity"], key)
             self.assertEqual(facts["limit"], f"at most {limit} 1 hour")
@@ -5723,6 +5723,20 @@ class StatusTest(ReportsTest):
                     list(prl.related_keys(settings_of(settings), name)),
                     keys.split())
 
+    def test_a_name_that_is_not_counted_has_no_limits(self) -> None:
+        self.spend("other", 1)
+        for name, config, limits in (
+                ("192.0.2.1", "limit_by_ip: False", False),
+                ("joe", "limit_by_sasl: False", False),
+                ("192.0.2.1", "{limit_by_ip: True, limited_networks:"
+                 " [192.0.2.0/24]}", True)):
+            shown = self.command("--status", name, config=config).stdout
+            self.assertIs("limits, from limits (" in shown, limits)
+            self.assertIs("limits: none, the configuration" in shown,
+                          not limits)
+        self.command("--block", "192.0.2.1")
+        self.assertIn("blocked", self.show("--status", "192.0.2.1"))
+
     def test_a_pattern_lists_the_recorded_identities_that_fit(self) -> None:
         for who in ("joe@x.org", "ann@x.org", "joe@y.org", "10.1.2.3",
                     "11.1.2.3", "sasl_domain=x.org", "places=tom@x.org",
@@ -5760,7 +5774,7 @@ class StatusTest(ReportsTest):
             self.assertNotIn(f'used{{identity="{name}"', shown)
             self.assertIn(f'refusals_total{{identity="{name}"', shown)
             page = self.command("--status", name, config=config).stdout
-            self.assertIn("limits: none, no quota of this name is in", page)
+            self.assertIn("limits: none, the configuration counts no", page)
             self.assertIn("last mail: 20", page)
         for name, config in zip(senders, (
                 "limit_by_sender: True", "limit_by_sender: False")):
