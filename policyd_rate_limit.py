@@ -3818,8 +3818,8 @@ METRICS = {  # names without policyd_rate_limit_, and what --prometheus says
     "database_errors_total": "Mails let through while the database was away.",
     "judged_in_memory_total": "Mails judged while the database was away.",
     "decision_seconds_total": "Seconds that decisions took.",
-    "used": "What an identity has used of a window, in seconds.",
-    "limit": "How much it may use of the window.",
+    "used": "What an identity has used within its window of seconds.",
+    "limit": "What it may use within that window.",
     "refusals_total": "Refusals by the limit of the window, until cleaned.",
     "limit_ends": "When a limit of --limit or --block ends, in epoch seconds.",
     "dry_run": "1 if the limits of an identity are only tried.",
@@ -3996,7 +3996,8 @@ def show_one(status: Status, origins: Mapping[tuple[str, ...], str],
         tried = ", only tried" if status.dry_run else ""
         when = ""
         if status.when:
-            when = f", if the quota's when fits ({', '.join(status.when)})"
+            named = " and ".join(status.when)
+            when = f", where the mail's {named} fits `when`"
         yield (f"limits, from {status.source} ({origin_of(status, origins)})"
                f"{tried}{when}:")
     else:

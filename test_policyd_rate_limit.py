@@ -5693,7 +5693,7 @@ class StatusTest(ReportsTest):
         self.assertRegex(pages[0][2], r"^last refusal: 20.* by sasl_domain="
                          r"x\.org 2/3600s, client 198\.51\.2\.1$")
         self.assertIn("[##########] 2/2", pages[1][3])
-        self.assertIn("if the quota's when fits (server_port)", pages[2][2])
+        self.assertIn("the mail's server_port fits `when`", pages[2][2])
         self.assertRegex("\n".join(pages[4]),
                          r"value +last seen\n198\.51\.0\.0/24 +20\d\d-")
         shown = run(*daemon.options, "--status", "ann@x.org", "--json").stdout
