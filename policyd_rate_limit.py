@@ -58,6 +58,7 @@ import random
 import re
 import reprlib
 import resource
+import shlex
 import shutil
 import signal
 import smtplib
@@ -77,7 +78,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.message import EmailMessage
-from email.utils import format_datetime, localtime, make_msgid
+from email.utils import format_datetime, localtime, make_msgid, parseaddr
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
 
@@ -99,7 +100,6 @@ MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 MAX_ADDRESS = 45  # characters of an IP address: IPv6 with IPv4 in the end
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
-FOR_GOOD = 10**12  # seconds: the year 33658
 NOTICE = 25  # the log level of what is said even with debug: False
 SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
 log = logging.getLogger(PROGRAM)
@@ -1490,6 +1490,7 @@ class Refusal(NamedTuple):
     first: int
     last: int
     client: str  # the address that the last one came from
+    told: int = 0  # how many of these hits reports have told of
 
 
 @dataclass
@@ -1578,22 +1579,22 @@ def claims_of(request: Request, settings: Settings,
     """
     if not is_counted(request.protocol_state, settings.count_mode):
         return []
+    if is_own_report(request, settings):
+        return []
     claims = []
     for rule in settings.rules:
         by, name = ((rule.by, value_of(request, rule.by)) if rule.by else
                     identify(request, settings))
         if not name or (rule.when and not is_wanted(request, rule)):
             continue
-        limits = rule.limits_by_id.find(name, by in ADDRESSES)
-        if limits is None:
-            limits = rule.limits
         key = shorten(f"{rule.name}={name}" if rule.by
                       else key_of_identity(by, name, settings))
         cost, value = cost_of(request, rule, settings.count_mode)
         if key in charged:
             cost = rest_of(cost, value, request, rule, charged[key])
         if cost:
-            claims.append(Claim(key, cost, limits, rule, value))
+            claims.append(Claim(
+                key, cost, limits_under(rule, by, name), rule, value))
     return claims
 
 
@@ -1643,18 +1644,6 @@ def escape(identity: str, settings: Settings) -> str:
     if equals and any(quota.name == name for quota in settings.quotas):
         return "=" + identity
     return identity
-
-
-def name_in_key(key: str, rule: Rule, settings: Settings) -> str:
-    """Return the name that a key stands for, as limits_by_id has it."""
-    if rule.by:
-        return key.partition("=")[2]
-    if key == escape(key[1:], settings):
-        key = key[1:]
-    if (settings.limit_by_sasl and settings.limit_by_sender
-            and key.startswith(SENDER_KEY)):
-        return key[len(SENDER_KEY):]
-    return key
 
 
 def value_of(request: Request, by: Sequence[str]) -> str | None:
@@ -1750,6 +1739,59 @@ def judge(usage: Sequence[Usage]) -> Verdict:
     return Verdict(tuple(usage), None, tuple(tried.values()))
 
 
+def is_own_report(request: Request, settings: Settings) -> bool:
+    """Say whether a mail is a report or an alert that this host sends.
+
+    If it counted, a limit that is full would silence its own alert.  All of
+    the envelope can be forged, so that three things must be true that keep
+    others from gaining anything by it: the client is this host, it logged in
+    as nobody else, and the only recipient wants to have such mails.
+    """
+    if not (settings.report or settings.alert):
+        return False
+    attributes = request.attributes
+    address = parse_address(request.client_address)
+    if address is None or not (
+            address.is_loopback
+            or address == parse_address(attributes.get("server_address", ""))):
+        return False
+    login, _ = settings.smtp_credentials or ("", "")
+    if request.sasl_username not in ("", login):
+        return False
+    if request.recipient_count > 1:
+        return False
+    wanted = {fold(address) for address in settings.report_to}
+    return (fold(attributes.get("recipient", "")) in wanted
+            and is_report_sender(fold(request.sender), settings.report_from))
+
+
+def is_report_sender(sender: str, report_from: str | None) -> bool:
+    """Say whether a folded sender is that of reports."""
+    if report_from:
+        return sender == fold(parseaddr(report_from)[1])
+    return sender.startswith(f"{PROGRAM}@")  # the rest is up to the DNS
+
+
+def limits_under(rule: Rule, by: tuple[str, ...], name: str) -> Limits:
+    """Return the limits that a rule has for a name, and what that is."""
+    limits: Limits | None = rule.limits_by_id.find(name, by in ADDRESSES)
+    return rule.limits if limits is None else limits
+
+
+def named_by(settings: Settings, rule: Rule, identity: str,
+             ) -> tuple[tuple[str, ...], str]:
+    """Return what an identity is, such as a login name, and its name."""
+    if rule.by:
+        return rule.by, identity.partition("=")[2]
+    name = identity[1:] if identity.startswith("=") else identity
+    if not settings.limit_by_sasl and "@" in name:
+        return ("sender",), fold(name)
+    prefix, _, sender = name.partition("=")
+    if prefix == "sender" and settings.limit_by_sender:
+        return ("sender",), sender
+    return ("sasl_username",), fold(name)  # or an address: it is found alike
+
+
 def rule_of(settings: Settings, identity: str) -> Rule:
     """Return the rule that an identity is counted for."""
     name, equals, _ = identity.partition("=")
@@ -1773,51 +1815,98 @@ def key_of(settings: Settings, spelt: str) -> str:
 # ---------------------------------------------------------------------------
 
 MAX_ACTION = 400  # bytes; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
+TAKES_TEXT = re.compile(  # actions of access(5) that end with a reply's text
+    r"(?i:[45]\d\d|reject|defer|defer_if_permit|defer_if_reject)")
+FIELDS = re.compile(  # of the log: what may stand ahead of a value
+    "(identity|cost|used|client|broken|attempts|action|"
+    + "|".join(ATTRIBUTES) + ")=", re.IGNORECASE)
 
 
-def describe(verdict: Verdict, client: str = "", refused: int = 0) -> str:
+def describe(verdict: Verdict, client: str = "", attempts: int = 0) -> str:
     """Return a verdict in Postfix's key=value style."""
     broken, parts = verdict.broken, []
     for claim, group in itertools.groupby(
             verdict.usage, operator.attrgetter("claim")):
         cost = 0 if broken else claim.cost
-        used = " ".join(f"{usage.used + cost}/{ratio(usage.limit)}"
-                        for usage in group)
-        parts.append(f"identity=<{printable(claim.identity)}>,"
-                     f" cost={claim.cost}, used={used}")
-    parts += [f"would refuse for <{printable(usage.claim.identity)}>"
+        used = " ".join(describe_use(usage, cost) for usage in group)
+        parts.append(f"identity=<{quote_key(claim)}>, cost={claim.cost},"
+                     f" used={used}")
+    parts += [f"would refuse for <{quote_key(usage.claim)}>"
               f" {ratio(usage.limit)}" for usage in verdict.tried]
     if broken:
-        parts.append(f"client={client}, broken={ratio(broken.limit)},"
-                     f" refused={refused}")
-        if broken.claim.cost > broken.limit.mails:
-            parts.append("it can never pass")
+        key = f"{quote_key(broken.claim)} " if broken.claim.rule.by else ""
+        parts.append(f"client={client}, broken={key}{ratio(broken.limit)},"
+                     f" attempts={attempts}")
+        excess = describe_excess(broken)
+        if excess:
+            parts.append(excess)
+        if verdict.block is not None and verdict.block.reason:
+            parts.append(f"blocked since {moment(verdict.block.made)} for"
+                         f" exceeding {verdict.block.reason}")
     return ", ".join(parts) or "no limits"
+
+
+def describe_use(usage: Usage, cost: int) -> str:
+    """Return what is used of a limit, with what a mail costs."""
+    limit = ratio(usage.limit)
+    return limit if is_block(usage.limit) else f"{usage.used + cost}/{limit}"
+
+
+def describe_excess(broken: Usage) -> str:
+    """Return why a mail alone exceeds a limit; "" if it may pass later."""
+    cost, most = broken.claim.cost, broken.limit.mails
+    if is_block(broken.limit) or cost <= most:
+        return ""
+    unit = "bytes" if broken.claim.rule.count == "bytes" else "recipients"
+    return f"too many {unit} in one message: {cost}, at most {most}"
 
 
 def explain(verdict: Verdict, block_action: str, now: float) -> str:
     """Return the action for a refused mail, with what was found in it."""
     assert verdict.broken is not None
     claim, limit, used = verdict.broken
-    action = claim.rule.fail_action
+    action, excess = claim.rule.fail_action, describe_excess(verdict.broken)
     if verdict.block is not None:
         action = block_action
-    if "$" not in action:
-        return action
-    at = within = "never"
-    if verdict.room_at is not None:
-        at = moment(verdict.room_at)
-        within = spell(max(verdict.room_at - math.ceil(now), 1))
-    text = string.Template(action).substitute(
-        identity=printable(claim.identity), used=used,
-        mails=limit.mails, seconds=limit.seconds, window=spell(limit.seconds),
-        room_at=at, room_in=within)
-    return text.encode()[:MAX_ACTION].decode(errors="ignore")
+    if "$" in action:
+        at = within = "never"
+        if verdict.room_at is not None:
+            at = moment(verdict.room_at)
+            within = spell(max(verdict.room_at - math.ceil(now), 1))
+        action = string.Template(action).substitute(
+            identity=quote_key(claim), used=used, mails=limit.mails,
+            seconds=limit.seconds, window=spell(limit.seconds),
+            room_at=at, room_in=within)
+    if excess and TAKES_TEXT.fullmatch(action.split()[0]):
+        action += f" ({excess})"
+    return action.encode()[:MAX_ACTION].decode(errors="ignore")
 
 
 def ratio(limit: Limit | Refusal) -> str:
     """Return a limit as the log shows it."""
-    return f"{limit.mails}/{limit.seconds}s".replace("-1/", "")
+    if is_block(limit):
+        return "blocked"
+    if limit.mails < 0:  # the original did not record it
+        return f"{limit.seconds}s"
+    return f"{limit.mails}/{limit.seconds}s"
+
+
+def is_block(limit: Limit | Refusal) -> bool:
+    """Say whether a limit lets nothing pass, as --block sets it."""
+    return limit.mails == 0
+
+
+def limit_in_words(limit: Limit, rule: Rule, count_mode: str | int) -> str:
+    """Return a limit as a sentence has it: at most 10 mails in 1 minute."""
+    if is_block(limit):
+        return "blocked"
+    unit = rule.count or ("mails" if count_mode == 2 else "recipients")
+    of = ""
+    if unit not in ("mails", "recipients", "bytes"):
+        unit, of = "different values", f" of {unit}"
+    if limit.mails == 1:
+        unit = unit[:-1]
+    return f"at most {limit.mails} {unit}{of} in {spell(limit.seconds)}"
 
 
 def spell(seconds: int) -> str:
@@ -1892,9 +1981,19 @@ def moment(date: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
 
 
-def term(ends: int) -> str:
+def term(ends: int | None) -> str:
     """Return until when limits of --limit hold."""
-    return "for good" if ends >= FOR_GOOD else f"until {moment(ends)}"
+    return "permanently" if ends is None else f"until {moment(ends)}"
+
+
+def describe_override(override: Override) -> str:
+    """Return until when limits of --limit hold, since when, and why."""
+    words = term(override.ends)
+    if override.made:
+        words += f", since {moment(override.made)}"
+    if override.reason:
+        words += f", for exceeding {override.reason}"
+    return words
 
 
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
@@ -1921,17 +2020,51 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def quote(text: str) -> str:
+    """Return a value so that nothing in it passes for a field of the log."""
+    text = re.sub(r"[\\<>,]", lambda found: f"\\x{ord(found[0]):02x}",
+                  printable(text))
+    return FIELDS.sub(r"\1\\x3d", text)
+
+
+def quote_key(claim: Claim) -> str:
+    """Return the identity or key of a claim so that it forges no field."""
+    name, equals, value = claim.identity.partition("=")
+    if claim.rule.by and equals:
+        return f"{name}={quote(value)}"
+    return quote(claim.identity)
+
+
+def undecodable(text: str) -> str:
+    """Return text for a header in which no encoded word (RFC 2047) is left.
+
+    A client chose some of it; a decoded line end would begin a new header.
+    """
+    return text.replace("=?", "= ?")
+
+
 def align(rows: Sequence[Sequence[str]], columns: int = 999) -> Iterator[str]:
-    """Yield a table's lines: the first column makes room, empty ones go."""
-    width, *widths = [max(map(len, column)) * any(column[1:])
-                      for column in zip(*rows)]
-    room = columns - sum(widths) - len(widths) + widths.count(0)
-    width = max(12, min(width, room))
+    """Yield a table's lines: the first column makes room, empty ones go.
+
+    Escape codes that colour a cell take no room.
+    """
+    widths = [max(map(shown_width, column)) if any(column[1:]) else 0
+              for column in zip(*rows)]
+    others = [width for width in widths[1:] if width]
+    room = columns - sum(others) - len(others)
+    width = max(12, min(widths[0], room))
     for name, *cells in rows:
         name = name if len(name) <= width else name[:width - 3] + "..."
-        yield " ".join([f"{name:{width}}", *(
-            f"{cell:>{wide}}" for cell, wide in zip(cells, widths) if wide)
-            ])[:columns].rstrip()
+        line = f"{name:{width}}"
+        for cell, wide in zip(cells, widths[1:]):
+            if wide:
+                line += " " * (1 + wide - shown_width(cell)) + cell
+        yield line.rstrip() if "\033" in line else line[:columns].rstrip()
+
+
+def shown_width(cell: str) -> int:
+    """Return the columns that a cell takes on a terminal."""
+    return len(re.sub(r"\033\[\d*m", "", cell))
 
 
 # ---------------------------------------------------------------------------
@@ -1959,9 +2092,8 @@ TABLES = {
     "mail_turn": "id {name} PRIMARY KEY, turn {number}",
     "mail_refused": "id {name}, seconds {number}, mails {number},"
                     " hits {number}, first {number}, last {number},"
-                    " client {name}, PRIMARY KEY (id, seconds)",
-    "report_told": "id {name}, seconds {number}, address {name},"
-                   " hits {number}, PRIMARY KEY (id, seconds, address)",
+                    " client {name}, told {number} DEFAULT 0,"
+                    " PRIMARY KEY (id, seconds)",
     "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
                   " ends {number}, made {number}",
 }
@@ -1987,7 +2119,9 @@ RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
 INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
 REFUSED = ("INSERT INTO mail_refused"
-           " (id, seconds, mails, hits, first, last, client) VALUES {}")
+           " (id, seconds, mails, hits, first, last, client, told) VALUES {}")
+ADD_TOLD = ("ALTER TABLE mail_refused"
+            " ADD COLUMN told bigint NOT NULL DEFAULT 0")
 
 
 class Backend:
@@ -2078,7 +2212,7 @@ class Backend:
 
     def explain(self, error: Exception) -> str:
         """Return the text of an error in one line."""
-        return f"{self.name}: {' '.join(str(error).split())}"
+        return printable(f"{self.name}: {' '.join(str(error).split())}")
 
     def probe(self, examine: Callable[[Transaction], None]) -> str:
         """Examine the database, changing nothing; return what it is."""
@@ -2155,7 +2289,7 @@ class SQLite(Backend):
 
     def explain(self, error: Exception) -> str:
         """Return the text of an error with the file."""
-        return f"{self.config.get('database')}: {error}"
+        return printable(f"{self.config.get('database')}: {error}")
 
     def _identify(self) -> tuple[int, int]:
         """Return what tells this file from another of its name."""
@@ -2599,6 +2733,7 @@ def columns_of(transaction: Transaction, table: str) -> list[str]:
 def are_complete(transaction: Transaction) -> bool:
     """Say whether all tables are there, as an update makes them."""
     return ("total" in columns_of(transaction, "mail_count")
+            and "told" in columns_of(transaction, "mail_refused")
             and all(columns_of(transaction, table) for table in TABLES))
 
 
@@ -2607,6 +2742,8 @@ def update_tables(transaction: Transaction) -> None:
     backend = transaction.backend
     for statement in creations(backend):
         transaction.run(statement)
+    if "told" not in columns_of(transaction, "mail_refused"):
+        transaction.run(ADD_TOLD)
     present = columns_of(transaction, "mail_count")
     if "total" in present:
         return
@@ -3147,7 +3284,7 @@ def read_refusals(transaction: Transaction, which: str = "", *values: object,
                   ) -> list[Refusal]:
     """Return refusals, all or some."""
     return [Refusal(*row) for row in transaction.run(
-        "SELECT id, seconds, mails, hits, first, last, client"
+        "SELECT id, seconds, mails, hits, first, last, client, told"
         f" FROM mail_refused {which}", *values).fetchall()]
 
 
@@ -3636,13 +3773,14 @@ class Service:
 
     def __init__(self, settings: Settings, ledger: Ledger,
                  clock: Callable[[], float] = time.time,
-                 alarm: Callable[..., int] = lambda *_: 1) -> None:
-        """Take a clock, and an alarm, which counts the refusals."""
+                 alarm: Callable[..., int] = lambda *_: 1,
+                 outage: Callable[..., None] = lambda *_: None) -> None:
+        """Take a clock, an alarm that counts refusals, and one of outages."""
         self.settings = settings
         self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self.ledger = ledger
         self.clock = clock
-        self._alarm = alarm
+        self._alarm, self._outage = alarm, outage
         self._counted = -math.inf  # when a mail was last counted
         self._away = False  # the database
         self._lock = threading.Lock()  # of counts, and a change of _away
@@ -3655,10 +3793,10 @@ class Service:
         settings, now = self.settings, self.clock()  # until the answer
         self._count("requests")
         if settings.log_requests:
-            log.log(NOTICE, "%s: %s", queue_id_of(request), printable(
-                ", ".join(f"{name[:MAX_TOLD]}={value[:MAX_TOLD]}"
-                          for name, value in request.attributes.items()
-                          if value)[:40 * MAX_TOLD]))
+            log.log(NOTICE, "%s: %s", queue_id_of(request), ", ".join(
+                f"{quote(name[:MAX_TOLD])}={quote(value[:MAX_TOLD])}"
+                for name, value in request.attributes.items() if value
+                )[:40 * MAX_TOLD])
         self._watch_state(request, settings, now)
         mail.begin(request)
         claims = claims_of(request, settings, mail.charged)
@@ -3679,7 +3817,7 @@ class Service:
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
         """Have the ledger decide on a mail; return the action."""
-        client, refused = printable(request.client_address)[:45], 0
+        client, attempts = printable(request.client_address)[:45], 0
         mail = Mail(claims, now, request.instance, request.protocol_state,
                     client)
         began = time.perf_counter()
@@ -3693,13 +3831,14 @@ class Service:
             action = settings.db_error_action
         if broken is not None:
             action = explain(verdict, settings.block_action, now)
-            with contextlib.suppress(Exception):  # the answer comes first
-                refused = self._alarm(broken, client, settings, now)
         usual = broken is None and not verdict.tried
+        if not usual:
+            with contextlib.suppress(Exception):  # the answer comes first
+                attempts = self._alarm(verdict, client, settings, now)
         level = logging.INFO if usual else NOTICE
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id_of(request),
-                    describe(verdict, client, refused), action)
+                    describe(verdict, client, attempts), action)
         so_far.remember(request, () if broken else claims, settings, action)
         return action
 
@@ -3754,6 +3893,8 @@ class Service:
                       self.settings.db_error_action, error)
         else:
             log.warning("the database is back: counting again")
+        with contextlib.suppress(Exception):
+            self._outage(error, self.settings)
 
 
 class MailSoFar:
@@ -4143,23 +4284,15 @@ def clean_refusals(transaction: Transaction, settings: Settings, after: str,
     rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
                          f" LIMIT {CLEAN_STEP}", after)
     last = rows[-1].identity if rows else ""
-    told = {(*key, to): hits for *key, to, hits in transaction.run(
-        "SELECT id, seconds, address, hits FROM report_told"
-        " WHERE id >= ? AND id <= ?", after, last).fetchall()}
     keep = max(86400, 2 * settings.longest_window)
     for row in rows:
-        key = row.identity, row.seconds
-        due = row.seconds in settings.noted_windows
-        if now - row.last < max(keep, row.seconds) or due and any(
-                told.get((*key, fold(to)), 0) < row.hits
-                for to in settings.report_to):
+        due = row.seconds in settings.noted_windows and settings.report_to
+        if now - row.last < max(keep, row.seconds) or (
+                due and row.told < row.hits):
             continue
         transaction.later("DELETE FROM mail_refused WHERE id = ?"
-                          " AND seconds = ? AND hits = ?", *key, row.hits)
-        transaction.later(
-            "DELETE FROM report_told WHERE id = ? AND seconds = ?"
-            " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
-            " report_told.id AND r.seconds = report_told.seconds)", *key)
+                          " AND seconds = ? AND hits = ?",
+                          row.identity, row.seconds, row.hits)
     more = len(rows) == CLEAN_STEP and last != after
     return last if more else None, 0
 
@@ -4429,9 +4562,7 @@ def counts_alike(rule: Rule, other: Rule) -> bool:
 
 def limits_in(settings: Settings, rule: Rule, identity: str) -> Limits:
     """Return the limits that the file has for an identity or a key."""
-    limits = rule.limits_by_id.find(
-        name_in_key(identity, rule, settings), rule.by in ((), *ADDRESSES))
-    return rule.limits if limits is None else limits
+    return limits_under(rule, *named_by(settings, rule, identity))
 
 
 def windows_of(rule: Rule) -> set[int]:
@@ -4679,99 +4810,121 @@ def quantity(count: int, noun: str) -> str:
 # ---------------------------------------------------------------------------
 
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
+REPORT_LINES = 1000  # identities that one report names: nobody reads more
 ALERTS_AN_HOUR = 20
-ALERT_PAUSE = 3  # seconds before one that failed is tried again
-ALERTS_KNOWN = 10000  # identities and windows remembered, of 300 bytes each
+MAX_STREAKS = 10000  # identities and windows remembered, of 300 bytes each
 
 
 def send_reports(database: Database, settings: Settings) -> None:
-    """Mail each address the refusals that it was not told of yet."""
-    failed: dict[str, list[str]] = {}
-    for key, address in {fold(to): to for to in settings.report_to}.items():
-        try:
-            owed = [(row, new) for row, new in database.transact(owed_to, key)
-                    if new > 0 and row.seconds in settings.noted_windows]
-            refused = [(row, new) for row, new in owed
-                       if not rule_of(settings, row.identity).dry_run]
-            if refused or not settings.report_only_if_needed:
-                mail(settings, address, settings.report_subject,
-                     report(refused))
-            for some in chunks(owed, 100):  # the daemon waits for each
-                database.transact(tell, [
-                    (*row[:2], key, row.hits) for row, _ in some])
-        except Exception as error:  # a strange address raises many kinds
-            failed.setdefault(smtp_reason(error), []).append(address)
-    if failed:
-        raise CleanError("no report to " + "; ".join(
-            f"{', '.join(some)}: {why}" for why, some in failed.items()))
+    """Mail the refusals that no report has told of yet.
+
+    They count as told if every address accepts the report; otherwise all
+    addresses get them again with the next one.
+    """
+    if not settings.report_to:
+        return
+    untold = [row for row in database.read(read_refusals, "WHERE hits > told")
+              if row.seconds in settings.noted_windows]
+    refused = [row for row in untold
+               if not rule_of(settings, row.identity).dry_run]
+    if refused or not settings.report_only_if_needed:
+        failed = mail(settings, settings.report_subject, report(refused))
+        if failed:
+            raise CleanError(
+                f"the report was not accepted for {failures(failed)}; the next"
+                " one repeats it to every address in report_to")
+    for some in chunks(untold, 100):  # the daemon waits for each
+        database.transact(record_told, some)
 
 
-def owed_to(transaction: Transaction, address: str,
-            ) -> list[tuple[Refusal, int]]:
-    """Return refusals, each with how many hits an address was not told."""
-    told = {(identity, seconds): hits for identity, seconds, hits in
-            transaction.run("SELECT id, seconds, hits FROM report_told"
-                            " WHERE address = ?", address).fetchall()}
-    return [(row, row.hits - told.get(row[:2], 0))
-            for row in read_refusals(transaction)]
+def report(refusals: Sequence[Refusal]) -> str:
+    """Return the text of a report, the most refusals first."""
+    cells = [("identity", "limit", "refusals", "last", "client")]
+    by_number = sorted(refusals, key=lambda row: (row.told - row.hits, row))
+    for row in by_number[:REPORT_LINES]:
+        cells.append((printable(row.identity), ratio(row),
+                      str(row.hits - row.told), moment(row.last), row.client))
+    lines = ["Mails refused since the last report:", "", *align(cells)]
+    if len(by_number) > REPORT_LINES:
+        lines.append(f"and {len(by_number) - REPORT_LINES} more:"
+                     f" {PROGRAM} --status shows all")
+    return "\n".join([*lines, ""])
 
 
-def tell(transaction: Transaction, rows: Sequence[Row]) -> None:
-    """Keep the hits that addresses were told: rows of report_told."""
+def record_told(transaction: Transaction, rows: Sequence[Refusal]) -> None:
+    """Record that a report told of refusals, as many as were read."""
     for row in rows:
-        transaction.later("DELETE FROM report_told WHERE id = ?"
-                          " AND seconds = ? AND address = ?", *row[:3])
-    transaction.write("INSERT INTO report_told (id, seconds, address, hits)"
-                      " VALUES {}", rows)
+        transaction.later(
+            "UPDATE mail_refused SET told = ? WHERE id = ? AND seconds = ?"
+            " AND told < ?", row.hits, row.identity, row.seconds, row.hits)
+    transaction.flush()
 
 
-def take_over(transaction: Transaction, now: int) -> None:
-    """Take over the refusals that the original and 2.0.0 noted elsewhere."""
+def import_old_refusals(transaction: Transaction, now: int) -> None:
+    """Move the refusals that the original recorded into our table."""
+    if not columns_of(transaction, "limit_report"):
+        return
     hits: Counter[tuple[str, int]] = Counter()
-    if columns_of(transaction, "report_owed"):
-        # As if the one address had been told less than nothing.
-        owed = transaction.run(
-            "SELECT id, delta, address, -SUM(hit) FROM report_owed"
-            " GROUP BY id, delta, address").fetchall()
-        hits.update({(identity, window): 0 for identity, window, *_ in owed})
-        tell(transaction, owed)
-        transaction.run("DELETE FROM report_owed")
-    if columns_of(transaction, "limit_report"):
-        for identity, window, hit in transaction.run(
-                "SELECT id, delta, hit FROM limit_report").fetchall():
-            hits[fold(identity), window] += hit or 0
-        transaction.run("DELETE FROM limit_report")
+    for identity, window, hit in transaction.run(
+            "SELECT id, delta, hit FROM limit_report").fetchall():
+        hits[fold(identity), window] += hit or 0
+    transaction.run("DELETE FROM limit_report")
     transaction.write(transaction.backend.note, [
-        (*key, -1, hits[key], now, now, "") for key in sorted(hits)])
+        Refusal(*key, -1, hits[key], now, now, "") for key in sorted(hits)])
 
 
-def report(owed: Sequence[tuple[Refusal, int]]) -> str:
-    """Return the text of a report, most hits first."""
-    rows = [("identity", "limit", "hits", "last", "client")]
-    rows += [(printable(row.identity), ratio(row), str(new), moment(row.last),
-              row.client) for row, new in
-             sorted(owed, key=lambda pair: (-pair[1], pair[0]))]
-    return "Mails refused since the last report:\n\n" + "\n".join(
-        (*align(rows), ""))
+def mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
+    """Mail a text to all of report_to; return who refused it, and why.
+
+    It is one message, but each address has a delivery of its own: at DATA
+    Postfix tells a policy service the recipient only if there is just one,
+    and is_own_report() has to see it.
+    """
+    addresses = {fold(address): address for address in settings.report_to}
+    try:
+        message = compose(settings, subject, text)
+        with contextlib.closing(smtplib.SMTP(
+                *settings.smtp_server, timeout=MAIL_PATIENCE)) as smtp:
+            start_tls_and_login(smtp, settings)
+            reasons = {address: deliver(smtp, message, address)
+                       for address in addresses.values()}
+            with contextlib.suppress(OSError):  # it has the mail already
+                smtp.quit()
+    except Exception as error:  # of the network, TLS, the login
+        return dict.fromkeys(addresses.values(), smtp_reason(error))
+    return {address: reason for address, reason in reasons.items() if reason}
 
 
-def mail(settings: Settings, address: str, subject: str, text: str) -> None:
-    """Mail a text; return when the server has taken it, or raise."""
+def compose(settings: Settings, subject: str, text: str) -> EmailMessage:
+    """Return a message to all of report_to."""
     host = socket.getfqdn()
     message = EmailMessage()
     message["From"] = settings.report_from or f"{PROGRAM}@{host}"
-    message["To"] = address
+    message["To"] = ", ".join(settings.report_to)
     message["Subject"] = printable(subject)
     message["Date"] = format_datetime(localtime())
     message["Message-ID"] = make_msgid(domain=host)
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(text, cte="quoted-printable")
-    with contextlib.closing(smtplib.SMTP(
-            *settings.smtp_server, timeout=MAIL_PATIENCE)) as smtp:
-        start_tls_and_login(smtp, settings)
-        smtp.send_message(message)
-        with contextlib.suppress(OSError):  # it has the mail already
-            smtp.quit()
+    return message
+
+
+def deliver(smtp: smtplib.SMTP, message: EmailMessage, address: str) -> str:
+    """Hand a message to the server for one address; return why that failed."""
+    try:
+        smtp.send_message(message, to_addrs=[address])
+    except Exception as error:  # a strange address raises many kinds
+        return smtp_reason(error)
+    return ""
+
+
+def failures(failed: Mapping[str, str]) -> str:
+    """Return in one line which addresses refused a mail, and why."""
+    addresses: dict[str, list[str]] = {}
+    for address, reason in failed.items():
+        addresses.setdefault(reason, []).append(address)
+    return "; ".join(f"{', '.join(some)}: {reason}"
+                     for reason, some in addresses.items())
 
 
 def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
@@ -4802,96 +4955,155 @@ def smtp_reason(error: Exception) -> str:
     return printable(" ".join(text.split()))
 
 
+@dataclass
+class Streak:
+    """The refusals of an identity by a window's limit, one after another."""
+
+    last: float  # when it was refused last
+    attempts: int = 0  # since a whole window passed without a refusal
+    alerted: float | None = None  # when somebody was last told
+    since_alert: int = 0  # refusals since then
+
+
+class Alert(NamedTuple):
+    """What somebody is to be told, and under which settings."""
+
+    settings: Settings
+    facts: Mapping[str, str]
+    is_outage: bool = False
+
+
 class Alarm:
-    """Tells at once who hits a limit, from a thread of its own."""
+    """Tells at once who exceeds a limit, from a thread of its own."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the clock by which the alerts of an hour are counted."""
         self._clock = clock
-        self._queue: queue.Queue[tuple[
-            Settings, tuple[str, int], dict[str, str]]] = queue.Queue(
-                2 * ALERTS_AN_HOUR)
+        # Refusals may fill two thirds of it, so that an outage has room.
+        self._queue: queue.Queue[Alert] = queue.Queue(3 * ALERTS_AN_HOUR)
         self._lock = threading.Lock()
-        # Of an identity and window: when refused last, how often since there
-        # was a whole window without; when alerted, how often since then.
-        self._known: dict[tuple[str, int], tuple[float, int, float, int]] = {}
+        self._streaks: OrderedDict[tuple[str, int], Streak] = OrderedDict()
 
-    def refused(self, broken: Usage, client: str, settings: Settings,
+    def refused(self, verdict: Verdict, client: str, settings: Settings,
                 now: float) -> int:
-        """Count a refusal; return how many there were in this window."""
-        (mails, window), named = broken.limit, settings.report_limits
-        key = broken.claim.identity, window
-        with self._lock:
-            last, count, alerted, since = self._known.pop(
-                key, (-math.inf, 0, -math.inf, 0))
-            count = count + 1 if abs(now - last) < window else 1
-            due = (settings.alert and (named is None or window in named)
-                   and abs(now - alerted) >= window)  # it may be set back
-            self._known[key] = (now, count, *(
-                (now, 0) if due else (alerted, since + 1)))
-            if len(self._known) > ALERTS_KNOWN:
-                del self._known[next(iter(self._known))]
-        if not due:
-            return count
-        facts = {"identity": printable(broken.claim.identity),
-                 "limit": f"{mails} mails in {window} s",
-                 "since": moment(now),
-                 "client_address": printable(client),
-                 "refused_since_last_alert": str(since + 1)}
-        with contextlib.suppress(queue.Full):  # the report will tell
-            self._queue.put_nowait((settings, key, facts))
-        return count
+        """Count a refused mail, and alert somebody if that is due.
+
+        Return how many attempts were refused since a whole window passed
+        without any.  What is only tried counts too, but is no attempt.
+        """
+        attempts = 0
+        for use in filter(None, (verdict.broken, *verdict.tried)):
+            with self._lock:
+                streak = self._count(use, now)
+                if use is verdict.broken:
+                    attempts = streak.attempts
+                since_alert = streak.since_alert
+                due = is_due(streak, use.limit.seconds, settings, now)
+                if due:
+                    streak.alerted, streak.since_alert = now, 0
+            if due and self._queue.qsize() < 2 * ALERTS_AN_HOUR:
+                self._put(Alert(settings, facts_of(
+                    use, verdict, client, settings, now, since_alert)))
+        return attempts
+
+    def outage(self, error: Exception | None, settings: Settings) -> None:
+        """Alert that the database is away, or is back if there is no error."""
+        if settings.alert:
+            state = f"is away: {error}" if error else "is back"
+            notice = printable(f"the database {state}")
+            self._put(Alert(settings, {
+                "notice": notice, "host": socket.gethostname()}, True))
 
     def send(self) -> None:
         """Send alerts for ever, but not too many within an hour."""
-        sent = deque([-math.inf] * ALERTS_AN_HOUR, ALERTS_AN_HOUR)
+        never = [-math.inf] * ALERTS_AN_HOUR
+        refusals, outages = deque(never, len(never)), deque(never, len(never))
         silent = -math.inf  # when the notice went out that no more come
         while True:
-            settings, key, facts = self._queue.get()
-            now = self._clock()
+            alert, now = self._queue.get(), self._clock()
+            sent = outages if alert.is_outage else refusals
             if now >= sent[0] + 3600:
                 sent.append(now)
-                if not send_alert(settings, facts):
-                    self._take_back(key, facts)
-            elif now >= silent + 3600:
+                send_alert(alert.settings, alert.facts)
+            elif now >= silent + 3600 and not alert.is_outage:
                 silent = now
-                send_alert(settings, {
+                send_alert(alert.settings, {
                     "notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
-                              " the rest is left to the report"})
+                              " the rest is left to the report",
+                    "host": socket.gethostname()})
 
-    def _take_back(self, key: tuple[str, int], facts: dict[str, str]) -> None:
-        """Let the next refusal alert, since nobody was told of these."""
-        with self._lock:
-            if key in self._known:
-                last, count, _, since = self._known[key]
-                since += int(facts["refused_since_last_alert"])
-                self._known[key] = last, count, -math.inf, since
+    def _count(self, use: Usage, now: float) -> Streak:
+        """Count a refusal, and return the streak that it belongs to."""
+        window = use.limit.seconds
+        key = use.claim.identity, window
+        streak = self._streaks.setdefault(key, Streak(now))
+        self._streaks.move_to_end(key)
+        if abs(now - streak.last) >= window:  # the clock may be set back
+            streak.attempts = 0
+        streak.last = now
+        streak.attempts += 1
+        streak.since_alert += 1
+        if len(self._streaks) > MAX_STREAKS:
+            self._streaks.popitem(last=False)
+        return streak
+
+    def _put(self, alert: Alert) -> None:
+        """Hand an alert to the thread that sends it."""
+        with contextlib.suppress(queue.Full):  # the report will tell
+            self._queue.put_nowait(alert)
 
 
-def send_alert(settings: Settings, facts: Mapping[str, str]) -> bool:
-    """Alert all, once more whom it did not reach; say if it reached any."""
-    targets = missed = settings.alert_command[:1] or settings.report_to
-    for pause in (0, ALERT_PAUSE):
-        if missed:
-            time.sleep(pause)
-        missed = tuple(target for target in missed
-                       if not reach(target, settings, facts))
-    return len(missed) < len(targets) or not targets
+def is_due(streak: Streak, window: int, settings: Settings, now: float,
+           ) -> bool:
+    """Say whether somebody is to be told: once in each window."""
+    named = settings.report_limits
+    if not settings.alert or (named is not None and window not in named):
+        return False
+    return streak.alerted is None or abs(now - streak.alerted) >= window
 
 
-def reach(target: str, settings: Settings, facts: Mapping[str, str]) -> bool:
-    """Run alert_command, or mail an address; say whether that worked."""
-    subject = f"{PROGRAM} alert: {next(iter(facts.values()))}"
+def facts_of(use: Usage, verdict: Verdict, client: str, settings: Settings,
+             now: float, since_alert: int) -> dict[str, str]:
+    """Return what an alert says of a refusal, line by line."""
+    claim, limit = use.claim, use.limit
+    facts = {
+        "identity": printable(claim.identity),
+        "limit": limit_in_words(limit, claim.rule, settings.count_mode),
+        "since": moment(now),
+        "host": socket.gethostname(),
+        "client_address": printable(client),
+        "refusals_since_last_alert": str(since_alert)}
+    if use is not verdict.broken:
+        facts["dry_run"] = "this limit is only tried, it refused nothing"
+    if limit.mails > 0:
+        facts["to_block_the_sender"] = block_command(use, verdict)
+    return facts
+
+
+def block_command(use: Usage, verdict: Verdict) -> str:
+    """Return the command that blocks whoever sent a mail."""
+    senders = [usage.claim.identity for usage in verdict.usage
+               if not usage.claim.rule.by]  # not all who share a quota
+    sender = printable(senders[0] if senders else use.claim.identity)
+    separator = "=" if sender.startswith("-") else " "
+    return f"{PROGRAM} --block{separator}{shlex.quote(sender)}"
+
+
+def send_alert(settings: Settings, facts: Mapping[str, str]) -> None:
+    """Run alert_command, or else mail report_to; log what fails."""
+    about = facts.get("identity") or facts["notice"]
+    subject = f"{PROGRAM} alert on {facts['host']}: {about}"
     text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
+    failed = {}
     try:
         if settings.alert_command:
             run_program(settings.alert_command, facts)
-        else:
-            mail(settings, target, subject, text)
-    except Exception as error:  # the next one may take it
-        log.warning("no alert to %s: %s", target, smtp_reason(error),
-                    extra=SELDOM)
-        return False
-    return True
+        elif settings.report_to:
+            failed = mail(settings, undecodable(subject), text)
+    except Exception as error:  # the next alert may work
+        failed = {settings.alert_command[0]: smtp_reason(error)}
+    if failed:
+        log.warning("no alert to %s", failures(failed), extra=SELDOM)
 
 
 def run_program(command: Sequence[str], facts: Mapping[str, str],
@@ -4916,120 +5128,359 @@ def run_program(command: Sequence[str], facts: Mapping[str, str],
 # What people see: who has used how much, and what the daemon counted.
 # ---------------------------------------------------------------------------
 
-FULL = "[##########]"  # of --status
+SURVEY_STEP = 200  # identities read in a transaction: some milliseconds
+MAX_VALUES = 100  # different values shown of an identity, the latest
+MAX_FULLEST = 100  # identities in --prometheus that nothing else puts there
+RED, PLAIN_COLOUR = "\033[31m", "\033[0m"
 
 
-class Window(NamedTuple):
+class LimitUse(NamedTuple):
     """A limit, and what an identity has used of it."""
 
     mails: int
     seconds: int
     used: int
     room_at: int | None  # when a mail passes again; None: now, or never
-    noted: int  # refusals
+    refusals: int
 
 
-class Standing(NamedTuple):
+class Status(NamedTuple):
     """What an identity has used, and how often it was refused."""
 
     identity: str
-    last_mail: int  # 0: none that is recorded
-    source: str  # where its limits come from
-    until: int  # when those of --limit end; 0: there are none
+    last_mail: int | None  # None: no mail is recorded
+    source: str  # where its limits come from, "" if it is not counted
+    override: Override | None  # those of --limit or --block
     dry_run: bool  # are they only tried?
-    limits: tuple[Window, ...]
-    refusals: tuple[Refusal, ...]
+    limits: tuple[LimitUse, ...]
+    refused_by: tuple[Refusal, ...]
+    values: tuple[tuple[str, int], ...] = ()  # those counted, when last seen
+    when: tuple[str, ...] = ()  # attributes that a mail must have, unknown
+
+    @property
+    def is_overridden(self) -> bool:
+        """Say whether its limits are those of --limit or --block."""
+        return self.override is not None
+
+    @property
+    def until(self) -> int | None:
+        """Return when those of --limit end, if they do."""
+        return None if self.override is None else self.override.ends
+
+    @property
+    def refusals(self) -> int:
+        """Return how often it was refused by any limit."""
+        return sum(row.hits for row in self.refused_by)
+
+
+class Judged(NamedTuple):
+    """By what the mails of an identity are judged."""
+
+    rule: Rule | None  # None: of a quota that is no longer in the file
+    limits: Limits
+    source: str
+    override: Override | None = None  # of --limit or --block
 
 
 def survey(transaction: Transaction, settings: Settings, now: int,
-           *chosen: str) -> list[Standing]:
-    """Read how identities stand: one, or all that there is something of."""
-    # In two scans of the index, and without totals: the original has none.
-    counted = "recipient_count" in columns_of(transaction, "mail_count")
-    cost = "COALESCE(recipient_count, 1)" if counted else "1"
-    tables = [f"(SELECT id, date, {cost} AS cost FROM mail_count) AS mails"]
-    if columns_of(transaction, "mail_value"):
-        tables.append("(SELECT id, date, 1 AS cost FROM mail_value) AS seen")
-    where = "WHERE id = ?" if chosen else ""
-    overrides, refused = read_notes(transaction, now, where, chosen)
+           *chosen: str, wanted: Callable[[str], bool] | None = None,
+           ) -> list[Status]:
+    """Read how identities stand: chosen ones, or all that matter.
 
-    def read(*columns: str) -> Iterator[Row]:
-        select = f"SELECT {', '.join(['id', *columns])} FROM"
-        for table in tables:
-            yield from transaction.run(
-                f"{select} {table} {where} GROUP BY id", *chosen).fetchall()
-
-    newest = dict.fromkeys(chosen or (*refused, *overrides), 0)
-    newest.update(read("MAX(date)"))
-    limited = {name: limits_of(transaction, settings, name, overrides)
-               for name in newest}
-    windows = sorted({limit.seconds for limits, *_ in limited.values()
-                      for limit in limits})
-    used = {name: dict(zip(windows, map(int, sums))) for name, *sums in read(
-        *(f"SUM(CASE WHEN date > {now - window} THEN cost ELSE 0 END)"
-          for window in windows))}
-    standings = []
-    for name, (limits, source, until, dry_run) in limited.items():
-        uses = [used.get(name, {}).get(limit.seconds, 0) for limit in limits]
-        rows = refused.get(name, ())
-        hits = {row.seconds: row.hits for row in rows}
-        if rows or name in overrides or chosen or any(uses):
-            standings.append(Standing(
-                name, newest[name], source, until, dry_run, tuple(
-                    Window(*limit, use, room_at(
-                        transaction, tables, name, limit, use, now),
-                        hits.get(limit.seconds, 0))
-                    for limit, use in zip(limits, uses)), rows))
-    return standings
+    wanted: says by its name which identity matters; without it, it matters
+    who has used anything, was refused or has limits of --limit.
+    """
+    surveyor = Surveyor(transaction, settings, now)
+    if chosen:
+        return [surveyor.read([name])[0]._replace(
+            values=surveyor.read_values(name)) for name in chosen]
+    statuses = []
+    for names in surveyor.read_names():
+        if wanted is not None:
+            names = list(filter(wanted, names))
+        statuses += [status for status in surveyor.read(names)
+                     if wanted is not None or matters(status)]
+    return statuses
 
 
-def read_notes(transaction: Transaction, now: int, where: str,
-               chosen: Sequence[str],
-               ) -> tuple[Overrides, dict[str, tuple[Refusal, ...]]]:
-    """Read limits of --limit, and refusals: the original has neither."""
-    if not columns_of(transaction, "mail_limit"):
-        return {}, {}
-    rows = read_refusals(transaction, f"{where} ORDER BY id, seconds", *chosen)
-    return read_overrides(transaction, now), {
-        name: tuple(some) for name, some in itertools.groupby(
+def matters(status: Status) -> bool:
+    """Say whether an identity belongs into the list of all."""
+    return bool(status.is_overridden or status.refused_by
+                or any(use.used for use in status.limits))
+
+
+class Surveyor:
+    """Reads how identities stand, some at a time."""
+
+    def __init__(self, transaction: Transaction, settings: Settings,
+                 now: int) -> None:
+        """See which tables there are: the original has only mail_count."""
+        self._transaction = transaction
+        self._settings = settings
+        self._now = now
+        self._tables = [
+            table for table in (
+                "mail_count", "mail_value", "mail_refused", "mail_limit")
+            if columns_of(transaction, table)]
+        cost = "1"
+        if "recipient_count" in columns_of(transaction, "mail_count"):
+            cost = "COALESCE(recipient_count, 1)"
+        self._mails = f"(SELECT id, date, {cost} AS cost FROM mail_count) AS m"
+        self._values = ""
+        if "mail_value" in self._tables:
+            self._values = "(SELECT id, date, 1 AS cost FROM mail_value) AS v"
+        self._overrides: Overrides = {}
+        if "mail_limit" in self._tables:
+            self._overrides = read_overrides(transaction, now)
+
+    def read_names(self) -> Iterator[list[str]]:
+        """Yield the names of all identities, some at a time, each once.
+
+        In between the transaction ends and another begins.  As long as one
+        reads, SQLite cannot start its log anew, and mails have to wait later.
+        """
+        seen: set[str] = set()
+        for table in self._tables:
+            names = [""]
+            while names:
+                names = [name for [name] in self._transaction.run(
+                    f"SELECT DISTINCT id FROM {table} WHERE id > ?"
+                    " ORDER BY id LIMIT ?", names[-1], SURVEY_STEP).fetchall()]
+                yield [name for name in names if name not in seen]
+                seen.update(names)
+                self._start_anew()
+
+    def read(self, names: Sequence[str]) -> list[Status]:
+        """Return how some identities stand."""
+        if not names:
+            return []
+        judged = {name: self._judge(name) for name in names}
+        used, newest = self._read_used(judged)
+        refused = self._read_refused(names)
+        statuses = []
+        for name, one in judged.items():
+            rows = refused.get(name, ())
+            uses = [self._use_of(name, one, limit, used.get(name, {}), rows)
+                    for limit in one.limits]
+            statuses.append(Status(
+                identity=name, last_mail=newest.get(name), source=one.source,
+                override=one.override, limits=tuple(uses), refused_by=rows,
+                dry_run=one.rule is not None and one.rule.dry_run))
+        return statuses
+
+    def read_values(self, name: str) -> tuple[tuple[str, int], ...]:
+        """Return the different values of an identity, the latest first."""
+        if not self._values:
+            return ()
+        return tuple((value, int(date)) for value, date in
+                     self._transaction.run(
+                         "SELECT value, date FROM mail_value WHERE id = ?"
+                         " ORDER BY date DESC, value LIMIT ?",
+                         name, MAX_VALUES).fetchall())
+
+    def _judge(self, name: str) -> Judged:
+        """Return which limits apply to an identity, and where from."""
+        rule = judging_rule(self._settings, name)
+        if name in self._overrides:
+            override = self._overrides[name]
+            return Judged(rule, override.limits, "--limit", override)
+        if rule is None:
+            return Judged(None, (), "")
+        query = self._settings.sql_limits_by_id
+        if query and not rule.by:
+            queried = self._transaction.attempt(
+                QUERY_FAILED, ask_limits, query, name)
+            if queried is not None:
+                return Judged(rule, queried, "sql_limits_by_id")
+        limits = limits_under(rule, *named_by(self._settings, rule, name))
+        if rule.by:
+            return Judged(rule, limits, "quotas")
+        usual = limits is rule.limits
+        return Judged(rule, limits, "limits" if usual else "limits_by_id")
+
+    def _read_used(self, judged: Mapping[str, Judged],
+                   ) -> tuple[dict[str, dict[int, int]], dict[str, int]]:
+        """Return what was used of each window, and the last mails' dates."""
+        windows = sorted({limit.seconds for one in judged.values()
+                          for limit in one.limits})
+        sums = "".join(f", SUM(CASE WHEN date > {self._now - window}"
+                       " THEN cost ELSE 0 END)" for window in windows)
+        used: dict[str, dict[int, int]] = {}
+        newest: dict[str, int] = {}
+        for table in filter(None, (self._mails, self._values)):
+            names = [name for name, one in judged.items()
+                     if one.rule is None or table == self._table_of(one.rule)]
+            if not names:
+                continue
+            for name, date, *spent in self._transaction.run(
+                    f"SELECT id, MAX(date){sums} FROM {table}"
+                    f" WHERE id IN ({placeholders(names)}) GROUP BY id",
+                    *names).fetchall():
+                newest[name] = max(int(date), newest.get(name, 0))
+                used[name] = dict(zip(windows, map(int, spent)))
+        return used, newest
+
+    def _read_refused(self, names: Sequence[str],
+                      ) -> dict[str, tuple[Refusal, ...]]:
+        """Return the refusals of some identities."""
+        if "mail_refused" not in self._tables:
+            return {}
+        rows = read_refusals(
+            self._transaction, f"WHERE id IN ({placeholders(names)})"
+            " ORDER BY id, seconds", *names)
+        return {name: tuple(some) for name, some in itertools.groupby(
             rows, operator.attrgetter("identity"))}
 
+    def _table_of(self, rule: Rule) -> str:
+        """Return where what a rule counts is recorded."""
+        counts_mails = rule.count in ("", "recipients", "mails", "bytes")
+        return self._mails if counts_mails else self._values
 
-def limits_of(transaction: Transaction, settings: Settings, identity: str,
-              overrides: Overrides) -> tuple[Limits, str, int, bool]:
-    """Return limits, where from, until when, and if they are only tried."""
-    rule = rule_of(settings, identity)
-    if identity in overrides:
-        limits, ends, *_ = overrides[identity]
-        return (limits, "--limit", FOR_GOOD if ends is None else ends,
-                rule.dry_run)
-    query, own = settings.sql_limits_by_id, None
-    if query and not rule.by:
-        own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
-    if own is not None:
-        return own, "sql_limits_by_id", 0, rule.dry_run
-    own = rule.limits_by_id.find(
-        identity.partition("=")[2] if rule.by else fold(identity))
-    source = "limits" if own is None else "limits_by_id"
-    return (rule.limits if own is None else own,
-            "quotas" if rule.by else source, 0, rule.dry_run)
+    def _use_of(self, name: str, judged: Judged, limit: Limit,
+                used: Mapping[int, int],
+                refused: Sequence[Refusal]) -> LimitUse:
+        """Return what an identity has used of a limit."""
+        use = used.get(limit.seconds, 0)
+        hits = sum(row.hits for row in refused if row.seconds == limit.seconds)
+        room_at = None
+        if judged.rule is not None and 0 < limit.mails <= use:
+            table = self._table_of(judged.rule)
+            room_at = self._room_at(table, name, limit, use)
+        return LimitUse(*limit, use, room_at, hits)
 
-
-def room_at(transaction: Transaction, tables: Sequence[str], identity: str,
-            limit: Limit, used: int, now: int) -> int | None:
-    """Return when a mail passes again; None: it does now, or never."""
-    over = used + 1 - limit.mails
-    if over <= 0 or limit.mails == 0:
+    def _room_at(self, table: str, name: str, limit: Limit, used: int,
+                 ) -> int | None:
+        """Return when a mail for one recipient passes a limit that is full."""
+        over = used + 1 - limit.mails
+        for date, freed in self._transaction.run(
+                f"SELECT date, cost FROM {table} WHERE id = ? AND date > ?"
+                " ORDER BY date LIMIT ?", name, self._now - limit.seconds,
+                over).fetchall():
+            over -= freed
+            if over <= 0:
+                return int(date) + limit.seconds
         return None
-    rows = [row for table in tables for row in transaction.run(
-        f"SELECT date, cost FROM {table} WHERE id = ? AND date > ?"
-        " ORDER BY date LIMIT ?", identity, now - limit.seconds,
-        over).fetchall()]
-    for date, freed in sorted(rows):
-        over -= freed
-        if over <= 0:
-            return int(date) + limit.seconds
-    return None
+
+    def _start_anew(self) -> None:
+        """End the transaction and begin another."""
+        self._transaction.run("COMMIT")
+        time.sleep(0.002)  # the daemon's turn
+        begin = self._transaction.backend.begin_reading
+        if begin:
+            self._transaction.later(begin)
+
+
+def placeholders(values: Sequence[object]) -> str:
+    """Return a placeholder for each of some values."""
+    return ", ".join("?" * len(values))
+
+
+def judging_rule(settings: Settings, identity: str) -> Rule | None:
+    """Return the rule that judges what is recorded under an identity.
+
+    None: it is the key of a quota that is no longer in the file.  A sender
+    may look like such a key; where senders count, only attributes' names do.
+    """
+    rule = rule_of(settings, identity)
+    prefix, equals, value = identity.partition("=")
+    if rule.by or not equals or not prefix:
+        return rule
+    known = all(part in ATTRIBUTES or part in DERIVED
+                for part in prefix.split("+"))
+    if settings.limit_by_sender and (not known or prefix == "sender"):
+        return rule
+    is_name = re.fullmatch(r"[a-z][a-z0-9_.-]*", prefix) and "," not in value
+    return None if known or is_name else rule
+
+
+def related_keys(settings: Settings, name: str) -> dict[str, tuple[str, ...]]:
+    """Return the keys under which mail of a name counts.
+
+    These are what claims_of() makes of such a mail, as far as that follows
+    from the name.  What a quota's `when` asks for beyond that comes with it.
+    """
+    known = [{"sasl_username": name}]
+    if "@" in name:  # logged in with it, or not
+        known = [{"sasl_username": name, "sender": name}, {"sender": name}]
+    if parse_address(name):
+        known = [{"client_address": name}]
+    found: dict[str, tuple[str, ...]] = {}
+    for attributes in known:
+        for claim, unknown in likely_claims(settings, attributes):
+            found.setdefault(claim.identity, unknown)
+    return found
+
+
+def likely_claims(settings: Settings, known: Mapping[str, str],
+                  ) -> Iterator[tuple[Claim, tuple[str, ...]]]:
+    """Yield what a mail may claim of which only this is known.
+
+    With each claim comes on what else that depends.
+    """
+    for claim in claims_of(mail_from(known), at_data(settings)):
+        if not claim.rule.by:
+            yield claim, ()
+    for quota in settings.quotas:
+        one, unknown = without_unknown(quota, known)
+        request = mail_from(known, quota)
+        for claim in claims_of(request, at_data(settings, one)):
+            if claim.rule.by:
+                yield claim, unknown
+
+
+def at_data(settings: Settings, *quotas: Rule) -> Settings:
+    """Return settings that count at DATA, with other quotas if any."""
+    return replace(settings, count_mode=1, quotas=quotas or settings.quotas)
+
+
+def without_unknown(quota: Rule, known: Mapping[str, str],
+                    ) -> tuple[Rule, tuple[str, ...]]:
+    """Return a quota without conditions on what is not known, and on what."""
+    kept, unknown = [], []
+    for name, choice in quota.when:
+        source = DERIVED.get(name, name)
+        if source in (*known, "sasl_username", ""):  # if unknown: no login
+            kept.append((name, choice))
+        else:
+            unknown.append(name)
+    return replace(quota, when=tuple(kept)), tuple(unknown)
+
+
+def mail_from(known: Mapping[str, str], quota: Rule = Rule()) -> Request:
+    """Return the request about a mail of which only this is known.
+
+    If a quota counts something else of it, then that has any value.
+    """
+    attributes = {**known, "size": "1"}
+    counted = DERIVED.get(quota.count, quota.count)
+    if counted in ATTRIBUTES and counted not in known:
+        is_address = counted == "client_address"
+        attributes[counted] = "0.0.0.0" if is_address else "any@example"
+    return Request(
+        "DATA", "", "", known.get("sasl_username", ""),
+        known.get("sender", ""), known.get("client_address", ""), 1,
+        attributes)
+
+
+def matcher_of(text: str) -> Callable[[str], bool] | None:
+    """Return what finds the identities of a pattern; None if it is a name."""
+    if not (text.startswith("@") or "/" in text and "=" not in text):
+        return None
+    try:
+        patterns = as_patterns({text: True})
+    except ValueError:
+        return None
+    if not text.startswith("@") and not patterns.networks:
+        return None
+
+    def fits(identity: str) -> bool:
+        """Say whether an identity, or a value in a key, fits."""
+        values = [identity]
+        for value in identity.partition("=")[2].split("|"):
+            values += [value, f"@{value}"]  # it may be a domain
+        return any(map(patterns.find, values))
+
+    return fits
 
 
 class Tally:
@@ -5039,23 +5490,27 @@ class Tally:
     errors it tells, and no protocol for strangers to ask by.
     """
 
-    def __init__(self, pidfile: str, counts: Mapping[str, float]) -> None:
-        """Take counts that go on."""
-        self.path = pidfile + ".tally"
+    def __init__(self, pidfile: str, counts: Mapping[str, float],
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        """Take counts that go on, and a clock for the hours."""
+        self.path = pidfile + ".prom"
         self._counts = counts
+        self._clock = clock
         self._last = dict(counts)  # an hour ago
-        self._began = time.monotonic()  # the hour
+        self._began = clock()  # the hour
 
     def publish(self, asked: bool = False) -> None:
         """Write the file, and log a summary each hour or when asked."""
         counts, path = dict(self._counts), self.path + ".new"
+        lines = [line for name, value in counts.items()
+                 for line in metric_lines(f"{name}_total", {"": value})]
         with contextlib.suppress(OSError):
             os.unlink(path)
         with contextlib.suppress(OSError):  # the daemon must go on
             with open(path, "x", encoding="utf-8") as file:  # follows no link
-                json.dump(counts, file)
+                file.write("\n".join([*lines, ""]))
             os.replace(path, self.path)
-        past = time.monotonic() - self._began
+        past = self._clock() - self._began
         new = {name: counts[name] - self._last[name] for name in counts}
         if asked or (past >= 3600 and new["requests"]):
             seconds = new.pop("decision_seconds")
@@ -5064,78 +5519,141 @@ class Tally:
                     ", ".join(f"{new[name]} {name}" for name in new),
                     1000 * seconds / (decided or 1))
         if past >= 3600:
-            self._last, self._began = counts, time.monotonic()
+            self._last, self._began = counts, self._clock()
 
 
-def read_counts(pidfile: str) -> dict[str, float]:
-    """Return what a running daemon has written, nothing if none runs."""
+METRICS = {  # names without policyd_rate_limit_, and what --prometheus says
+    "up": "Whether the daemon answers.",
+    "requests_total": "Requests that Postfix has sent.",
+    "passed_total": "Mails that were counted and let through.",
+    "refused_total": "Mails that were refused.",
+    "database_errors_total": "Mails let through while the database was away.",
+    "judged_in_memory_total": "Mails judged while the database was away.",
+    "decision_seconds_total": "Seconds that decisions took.",
+    "used": "What an identity has used within its window of seconds.",
+    "limit": "What it may use within that window.",
+    "refusals_total": "Refusals by the limit of the window, until cleaned.",
+    "limit_ends": "When a limit of --limit or --block ends, in epoch seconds.",
+    "dry_run": "1 if the limits of an identity are only tried.",
+}
+
+
+def metric_lines(metric: str, values: Mapping[str, object]) -> Iterator[str]:
+    """Yield a metric's lines: what it means, its kind, its values."""
+    name = f"policyd_rate_limit_{metric}"
+    kind = "counter" if metric.endswith("_total") else "gauge"
+    yield f"# HELP {name} {METRICS[metric]}"
+    yield f"# TYPE {name} {kind}"
+    for labels, value in values.items():
+        yield f"{name}{labels} {value}"
+
+
+def read_counters(pidfile: str) -> list[str]:
+    """Return the lines that a running daemon wrote, none if none runs."""
     try:
-        with open(pidfile + ".tally", encoding="utf-8") as file:
-            written = os.fstat(file.fileno()).st_mtime
-            return json.load(file) if time.time() < written + 60 else {}
+        with open(pidfile + ".prom", encoding="utf-8") as file:
+            is_fresh = time.time() < os.fstat(file.fileno()).st_mtime + 60
+            return file.read().splitlines() if is_fresh else []
     except (OSError, ValueError) as error:
         if not isinstance(error, FileNotFoundError):
             log.warning("no counters of the daemon: %s", error)
-        return {}
+        return []
 
 
-def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
-    """Yield the lines of --prometheus: of the daemon, then of identities."""
-    counts, standings = read_counts(settings.pidfile), []
-    metrics: dict[str, dict[str, float]] = {
-        "up": {"": int(bool(counts))},
-        **{f"{name}_total": {"": value} for name, value in counts.items()},
-        "used": {}, "limit": {}, "refusals_total": {}, "limit_ends": {},
-        "dry_run": {}}
+def show_metrics(database: Database, settings: Settings, answered: bool,
+                 ) -> Iterator[str]:
+    """Yield the lines of --prometheus: of the daemon, then of identities.
+
+    answered: whether the daemon has just answered a request.
+    """
+    yield from metric_lines("up", {"": int(answered)})
+    yield from read_counters(settings.pidfile)
+    now, statuses = int(time.time()), []
     try:
-        standings = database.read(survey, settings, int(time.time()))
+        statuses = database.read(survey, settings, now)
     except LedgerError as error:
         log.warning("only the daemon's counters: %s", error)
-    for standing in standings:
-        for window in sorted(standing.limits, reverse=True):  # narrowest last
-            labels = labels_of(standing, window.seconds)
-            metrics["used"][labels] = window.used
-            metrics["limit"][labels] = window.mails
-        for row in standing.refusals:
-            labels = labels_of(standing, row.seconds)
-            metrics["refusals_total"][labels] = row.hits
-        if standing.until:
-            metrics["limit_ends"][labels_of(standing)] = standing.until
-        if standing.dry_run:
-            metrics["dry_run"][labels_of(standing)] = 1
-    for metric, values in metrics.items():
-        name = f"policyd_rate_limit_{metric}"
-        kind = "counter" if name.endswith("_total") else "gauge"
-        yield f"# TYPE {name} {kind}"
-        for labels, value in values.items():
-            yield f"{name}{labels} {value}"
+    for metric, values in measure(most_urgent(statuses, now)).items():
+        yield from metric_lines(metric, values)
 
 
-def labels_of(standing: Standing, *window: int) -> str:
+def most_urgent(statuses: Sequence[Status], now: int) -> list[Status]:
+    """Return who was refused or has limits of --limit, and the fullest."""
+    noted = [status for status in statuses
+             if status.refused_by or status.is_overridden]
+    others = [status for status in statuses
+              if not status.refused_by and not status.is_overridden]
+    others.sort(key=lambda status: urgency(status, now), reverse=True)
+    return noted + others[:MAX_FULLEST]
+
+
+def measure(statuses: Sequence[Status]) -> dict[str, dict[str, object]]:
+    """Return the metrics of identities: for each its labels, and values."""
+    used: dict[str, object] = {}
+    limits: dict[str, object] = {}
+    refusals: dict[str, object] = {}
+    ends: dict[str, object] = {}
+    dry_run: dict[str, object] = {}
+    for status in statuses:
+        for use in sorted(status.limits, reverse=True):  # narrowest last
+            labels = labels_of(status, use.seconds)
+            used[labels], limits[labels] = use.used, use.mails
+        for row in status.refused_by:
+            refusals[labels_of(status, row.seconds)] = row.hits
+        if status.is_overridden:
+            forever = status.until is None
+            ends[labels_of(status)] = "+Inf" if forever else status.until
+        if status.dry_run:
+            dry_run[labels_of(status)] = 1
+    return {"used": used, "limit": limits, "refusals_total": refusals,
+            "limit_ends": ends, "dry_run": dry_run}
+
+
+def labels_of(status: Status, window: int | None = None) -> str:
     """Return the labels of a metric of an identity, or of its window."""
-    name = re.sub(r'(["\\])', r"\\\1", printable(standing.identity))
-    return f'{{identity="{name}"' + "".join(
-        f',window="{seconds}"' for seconds in window) + "}"
+    name = re.sub(r'(["\\])', r"\\\1", printable(status.identity))
+    seconds = "" if window is None else f',window="{window}"'
+    return f'{{identity="{name}"{seconds}}}'
 
 
-def urgency(standing: Standing, now: int) -> tuple[float, ...]:
+def urgency(status: Status, now: int) -> tuple[float, ...]:
     """Return what puts an identity ahead of others: refused now, then full."""
-    refused = max((row.hits for row in standing.refusals
+    refused = max((row.hits for row in status.refused_by
                    if row.last + row.seconds > now), default=0)
-    fullest = max([(window.used / (window.mails or 1), window.used)
-                   for window in standing.limits], default=(0, 0))
-    return refused, bool(standing.until), *fullest
+    fullest = max([(use.used / (use.mails or 1), use.used)
+                   for use in status.limits], default=(0, 0))
+    return refused, status.is_overridden, *fullest
 
 
-def show_most(standings: Sequence[Standing], now: int) -> Iterator[str]:
+def as_json(status: Status) -> dict[str, object]:
+    """Return what --json shows of an identity."""
+    return {
+        "identity": status.identity, "last_mail": status.last_mail,
+        "source": status.source or None, "until": status.until,
+        "since": status.override and (status.override.made or None),
+        "reason": status.override and (status.override.reason or None),
+        "dry_run": status.dry_run,
+        "limits": [use._asdict() for use in status.limits],
+        "refused_by": [
+            {"mails": None if row.mails < 0 else row.mails,
+             "seconds": row.seconds, "refusals": row.hits,
+             "first": row.first, "last": row.last, "client": row.client}
+            for row in status.refused_by],
+        "values": [{"value": value, "last": date}
+                   for value, date in status.values],
+        "when": status.when}
+
+
+def show_most(statuses: Sequence[Status], now: int, colour: bool,
+              ) -> Iterator[str]:
     """Yield lines that show the first: what fits the terminal, or all."""
     columns, lines = shutil.get_terminal_size(
         (80 if sys.stdout.isatty() else 999, 0))
     rows: list[tuple[str, ...]] = [
-        ("identity", "", "", "used", "refused", "last", "room", "until")]
-    left = len(standings)
-    for standing in standings:
-        more = list(show_rows(standing, now))
+        ("identity", "", "", "used", "refusals", "last", "room", "until")]
+    left = len(statuses)
+    for status in statuses:
+        more = list(show_rows(status, now, colour))
         if lines and len(rows) + len(more) > lines - 2:  # and a prompt
             break
         rows += more
@@ -5145,55 +5663,101 @@ def show_most(standings: Sequence[Standing], now: int) -> Iterator[str]:
         yield f"and {left} more: --status ID shows one, --json all"
 
 
-def show_rows(standing: Standing, now: int) -> Iterator[tuple[str, ...]]:
-    """Yield the cells that show an identity, its refusals in the first row."""
-    hits = sum(row.hits for row in standing.refusals)
-    last = max((row.last for row in standing.refusals), default=0)
-    first = [str(hits or ""), short(last, now)]
-    until = (short(standing.until, now)
-             or ("dry_run" if standing.dry_run else ""))
-    name = printable(standing.identity)
-    for window in standing.limits or [None]:
-        yield (name, *(show_window(window) if window else ("", "", "")),
-               *first, short(window and window.room_at, now), until)
+def show_rows(status: Status, now: int, colour: bool,
+              ) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of an identity, its refusals in the first row."""
+    last = max((row.last for row in status.refused_by), default=None)
+    first = [str(status.refusals or ""), short(last, now)]
+    until = "dry_run" if status.dry_run else ""
+    if status.is_overridden:
+        until = short(status.until, now) or "permanent"
+    name = printable(status.identity)
+    if not status.limits:
+        yield (name, "", "", "", *first, "", until)
+    for use in status.limits:
+        yield (name, *show_use(use, colour), *first,
+               short(use.room_at, now), until)
         name, first, until = "", ["", ""], ""
 
 
-def show_one(standing: Standing, places: Mapping[tuple[str, ...], str],
-             ) -> Iterator[str]:
-    """Yield the lines that tell all about one identity."""
-    last = standing.last_mail
-    yield printable(standing.identity)
-    yield f"last mail: {moment(last) if last else 'none'}"
-    found = [names for names in places if names[:1] == (standing.source,)
-             and fold(names[-1]) in (standing.source, standing.identity)]
-    where = (term(standing.until) if standing.until else
-             places[max(found, key=len)] if found else "the default")
-    yield (f"limits, from {standing.source} ({where})"
-           f"{', only tried' if standing.dry_run else ''}:")
-    for window in standing.limits:
-        span, bar, used = show_window(window)
-        room = f"room at {moment(window.room_at)}" if window.room_at else ""
+def show_identity(statuses: Sequence[Status],
+                  origins: Mapping[tuple[str, ...], str], colour: bool,
+                  ) -> Iterator[str]:
+    """Yield the lines that tell all about an identity.
+
+    The first status is its own, the others are those of the quotas that
+    judge its mails, too.
+    """
+    last = max((row for status in statuses for row in status.refused_by),
+               key=operator.attrgetter("last"), default=None)
+    for status in statuses:
+        if status is not statuses[0]:
+            yield ""
+        yield printable(status.identity)
+        at = moment(status.last_mail) if status.last_mail else "none"
+        yield f"last mail: {at}"
+        if status is statuses[0] and last is not None and len(statuses) > 1:
+            key = printable(last.identity)
+            yield (f"last refusal: {moment(last.last)} by {key} {ratio(last)},"
+                   f" client {last.client or 'unknown'}")
+        yield from show_one(status, origins, colour)
+
+
+def show_one(status: Status, origins: Mapping[tuple[str, ...], str],
+             colour: bool) -> Iterator[str]:
+    """Yield the lines with the limits, the values, the refusals of one."""
+    if status.source:
+        tried = ", only tried" if status.dry_run else ""
+        when = ""
+        if status.when:
+            named = " and ".join(status.when)
+            when = f", where the mail's {named} fits `when`"
+        yield (f"limits, from {status.source} ({origin_of(status, origins)})"
+               f"{tried}{when}:")
+    else:
+        yield "limits: none, the configuration counts no mail of this name"
+    for use in status.limits:
+        span, bar, used = show_use(use, colour)
+        room = f"room at {moment(use.room_at)}" if use.room_at else ""
         yield f"  {span:>4} {bar} {used:<11} {room}".rstrip()
-    if standing.refusals:
-        yield from align([("refused", "by", "since", "last", "client"), *(
+    if status.values:
+        yield from align([("value", "last seen"), *(
+            (printable(value), moment(date))
+            for value, date in status.values)])
+    if status.refused_by:
+        yield from align([("refusals", "by", "since", "last", "client"), *(
             (str(row.hits), ratio(row), moment(row.first), moment(row.last),
-             row.client) for row in standing.refusals)])
+             row.client) for row in status.refused_by)])
 
 
-def show_window(window: Window) -> tuple[str, str, str]:
+def origin_of(status: Status, origins: Mapping[tuple[str, ...], str]) -> str:
+    """Return where limits were set: a line of a file, until when, ..."""
+    if status.override is not None:
+        return describe_override(status.override)
+    found = [names for names in origins if names[:1] == (status.source,)
+             and fold(names[-1]) in (status.source, status.identity)]
+    return origins[max(found, key=len)] if found else "the default"
+
+
+def show_use(use: LimitUse, colour: bool) -> tuple[str, str, str]:
     """Return a limit's window, a bar of what is used, and the figures."""
-    mails, seconds, used = window.mails, window.seconds, window.used
-    bar = f"[{'#' * min(10, math.ceil(10 * used / max(mails, 1))):.<10}]"
+    filled = min(10, math.ceil(10 * use.used / max(use.mails, 1)))
+    bar = f"[{'#' * filled:.<10}]"
     size, unit = next((size, unit) for size, unit in (
-        (86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if seconds % size == 0)
-    return f"{seconds // size}{unit}", bar, f"{used}/{mails}"
+        (86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+        if use.seconds % size == 0)
+    figures = f"{use.used}/{use.mails}"
+    if use.mails == 0:
+        filled, bar, figures = 10, f"[{'#' * 10}]", "blocked"
+    if colour and filled == 10:
+        bar = f"{RED}{bar}{PLAIN_COLOUR}"
+    return f"{use.seconds // size}{unit}", bar, figures
 
 
 def short(date: int | None, now: int) -> str:
     """Return a time as a table shows it: of today the time, else the date."""
-    if not date or date >= FOR_GOOD:
-        return term(date) if date else ""
+    if not date:
+        return ""
     day, today = time.localtime(date), time.localtime(now)
     return time.strftime("%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
 
@@ -5906,7 +6470,7 @@ def serve(settings: Settings, owner: Owner,
     alarm = Alarm()
     ledger = open_ledger(settings)
     service = Service(settings, ledger, ledger.database.clock,
-                      alarm.refused)
+                      alarm.refused, alarm.outage)
     tally = Tally(settings.pidfile, service.counts)
     ended: list[int] = []  # by which signals
     with catch_signals() as signals, \
@@ -6091,7 +6655,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
     also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
-         " --limit or --block holds, such as 90s, 30m, 2h, 1d; else for good")
+         " --limit or --block holds, such as 90s, 30m, 2h, 1d; else permanently")
     also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
@@ -6238,7 +6802,7 @@ def clean_all(options: argparse.Namespace) -> None:
                 deleted += some
                 time.sleep(0.005)  # the daemon's turn
         if settings.report:
-            database.transact(take_over, int(time.time()))
+            database.transact(import_old_refusals, int(time.time()))
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
@@ -6263,23 +6827,40 @@ def open_as_owner(options: argparse.Namespace,
 def show_status(options: argparse.Namespace) -> None:
     """Show who has used how much."""
     settings, database = open_as_owner(options, make=False)
-    now = int(time.time())
-    chosen = [key_of(settings, options.status)] if options.status else []
-    standings = sorted(
-        database.read(survey, settings, now, *chosen),
-        key=lambda standing: urgency(standing, now), reverse=True)
+    now, spelt = int(time.time()), options.status or ""
+    fits = matcher_of(spelt)
+    if spelt and fits is None:
+        statuses = read_related(settings, database, spelt, now)
+    else:
+        statuses = sorted(
+            database.read(functools.partial(survey, wanted=fits),
+                          settings, now),
+            key=lambda status: urgency(status, now), reverse=True)
     if options.json:
-        print(json.dumps({"time": now, "identities": [
-            {**standing._asdict(),
-             "limits": [window._asdict() for window in standing.limits],
-             "refusals": [row._asdict() for row in standing.refusals]}
-            for standing in standings]}))
+        print(json.dumps({"time": now,
+                          "identities": [*map(as_json, statuses)]}))
         return
     colour = (sys.stdout.isatty() and not os.environ.get("NO_COLOR")
               and os.environ.get("TERM") != "dumb")
-    for line in (show_one(standings[0], options.places) if chosen else
-                 show_most(standings, now)):
-        print(line.replace(FULL, f"\033[31m{FULL}\033[0m") if colour else line)
+    lines = (show_identity(statuses, options.places, colour)
+             if spelt and fits is None else show_most(statuses, now, colour))
+    for line in lines:
+        print(line)
+
+
+def read_related(settings: Settings, database: Database, spelt: str,
+                 now: int) -> list[Status]:
+    """Read how an identity stands, then the quotas that judge its mails."""
+    key = key_of(settings, spelt)
+    if rule_of(settings, key).by:
+        return database.read(survey, settings, now, key)
+    related = related_keys(settings, fold(spelt))
+    keys = [key, *(other for other in related if other != key)]
+    own, *others = database.read(survey, settings, now, *keys)
+    if key not in related and not own.is_overridden:
+        own = own._replace(source="", limits=())  # it is not counted
+    return [own, *(status._replace(when=related[status.identity])
+                   for status in others)]
 
 
 def show_simulated(options: argparse.Namespace) -> None:
@@ -6332,7 +6913,8 @@ def show_prometheus(options: argparse.Namespace) -> None:
     settings, database = open_as_owner(options, make=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    for line in show_metrics(database, settings):
+    answered = bool(read_counters(settings.pidfile))
+    for line in show_metrics(database, settings, answered):
         print(line)
 
 
@@ -6350,11 +6932,10 @@ def set_limit(options: argparse.Namespace) -> None:
     settings, database = open_as_owner(options)
     identity, limits = options.limit or (options.block, BLOCKED)
     key, now = key_of(settings, identity), int(time.time())
-    ends = now + options.term if options.term else FOR_GOOD
+    ends = now + options.term if options.term else None
     if check_known(settings, database, key).dry_run:
         log.warning("%s: dry_run: no mail of it is refused", printable(key))
-    database.transact(set_override, key, Override(
-        limits, None if ends == FOR_GOOD else ends, now))
+    database.transact(set_override, key, Override(limits, ends, now))
     given = ", ".join(map(ratio, limits)) or "no limits"
     print(f"{printable(key)}: {given} {term(ends)}")
 
@@ -6369,13 +6950,13 @@ def unlimit(options: argparse.Namespace) -> None:
 
 
 def check_known(settings: Settings, database: Database, identity: str,
-                ) -> Standing:
+                ) -> Status:
     """Return how an identity stands; warn if nothing is known of it."""
     [found] = database.transact(survey, settings, int(time.time()), identity)
     named = {f"{rule.name}={text}" if rule.by else text
              for rule in settings.rules for text in rule.limits_by_id.texts
              if text[:1] not in ("@", ".")}  # no mail is counted for these
-    if not (found.last_mail or found.refusals or identity in named
+    if not (found.last_mail or found.refused_by or identity in named
             or found.source in ("--limit", "sql_limits_by_id")):
         log.warning("%s: nothing is recorded of it: is it spelt right?",
                     printable(identity))

@@ -507,6 +507,14 @@ def moved_away(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def locked_folder(path: str) -> Iterator[None]:
+    """Put a folder in the place of a file, so that no such file is made."""
+    os.mkdir(path)
+    yield
+    os.rmdir(path)
+
+
+@contextlib.contextmanager
 def replaced(path: str, content: bytes | None, mode: int) -> Iterator[None]:
     """Put another file in a file's place, or a folder, for a while."""
     with moved_away(path):
@@ -1249,6 +1257,7 @@ class Sink:
         self.mechanism, self.taking = mechanism, taking
         self.mails: list[email.message.EmailMessage] = []
         self.to: list[str] = []
+        self.raw: list[bytes] = []
         self.said: list[str] = []  # all commands, TLS marked by a star
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self.socket.getsockname()
@@ -1307,10 +1316,10 @@ class Sink:
                 if "data" in self.refuse:
                     answer = "452 4.3.1 full"
                 else:
-                    self.mails.append(email.message_from_bytes(
-                        data.replace(b"\r\n", b"\n"),
-                        policy=email.policy.default))
+                    self.raw.append(data.replace(b"\r\n", b"\n"))
                     self.to.append(to)
+                    self.mails.append(email.message_from_bytes(
+                        self.raw[-1], policy=email.policy.default))
             client.sendall(answer.encode() + b"\r\n")
 
     def authenticate(self, client: socket.socket, stream: Any,
@@ -3347,9 +3356,9 @@ class StoreContract:
             prl.Limit(2, 60),)), False)
         self.assertEqual(
             sorted(ledger.database.transact(prl.read_refusals)),
-            [("joe", 60, 2, 5, 1000, 1002, ""),
-             ("joe", 900, 0, 2, 1000, 1001, "::1001"),
-             ("joé", 60, 0, 2, 1000, 1001, "::1001")])
+            [("joe", 60, 2, 5, 1000, 1002, "", 0),
+             ("joe", 900, 0, 2, 1000, 1001, "::1001", 0),
+             ("joé", 60, 0, 2, 1000, 1001, "::1001", 0)])
         self.assertEqual(self.used(ledger, 1003), 0)
 
     def test_refusals_stay_until_they_are_old_and_told(self) -> None:
@@ -3359,9 +3368,9 @@ class StoreContract:
                             ("tom", 9 * day)):
             self.passes(ledger, 1000, who, limits=(prl.Limit(0, window),))
         self.passes(ledger, 2000, "new", limits=(prl.Limit(0, 61),))
-        for address in ("a@x.org", "b@x.org"):
-            transact(prl.tell, [("ann", 60, address, 1)])
-        transact(prl.tell, [("joe", 60, "a@x.org", 1)])
+        transact(prl.record_told, [
+            row for row in transact(prl.read_refusals)
+            if row.identity == "ann"])
         told = prl.Settings(report=True, report_to=("a@x.org", "B@x.org"),
                             report_limits=(60,), limits=())
         for settings, now, left in (
@@ -3377,9 +3386,6 @@ class StoreContract:
             rows = transact(prl.read_refusals)
             self.assertEqual(
                 " ".join(sorted(row.identity for row in rows)), left)
-            self.assertEqual(self.execute(
-                ledger, "SELECT count(*) FROM report_told"),
-                [(left.count("ann") * 2 + left.count("joe"),)])
 
     def test_cleaning_ends_however_many_windows_an_identity_has(self) -> None:
         ledger = self.open()
@@ -3502,20 +3508,16 @@ class StoreContract:
                     ledger, f"SELECT id FROM {table}"),
                     [("joe",)] * (now == 3000))
 
-    def test_a_database_of_2_0_0_is_taken_over(self) -> None:
+    def test_the_refusals_of_the_original_are_imported(self) -> None:
         old = self.open()
         self.passes(old, 1000, cost=7)
         identity = old.database.backend.identity
         for statement in (
-                "DROP TABLE mail_refused", "DROP TABLE report_told",
-                "DROP TABLE mail_limit",
+                "DROP TABLE mail_refused", "DROP TABLE mail_limit",
                 f"CREATE TABLE limit_report (id {identity}, delta int,"
-                " hit int)", f"CREATE TABLE report_owed (address {identity},"
-                f" id {identity}, delta int, hit int)",
+                " hit int)",
                 "INSERT INTO limit_report VALUES ('Joe', 60, 3),"
-                " ('joe', 60, 1), ('ann', 60, 4)",
-                "INSERT INTO report_owed VALUES ('b@x', 'joe', 60, 2),"
-                " ('b@x', 'joe', 60, 3), ('b@x', 'eve', 60, 9)"):
+                " ('joe', 60, 1), ('ann', 60, 4)"):
             self.execute(old, statement)
         old.database.close()
         new = self.open()
@@ -3523,15 +3525,27 @@ class StoreContract:
         self.assertEqual(self.passes(new, 1000, limits=(prl.Limit(1, 60),)),
                          False)
         for _ in range(2):
-            new.database.transact(prl.take_over, 1000)
-        for address, expected in (
-                ("a@x", [("ann", 4), ("joe", 5)]),
-                ("b@x", [("ann", 4), ("eve", 9), ("joe", 10)])):
-            owed = new.database.transact(prl.owed_to, address)
-            self.assertEqual(sorted(
-                (row.identity, new) for row, new in owed
-                if new and row.seconds == 60), expected)
+            new.database.transact(prl.import_old_refusals, 1000)
+        rows = new.database.transact(prl.read_refusals)
+        self.assertEqual(sorted(
+            (row.identity, row.hits) for row in rows if row.seconds == 60),
+            [("ann", 4), ("joe", 5)])
         self.assertEqual(self.execute(new, "SELECT * FROM limit_report"), [])
+
+    def test_refusals_recorded_before_reports_were_are_reported(self) -> None:
+        old = self.open()
+        self.passes(old, 1000, limits=(prl.Limit(0, 60),))
+        self.execute(old, "ALTER TABLE mail_refused DROP COLUMN told")
+        old.database.close()
+        new = self.open()
+        for hits in 2, 3:
+            self.passes(new, 1000, limits=(prl.Limit(0, 60),))
+            [row] = new.database.transact(prl.read_refusals)
+            self.assertEqual((row.hits, row.told), (hits, hits - 2))
+            new.database.transact(
+                prl.record_told, [row._replace(hits=hits - 1)])
+            [row] = new.database.transact(prl.read_refusals)
+            self.assertEqual(row.told, hits - 1)
 
     def test_a_query_gives_limits_that_hold_at_once(self) -> None:
         ledger = self.open("SELECT rule FROM rules WHERE who = "
@@ -3581,6 +3595,20 @@ class StoreContract:
         [standing] = ledger.database.read(
             prl.survey, prl.Settings(limits=self.LIMITS), 1310, "joe")
         self.assertEqual(standing.last_mail, 1300)
+
+    def test_all_identities_are_surveyed_in_any_order(self) -> None:
+        ledger, names = self.open(), [
+            f"{n}{rest}" for n in "aAéÉ-_=.z9 ~😀дß" for rest in
+            ("", "=x", "-x", "é", "E", *map(str, range(prl.SURVEY_STEP // 9)))
+            if n + rest != " "]  # to MariaDB that is ""
+        ledger.database.transact(prl.Transaction.write, prl.INSERT, [
+            (name, 1000, 3, "", "DATA", 3) for name in names])
+        statuses = ledger.database.read(
+            prl.survey, prl.Settings(limits=self.LIMITS,
+                                     limit_by_sender=True), 1010)
+        self.assertEqual(sorted(status.identity for status in statuses),
+                         sorted(names))
+        self.assertEqual({status.limits[0].used for status in statuses}, {3})
 
     def test_a_window_is_read_through_the_index(self) -> None:
         ledger = self.open()
@@ -5075,8 +5103,10 @@ class ServiceTest(FolderTest):
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
             self.assertEqual(service.answer(
                 request(recipient_count=4), prl.MailSoFar()),
-                "450 never never")
-        self.assertIn("it can never pass", logged.output[0])
+                "450 never never"
+                " (too many recipients in one message: 4, at most 3)")
+        self.assertIn("too many recipients in one message: 4, at most 3",
+                      logged.output[0])
 
     def test_an_answer_is_short_and_printable_whatever_a_client_says(self
                                                                      ) -> None:
@@ -5280,12 +5310,13 @@ class DaemonTest(NetTest):
         daemon = self.hurried()
         for number in (1, 2):
             daemon.ask()
-            wait_for(lambda: prl.read_counts(daemon.pidfile).get("requests")
-                     == number, "the tally")  # noqa: B023
+            line = f"policyd_rate_limit_requests_total {number}"
+            wait_for(lambda: line in prl.read_counters(  # noqa: B023
+                daemon.pidfile), "the counters")
 
     def test_a_tally_that_cannot_be_written_ends_nothing(self) -> None:
         daemon = self.hurried()
-        os.makedirs(daemon.pidfile + ".tally.new/full")
+        os.makedirs(daemon.pidfile + ".prom.new/full")
         daemon.ask(sasl_username="ann")
         daemon.send(signal.SIGUSR2)
         daemon.wait_log("1 requests")
@@ -6063,7 +6094,7 @@ class ReportsTest(FolderTest):
         """Let the ledger refuse some mails."""
         for _ in range(times):
             (ledger or self.ledger).decide(prl.Mail([prl.Claim(
-                identity, 1, (prl.Limit(0, window),))], int(time.time()),
+                identity, 5, (prl.Limit(4, window),))], int(time.time()),
                 client="192.0.2.7"))
 
     def spend(self, identity: str, mails: int, date: float = 0,
@@ -6073,10 +6104,11 @@ class ReportsTest(FolderTest):
             [prl.Claim(identity, mails, (prl.Limit(limit, 60),))],
             int(date or time.time()))).broken is None
 
-    def noted(self, address: str = "a@x.org") -> dict[tuple[str, int], int]:
-        """Return the refusals that an address was not told of."""
-        return {(row.identity, row.seconds): new for row, new in
-                self.ledger.database.transact(prl.owed_to, address) if new}
+    def untold(self) -> dict[tuple[str, int], int]:
+        """Return the refusals that no report told of."""
+        return {(row.identity, row.seconds): row.hits - row.told for row in
+                self.ledger.database.transact(prl.read_refusals)
+                if row.hits > row.told}
 
     def sink(self, **options: Any) -> Sink:
         """Start a mail server."""
@@ -6112,14 +6144,14 @@ class ReportTest(ReportsTest):
         sink = self.sink()
         self.clean(sink, "a@x.org")
         self.assertEqual([row[:3] for row in sink.texts()[0]],
-                         [["joe", "0/60s", "2"], ["joe", "0/900s", "2"]])
-        self.assertEqual(self.noted(), {("joe", 61): 2})
+                         [["joe", "4/60s", "2"], ["joe", "4/900s", "2"]])
+        self.assertEqual(self.untold(), {("joe", 61): 2})
 
     def test_left_out_the_reported_windows_are_a_day_s_or_all(self) -> None:
         for limits, query, windows in (
-                ([[9, 60], [9, 86400]], "", ["0/86400s"]),
-                ([[9, 60]], "", ["0/60s", "0/86400s"]),
-                ([], "SELECT ?", ["0/60s", "0/86400s"])):
+                ([[9, 60], [9, 86400]], "", ["4/86400s"]),
+                ([[9, 60]], "", ["4/60s", "4/86400s"]),
+                ([], "SELECT ?", ["4/60s", "4/86400s"])):
             with self.subTest(limits=limits):
                 sink = self.sink()
                 for window in (60, 86400):
@@ -6145,15 +6177,15 @@ class ReportTest(ReportsTest):
         self.assertTrue(mail["Date"].datetime and mail["Message-ID"])
         self.assertEqual(mail.get_content_type(), "text/plain")
         self.assertEqual([[*row[:3], row[-1]] for row in sink.texts()[0]], [
-            ["ann", "0/60s", "11", "192.0.2.7"],
-            ["jo\u00e9@example.org", "0/60s", "2", "192.0.2.7"]])
+            ["ann", "4/60s", "11", "192.0.2.7"],
+            ["jo\u00e9@example.org", "4/60s", "2", "192.0.2.7"]])
 
     def test_what_was_taken_is_forgotten(self) -> None:
         self.refuse("joe")
         sink = self.sink()
         for _ in range(2):
             self.assertEqual(self.clean(sink, "a@x.org").returncode, 0)
-        self.assertEqual((len(sink.mails), self.noted()), (1, {}))
+        self.assertEqual((len(sink.mails), self.untold()), (1, {}))
         self.assertIn("policyd-rate-limit@", sink.mails[0]["From"])
         self.clean(sink, "a@x.org", report_only_if_needed=False)
         self.assertEqual(sink.texts()[1], [])
@@ -6165,7 +6197,7 @@ class ReportTest(ReportsTest):
             self.refuse("server=all")
             self.refuse(who)
             self.clean(sink, "a@x.org", quotas=[quota])
-            self.assertEqual(self.noted(), {})  # nor is it in later reports
+            self.assertEqual(self.untold(), {})  # nor is it in later reports
             self.assertEqual([row[0] for text in sink.texts()
                               for row in text], told)
             sink.mails.clear()
@@ -6174,25 +6206,53 @@ class ReportTest(ReportsTest):
         self.refuse("joe", 2)
         sink = self.sink(taking=lambda: self.refuse("joe", 3))
         self.clean(sink, "a@x.org")
-        self.assertEqual(self.noted(), {("joe", 60): 3})
+        self.assertEqual(self.untold(), {("joe", 60): 3})
 
-    def test_nobody_is_told_a_hit_twice(self) -> None:
+    def test_all_are_told_again_what_one_address_did_not_accept(self) -> None:
         self.refuse("joe", 2)
         sink = self.sink(refuse=("b@x.org",))
-        for more in (0, 3, 0):
+        everyone = "a@x.org", "b@x.org", "c@x.org"
+        for more in 0, 3:
             self.refuse("joe", more)
-            result = self.clean(sink, "a@x.org", "b@x.org", "c@x.org")
+            result = self.clean(sink, *everyone)
             self.assertEqual(result.returncode, 8)
-            self.assertIn("b@x.org: 5.1.1 no such", result.stderr)
-            self.assertNotIn("a@x.org", result.stderr)
+            self.assertIn("not accepted for b@x.org: 5.1.1 no such; the next"
+                          " one repeats it to every address", result.stderr)
         sink.refuse.clear()
         for _ in range(2):
-            result = self.clean(sink, "a@x.org", "b@x.org", "c@x.org")
+            result = self.clean(sink, *everyone)
             self.assertEqual(result.returncode, 0, result.stderr)
         told = list(zip(sink.to, [rows[0][2] for rows in sink.texts()]))
         self.assertEqual(told, [
-            ("a@x.org", "2"), ("c@x.org", "2"), ("a@x.org", "3"),
-            ("c@x.org", "3"), ("b@x.org", "5")])
+            ("a@x.org", "2"), ("c@x.org", "2"), ("a@x.org", "5"),
+            ("c@x.org", "5"), ("a@x.org", "5"), ("b@x.org", "5"),
+            ("c@x.org", "5")])
+
+    def test_it_is_one_message_to_all_with_a_delivery_for_each(self) -> None:
+        self.refuse("joe")
+        sink = self.sink()
+        everyone = "a@x.org", "b@x.org", "j\u00f6@x.org"
+        result = self.clean(sink, *everyone)
+        self.assertEqual(result.returncode, 8)  # the sink has no SMTPUTF8
+        self.assertIn("j\u00f6@x.org: ", result.stderr)
+        self.assertEqual(sink.to, ["a@x.org", "b@x.org"])
+        for name in "Message-ID", "To":
+            self.assertEqual(len({mail[name] for mail in sink.mails}), 1)
+        self.assertEqual([sum(one.upper().startswith(verb) for one in
+                              sink.said) for verb in ("EHLO", "DATA")], [1, 2])
+
+    def test_a_report_has_a_thousand_lines_at_most(self) -> None:
+        self.ledger.database.transact(
+            prl.Transaction.write, self.ledger.database.backend.note,
+            [prl.Refusal(f"user{n:04}", 60, 1, n + 1, 1000, 1000, "::1")
+             for n in range(1007)])
+        sink = self.sink()
+        self.assertEqual(self.clean(sink, "a@x.org").returncode, 0)
+        [rows] = sink.texts()
+        self.assertEqual(len(rows), 1001)
+        self.assertEqual([rows[0][0], rows[999][0]], ["user1006", "user0007"])
+        self.assertEqual(rows[1000][:3], ["and", "7", "more:"])
+        self.assertEqual(self.untold(), {})
 
     def test_what_fails_is_one_line_and_loses_nothing(self) -> None:
         self.refuse("joe", 2)
@@ -6210,7 +6270,7 @@ class ReportTest(ReportsTest):
                 [line] = [line for line in result.stderr.splitlines()
                           if "no limit has the window" not in line]
                 self.assertIn(why, line)
-                self.assertEqual(self.noted(), {("joe", 60): 2})
+                self.assertEqual(self.untold(), {("joe", 60): 2})
 
     def test_a_table_of_the_original_that_is_odd_fails_as_clean_does(
             self) -> None:
@@ -6227,7 +6287,7 @@ class ReportTest(ReportsTest):
     def test_without_an_address_hits_are_kept(self) -> None:
         self.refuse("joe")
         result = self.clean(None)
-        self.assertEqual((result.returncode, self.noted()),
+        self.assertEqual((result.returncode, self.untold()),
                          (0, {("joe", 60): 1}))
         self.assertIn("nobody is named", result.stderr)
         self.assertIn("nobody is named", self.daemon("report: True").log())
@@ -6276,6 +6336,72 @@ class ReportTest(ReportsTest):
         self.assertTrue(sink.said[1].startswith("AUTH"))
 
 
+class WordingTest(ReportsTest):
+    """What the log says can be relied on, whatever a client says."""
+
+    def test_no_value_passes_for_another_field_of_the_log(self) -> None:
+        daemon = self.daemon(json.dumps({
+            "limits": [[1, 60]], "limit_by_sender": True,
+            "log_requests": True, "fail_action": "450 $identity is full",
+            "quotas": [{"by": ["sender", "helo_name"], "limits": [[1, 60]],
+                        "when": {"sasl_username": "by-quota"}}],
+            "limits_by_id": {"by-quota": []}}))
+        for forged in (
+                "joe>, cost=0, client=198.51.100.9, broken=1/1s",
+                "client=198.51.100.9", "a Client=198.51.100.9 x@e.org",
+                "xclient=198.51.100.9, broken=1/1s, attempts=9",
+                "client_address=198.51.100.9", "\\x3e, identity=<ann",
+                "<client=198.51.100.9@e.org"):
+            for login in "", "by-quota":
+                with self.subTest(forged, login=login):
+                    mark = len(daemon.log())
+                    for _ in range(2):
+                        daemon.ask(sasl_username=login, sender=forged,
+                                   helo_name=forged)
+                    log = daemon.log()[mark:].lower()
+                    for name in "client", "client_address":
+                        self.assertEqual(
+                            {*re.findall(rf"{name}=(\S*?),?\s", log)},
+                            {"192.0.2.7"}, log)
+                    [line] = [line for line in log.splitlines()
+                              if "attempts=" in line]
+                    for field in "broken=", "attempts=", "used=", "identity=":
+                        self.assertEqual(line.count(field), 1, line)
+
+    def test_usual_values_are_written_as_they_are(self) -> None:
+        daemon = self.daemon("{limit_by_sender: True, log_requests: True}")
+        for sender in ("srs0=hhh=tt=e.org=joe@x.org", "joe smith", "jo\u00e9",
+                       "bounce+ann=e.org@x.org", "o'neil/#!$%&*{}|~?^`@e.org"):
+            daemon.ask(sasl_username="", sender=sender)
+            self.assertIn(f"identity=<{sender}>, cost=1", daemon.log())
+            self.assertIn(f"sender={sender}, ", daemon.log())
+
+    def test_a_database_s_error_is_printable(self) -> None:
+        path = self.path("a\nb\u202e")
+        done = self.command(
+            "--status", "-o", "sqlite_config=" + json.dumps(
+                {"database": path}))
+        self.assertEqual(done.returncode, 6)
+        self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
+        self.assertIn("a?b?: ", done.stderr)
+
+    def test_too_many_recipients_are_named_in_log_and_reply(self) -> None:
+        for action, said in (
+                ("defer_if_permit Retry", "defer_if_permit Retry (too many"
+                 " recipients in one message: 5, at most 3)"),
+                ("reject", "reject (too many recipients in one message: 5,"
+                 " at most 3)"),
+                ("HOLD", "HOLD"), ("redirect a@x.org", "redirect a@x.org")):
+            daemon = self.daemon(json.dumps(
+                {"limits": [[3, 60]], "fail_action": action}),
+                name=action.split()[0])
+            self.assertEqual(daemon.ask(recipient_count=5), said)
+            self.assertIn("attempts=1, too many recipients in one message: 5,"
+                          " at most 3, action=", daemon.log())
+            self.assertEqual(daemon.ask(recipient_count=3), PASS)
+            self.assertEqual(daemon.ask(recipient_count=3), action)
+
+
 class AlertTest(ReportsTest):
     """Who hits a limit is told of at once, and no mail waits for it."""
 
@@ -6293,10 +6419,15 @@ class AlertTest(ReportsTest):
         return prl.Settings(**{"alert": True, "report_to": ("a@x.org",),
                                "smtp_server": sink.address, **more})
 
-    def usage(self, identity: str, window: int = 86400) -> prl.Usage:
-        """Return the use of a limit that is full."""
-        return prl.Usage(prl.Claim(identity, 1, ()),
-                         prl.Limit(5, window), 5)
+    def verdict(self, identity: str, window: int = 86400) -> prl.Verdict:
+        """Return the verdict on a mail whose limit is full."""
+        use = prl.Usage(prl.Claim(identity, 1, ()), prl.Limit(5, window), 5)
+        return prl.Verdict((use,), use)
+
+    def facts(self, mail: email.message.EmailMessage) -> dict[str, str]:
+        """Return what an alert says."""
+        return dict(line.split(": ", 1)
+                    for line in mail.get_content().splitlines())
 
     def test_the_daemon_alerts_once_a_window(self) -> None:
         sink = self.sink()
@@ -6309,10 +6440,140 @@ class AlertTest(ReportsTest):
                 self.assertEqual(said, [PASS] + [REFUSED] * 3)
         sink.wait(2)
         self.assertIn("joe", sink.mails[0]["Subject"])
-        text = sink.mails[0].get_content()
-        for fact in ("identity: joe", "limit: 1 mails in 60 s", "since: 20",
-                     "client_address: 192.0.2.7", "last_alert: 1\n"):
-            self.assertIn(fact, text)
+        facts, host = self.facts(sink.mails[0]), socket.gethostname()
+        self.assertIn(f" alert on {host}: joe", sink.mails[0]["Subject"])
+        self.assertTrue(facts.pop("since").startswith("20"))
+        self.assertEqual(facts, {
+            "identity": "joe", "limit": "at most 1 recipient in 1 minute",
+            "host": host, "client_address": "192.0.2.7",
+            "refusals_since_last_alert": "1",
+            "to_block_the_sender": "policyd-rate-limit --block joe"})
+
+    def test_an_alert_names_the_unit_and_the_sender_of_a_quota(self) -> None:
+        sink = self.sink()
+        quota = {"by": "server", "limits": [[1, 3600]]}
+        daemon = self.daemon(json.dumps({
+            "alert": True, "report_to": "a@x.org", "quotas": [
+                {**quota, "name": "places", "count": "client_network",
+                 "dry_run": True},
+                {**quota, "name": "size", "count": "bytes"}],
+            "smtp_server": list(sink.address)}))
+        for n in 0, 1:
+            daemon.ask(sasl_username="-jo e$(x)", size=1,
+                       client_address=f"192.0.{n}.7")
+        sink.wait(2)
+        for facts, key, limit, is_tried in zip(
+                map(self.facts, sink.mails), ("size=all", "places=all"),
+                ("1 byte in", "1 different value of client_network in"),
+                (False, True)):
+            self.assertEqual(facts["identity"], key)
+            self.assertEqual(facts["limit"], f"at most {limit} 1 hour")
+            self.assertEqual("only tried" in facts.get("dry_run", ""),
+                             is_tried)
+            self.assertEqual(
+                shlex.split(facts["to_block_the_sender"]),
+                ["policyd-rate-limit", "--block=-jo e$(x)"])
+
+    def test_a_dry_run_alerts_too(self) -> None:
+        sink = self.sink()
+        daemon = self.daemon(json.dumps({
+            "limits": [[1, 60]], "alert": True, "dry_run": True,
+            "report_to": "a@x.org", "smtp_server": list(sink.address)}))
+        self.assertEqual(asks(daemon.socket, 2), [PASS, PASS])
+        sink.wait(1)
+        self.assertIn("only tried", self.facts(sink.mails[0])["dry_run"])
+
+    def test_an_outage_and_its_end_are_told(self) -> None:
+        sink = self.sink()
+        daemon = self.daemon(json.dumps({
+            "limits": [[1, 60]], "alert": True, "db_timeout": 1,
+            "report_to": "a@x.org", "smtp_server": list(sink.address)}))
+        daemon.ask(sasl_username="ann")
+        with moved_away(daemon.database), locked_folder(daemon.database):
+            for _ in range(2):
+                daemon.ask(sasl_username="bob")
+            sink.wait(2)  # one of them is for bob
+        daemon.ask(sasl_username="eve")
+        sink.wait(3)
+        notices = [facts["notice"] for facts in map(self.facts, sink.mails)
+                   if "notice" in facts]
+        self.assertTrue(notices[0].startswith("the database is away: "))
+        self.assertEqual(notices[1:], ["the database is back"])
+
+    def test_a_flood_of_refusals_silences_no_outage(self) -> None:
+        sink = self.sink()
+        alarm, given = self.alarm([0.0]), self.settings(sink)
+        for n in range(70):
+            alarm.refused(self.verdict(str(n)), "", given, 1000)
+        alarm.outage(OSError("gone\nFrom: x"), given)
+        wait_for(lambda: any("gone?From: x" in mail.get_content()
+                             for mail in sink.mails), "the outage")
+        self.assertLessEqual(len(sink.mails), 22)
+
+    def test_a_client_cannot_write_headers_or_text_into_an_alert(self) -> None:
+        sink = self.sink()
+        forged = ("=?utf-8?q?x=0afrom=3a=20ceo=40bank.example=0a=0aPay=20now"
+                  "?=@e.org")
+        daemon = self.daemon(json.dumps({
+            "limits": [[1, 60]], "alert": True, "limit_by_sender": True,
+            "report_to": "a@x.org", "smtp_server": list(sink.address)}))
+        for sender in (forged, "=" * 60 + forged, forged + "\u00e9" * 99,
+                       "=?utf-8?b?" + "QUFB" * 40 + "?=@e.org"):
+            for _ in range(2):
+                daemon.ask(sasl_username="", sender=sender)
+            wait_for(lambda: sink.raw, "the alert")
+            [[header, _, body]] = [raw.partition(b"\n\n")
+                                   for raw in sink.raw]
+            with self.subTest(sender):
+                parsed = email.message_from_bytes(
+                    sink.raw[0], policy=email.policy.default)
+                self.assertEqual(parsed.get_all("From"), [
+                    f"policyd-rate-limit@{socket.getfqdn()}"])
+                self.assertNotIn("\n", parsed["Subject"])
+                self.assertNotIn("ceo@bank", parsed["Subject"])
+                self.assertNotIn("AAA", parsed["Subject"])
+                self.assertIn("= ?utf-8?", parsed["Subject"])
+                self.assertNotRegex(body.decode(), r"(?i)=\?utf-8|Pay now")
+                self.assertEqual(self.facts(parsed)["identity"],  # as it is
+                                 prl.fold(sender))
+            sink.raw.clear()
+
+    def test_a_report_from_this_host_is_not_counted(self) -> None:
+        config = {"limits": [[0, 60]], "alert": True, "count_mode": "auto",
+                  "report_to": ["root", "Admin@x.org"], "limit_by_sender":
+                  True, "report_from": "Daemon <d@x.org>",
+                  "smtp_credentials": ["mailer", "x"], "smtp_starttls": True}
+        report = {"sasl_username": "", "sender": "d@x.org",
+                  "recipient": "admin@x.org", "client_address": "127.0.0.1"}
+        daemon = self.daemon(json.dumps(config))
+        for change, counted in (
+                ({}, False), ({"protocol_state": "RCPT"}, False),
+                ({"recipient": "root", "client_address": "::1"}, False),
+                ({"sasl_username": "mailer"}, False),
+                ({"client_address": "192.0.2.1",
+                  "server_address": "192.0.2.1"}, False),
+                ({"client_address": "192.0.2.1"}, True),
+                ({"client_address": "192.0.2.1", "server_address": ""}, True),
+                ({"client_address": "unknown", "server_address": "unknown"},
+                 True),
+                ({"sender": "e@x.org"}, True), ({"sender": "x.d@x.org"}, True),
+                ({"sasl_username": "joe"}, True),
+                ({"recipient": "joe@x.org"}, True), ({"recipient": ""}, True),
+                ({"recipient_count": 2}, True)):
+            with self.subTest(change):
+                self.assertEqual(
+                    daemon.ask(**{**report, **change, "instance": ""}),
+                    REFUSED if counted else PASS)
+        daemon.stop()
+        for extra, sender, counted in (
+                ({}, "policyd-rate-limit@any.host", False),
+                ({}, "policyd-rate-limit.x@any.host", True),
+                ({"alert": False}, "policyd-rate-limit@any.host", True)):
+            daemon = self.daemon(json.dumps(
+                {**config, "report_from": "", **extra}), name=sender + str(
+                    len(extra)))
+            self.assertEqual(daemon.ask(**{**report, "sender": sender}),
+                             REFUSED if counted else PASS, sender)
 
     def test_a_mail_server_that_hangs_delays_no_answer(self) -> None:
         sink = self.sink(silent=True)
@@ -6330,8 +6591,8 @@ class AlertTest(ReportsTest):
         alarm = self.alarm([0.0])
         given = self.settings(sink, report_limits=(86400,))
         for now in (1000, 1001, 87399, 87400, 87401):
-            alarm.refused(self.usage("joe"), "192.0.2.7", given, now)
-            alarm.refused(self.usage("joe", 60), "192.0.2.7", given, now)
+            alarm.refused(self.verdict("joe"), "192.0.2.7", given, now)
+            alarm.refused(self.verdict("joe", 60), "192.0.2.7", given, now)
         sink.wait(2)
         self.assertIn("last_alert: 3\n", sink.mails[1].get_content())
 
@@ -6340,65 +6601,68 @@ class AlertTest(ReportsTest):
         alarm, given = self.alarm(now), self.settings(sink)
         for hour in range(2):
             for n in range(30):
-                alarm.refused(self.usage(f"{hour}.{n}"), "", given, 1000)
-            wait_for(lambda: alarm._queue.empty(), "the queue's end")
+                alarm.refused(self.verdict(f"{hour}.{n}"), "", given, 1000)
             sink.wait(21 * (hour + 1))
             self.assertIn("left to the report", sink.mails[-1].get_content())
+            # The last of them is dealt with once this one went out.
+            alarm.outage(None, given)
+            sink.wait(21 * (hour + 1) + 1)
+            sink.mails.pop()
             now[0] += 3601
 
     def test_a_refusal_tells_how_many_there_were_in_this_window(self) -> None:
         for alert in (False, True):
             alarm = prl.Alarm()
             given = prl.Settings(alert=alert, report_limits=(60,))
-            told = [alarm.refused(self.usage("joe", 60), "::1", given, now)
+            told = [alarm.refused(self.verdict("joe", 60), "::1", given, now)
                     for now in (1000, 1059, 1118, 1178, 1178, 500)]
             self.assertEqual(told, [1, 2, 3, 1, 2, 1])
             self.assertEqual(
-                alarm.refused(self.usage("joe"), "::1", given, 1178), 1)
+                alarm.refused(self.verdict("joe"), "::1", given, 1178), 1)
 
-    def test_the_queue_is_bounded(self) -> None:
-        alarm, given = prl.Alarm(), prl.Settings(alert=True)
-        for n in range(prl.ALERTS_KNOWN + 5):
-            alarm.refused(self.usage(str(n)), "", given, 1000)
-        self.assertEqual(alarm._queue.qsize(), 2 * prl.ALERTS_AN_HOUR)
-        self.assertEqual(len(alarm._known), prl.ALERTS_KNOWN)
+    def test_what_an_alarm_remembers_is_bounded(self) -> None:
+        alarm, given = prl.Alarm(), prl.Settings(alert=True)  # sends nothing
+
+        def refuse(identity: str) -> int:
+            return alarm.refused(self.verdict(identity), "", given, 1000)
+
+        self.assertEqual([refuse("first"), refuse("first")], [1, 2])
+        for n in range(prl.MAX_STREAKS - 1):
+            refuse(str(n))
+        self.assertEqual([refuse("first"), refuse("new")], [3, 1])
+        self.assertEqual([refuse("1"), refuse("0")], [2, 1])
 
     def test_a_program_finds_the_facts_in_its_environment(self) -> None:
         alarm, out = self.alarm([0.0]), self.path("out")
         given = self.settings(self.sink(), alert_command=(
             "/bin/sh", "-c", f"env > {out}.new; mv {out}.new {out}"))
-        with quiet() as said, patch.object(prl, "ALERT_PAUSE", 0):
-            alarm.refused(self.usage("ann"), "", self.settings(
+        with quiet() as said:
+            alarm.refused(self.verdict("ann"), "", self.settings(
                 self.sink(), alert_command=("/nonexistent",)), 1000)
-            alarm.refused(self.usage("jo\u00e9 $(x)"), "::1", given, 1000)
+            alarm.refused(self.verdict("jo\u00e9 $(x)"), "::1", given, 1000)
             wait_for(lambda: os.path.exists(out), "the program")
         self.assertIn("nonexistent", said[0])
         with open(out, encoding="utf-8") as file:
             text = file.read()
-        for fact in ("IDENTITY=jo\u00e9 $(x)", "LIMIT=5 mails in 86400 s",
-                     "CLIENT_ADDRESS=::1", "REFUSED_SINCE_LAST_ALERT=1"):
+        for fact in ("IDENTITY=jo\u00e9 $(x)",
+                     "LIMIT=at most 5 recipients in 1 day",
+                     "CLIENT_ADDRESS=::1", "REFUSALS_SINCE_LAST_ALERT=1",
+                     "TO_BLOCK_THE_SENDER=policyd-rate-limit --block"
+                     " 'jo\u00e9 $(x)'"):
             self.assertIn(f"POLICYD_{fact}\n", text)
 
-    def test_a_failed_alert_is_tried_once_more_and_not_counted(self) -> None:
-        runs = self.write("runs", "")
-        given = self.settings(self.sink(), alert_command=(
-            "/bin/sh", "-c", f"echo $POLICYD_REFUSED_SINCE_LAST_ALERT >>{runs}"
-            f"; [ $(wc -l <{runs}) -gt 3 ] && : >{runs}.done"))  # the fourth
-
-        def lines() -> list[str]:
-            with open(runs) as file:
-                return file.read().split()
-
-        alarm = self.alarm([0.0])
-        with quiet(), patch.object(prl, "ALERT_PAUSE", 0):
-            alarm.refused(self.usage("joe"), "", given, 1000)
-            wait_for(lambda: alarm._known["joe", 86400][2] < 0, "two tries")
-            self.assertEqual(lines(), ["1", "1"])
-            alarm.refused(self.usage("joe"), "", given, 1001)
-            wait_for(lambda: os.path.exists(runs + ".done"), "one that works")
-            alarm.refused(self.usage("joe"), "", given, 1002)
-            self.assertTrue(alarm._queue.empty())
-        self.assertEqual(lines(), ["1", "1", "2", "2"])
+    def test_an_alert_that_fails_is_left_to_the_report(self) -> None:
+        sink = self.sink(refuse=("a@x.org",))
+        alarm, given = self.alarm([0.0]), self.settings(sink)
+        with quiet() as said:
+            alarm.refused(self.verdict("joe"), "", given, 1000)
+            wait_for(lambda: said, "a warning")
+            sink.refuse.clear()
+            alarm.refused(self.verdict("joe"), "", given, 1001)
+            alarm.refused(self.verdict("ann"), "", given, 1001)
+            sink.wait(1)
+        self.assertEqual(said, ["no alert to a@x.org: 5.1.1 no such"])
+        self.assertEqual(self.facts(sink.mails[0])["identity"], "ann")
 
     def test_a_program_that_hangs_is_killed(self) -> None:
         with self.assertRaisesRegex(OSError, "exit status -9"):
@@ -6406,7 +6670,7 @@ class AlertTest(ReportsTest):
 
     def test_counts_are_logged_and_shown_while_it_runs(self) -> None:
         daemon = self.daemon("{count_mode: 1, limits: [[1, 60]]}")
-        path = daemon.pidfile + ".tally"
+        path = daemon.pidfile + ".prom"
         for state in ("DATA", "DATA", "RCPT"):
             daemon.ask(protocol_state=state)
         daemon.send(signal.SIGUSR2)
@@ -6439,26 +6703,28 @@ class AlertTest(ReportsTest):
     def test_the_file_of_counts_follows_no_link(self) -> None:
         tally = prl.Tally(self.path("pid"), dict.fromkeys(prl.COUNTED, 0))
         precious = self.write("precious", "text")
-        for name in "pid.tally.new", "pid.tally":
+        for name in "pid.prom.new", "pid.prom":
             os.symlink(precious, self.path(name))
         tally.publish()
         with open(precious) as file:
             self.assertEqual(file.read(), "text")
-        self.assertEqual(list(prl.read_counts(self.path("pid"))),
-                         list(prl.COUNTED))
-        os.symlink(precious, self.path("pid.tally.new"))
+        self.assertEqual(
+            [line.split()[0] for line in prl.read_counters(self.path("pid"))
+             if line[0] != "#"],
+            [f"policyd_rate_limit_{name}_total" for name in prl.COUNTED])
+        os.symlink(precious, self.path("pid.prom.new"))
         with patch("os.unlink"):  # somebody made it just behind that
             tally.publish()
         with open(precious) as file:
             self.assertEqual(file.read(), "text")
 
     def test_a_summary_each_hour_if_there_was_anything(self) -> None:
-        counts = dict.fromkeys(prl.COUNTED, 0)
-        tally = prl.Tally(self.path("pid"), counts)
+        counts, now = dict.fromkeys(prl.COUNTED, 0), [5.0]
+        tally = prl.Tally(self.path("pid"), counts, clock=lambda: now[0])
         with self.assertLogs(prl.log, prl.NOTICE) as logged:
             for requests in (0, 2, 0):
                 counts["requests"] += requests
-                tally._began -= 3600
+                now[0] += 3600
                 tally.publish()
         [said] = logged.output
         self.assertIn("in 60 minutes: 2 requests", said)
@@ -6485,7 +6751,7 @@ class StatusTest(ReportsTest):
         self.refuse("many", 3, 86400)
         self.ledger.database.transact(
             prl.Transaction.write, self.ledger.database.backend.note,
-            [("early", 60, 10, 99, 1000, 2000, "")])
+            [("early", 60, 10, 99, 1000, 2000, "", 0)])
         self.show("--limit", "boss", "900/h", "--for", "3w")
         lines = self.show("--status").splitlines()
         self.assertEqual(
@@ -6494,7 +6760,7 @@ class StatusTest(ReportsTest):
              "ann", "1d", "early", "1d"])
         clock, date = r"\d\d:\d\d", r"\d{4}-\d\d-\d\d"
         for line, shown in (
-                (0, "identity +used refused +last +room +until"),
+                (0, "identity +used refusals +last +room +until"),
                 (1, rf"many +1m \[\.{{10}}\] +0/10 +3 +{clock}"),
                 (5, rf"boss +1h \[#\.{{9}}\] +20/900 +{date}"),
                 (6, rf"joe +1m \[#{{10}}\] +10/10 +({clock}|{date})"),
@@ -6524,8 +6790,8 @@ class StatusTest(ReportsTest):
                         else result.stdout)
                 os.close(ours)
                 shown = text.splitlines()
-                self.assertRegex(shown[1], r"^a-very-long-na.* 4/10 +13 ")
-                self.assertRegex(shown[3], r"^a-very-long-na.* 8/10 +7 ")
+                self.assertRegex(shown[1], r"^a-very-long-n.* 4/10 +13 ")
+                self.assertRegex(shown[3], r"^a-very-long-n.* 8/10 +7 ")
                 self.assertLessEqual(max(map(len, shown)), columns or 80)
                 names = [line for line in shown if line[0] == "a"
                          and line[:4] != "and "]
@@ -6559,7 +6825,7 @@ class StatusTest(ReportsTest):
                 "%s", "?"))
         self.assertIn("limits, from sql_limits_by_id (-o", shown)
         self.assertIn("):\n   15m", shown)
-        self.assertRegex(shown, r"\nrefused +by +since +last +client\n2 +0/"
+        self.assertRegex(shown, r"\nrefusals +by +since +last +client\n2 +4/"
                          r"900s +20\d\d-.* 20\d\d-.* 192.0.2.7\n$")
         result = run("--standalone", self.folder, "--status", "new")
         self.assertIn("limits, from limits (the default):", result.stdout)
@@ -6574,18 +6840,18 @@ class StatusTest(ReportsTest):
             self.assertEqual(list(shown), ["time", "identities"])
             joe, one = shown["identities"]
             self.assertEqual((one["identity"], one["source"], one["until"]),
-                             ("ann", "limits", 0))
+                             ("ann", "limits", None))
             self.assertEqual((joe["source"], joe["until"], joe["limits"]), (
-                "--limit", 10**12, [{"mails": 0, "seconds": 86400, "used": 0,
-                                     "room_at": None, "noted": 2}]))
-            [refusal] = joe["refusals"]
+                "--limit", None, [{"mails": 0, "seconds": 86400, "used": 0,
+                                   "room_at": None, "refusals": 2}]))
+            [refusal] = joe["refused_by"]
             self.assertLessEqual(refusal.pop("first"), refusal.pop("last"))
             self.assertEqual(refusal, {
-                "identity": "joe", "seconds": 86400, "mails": 0, "hits": 2,
+                "seconds": 86400, "mails": 4, "refusals": 2,
                 "client": "192.0.2.7"})
             self.assertEqual(one["limits"][0], {
                 "mails": 10, "seconds": 60, "used": 4, "room_at": None,
-                "noted": 0})
+                "refusals": 0})
         [one] = json.loads(
             self.show("--status", "joe", "--json"))["identities"]
         self.assertEqual((one["last_mail"], one["limits"][0]["used"]),
@@ -6616,7 +6882,7 @@ class StatusTest(ReportsTest):
                 "places=joe", 1, rule.limits, rule, str(n))], date))
         [standing] = self.ledger.database.read(
             prl.survey, prl.Settings(quotas=(rule,)), 1020, "places=joe")
-        self.assertEqual(standing.limits, (prl.Window(2, 60, 2, 1060, 1),))
+        self.assertEqual(standing.limits, (prl.LimitUse(2, 60, 2, 1060, 1),))
 
     def test_prometheus_can_read_any_name(self) -> None:
         self.spend('a"b\\c\u00e9', 1)
@@ -6629,7 +6895,7 @@ class StatusTest(ReportsTest):
         self.assertIn("refusals_total counter\npolicyd_rate_limit_refusals_"
                       'total{identity="a\\"b\\\\c\u00e9",window="60"} 5\n',
                       result.stdout)
-        self.assertIn('_limit_ends{identity="a\\"b\\\\c\u00e9"} 10000',
+        self.assertIn('_limit_ends{identity="a\\"b\\\\c\u00e9"} +Inf\n',
                       result.stdout)
         self.assertEqual(result.stderr, "")
 
@@ -6642,7 +6908,7 @@ class StatusTest(ReportsTest):
                 (("--limit", "joe", "[[5, 60]]", "--for", "2h"),
                  "joe: 5/60s until 20", [PASS, REFUSED]),
                 (("--limit", "joe", "[]"), "joe: no limits for good", [PASS]),
-                (("--block", "joe", "--for=30m"), "joe: 0/86400s until",
+                (("--block", "joe", "--for=30m"), "joe: blocked until 2",
                  [REFUSED]),
                 (("--unlimit", "joe"), "joe: its usual limits hold again",
                  [REFUSED]),
@@ -6662,10 +6928,13 @@ class StatusTest(ReportsTest):
         self.assertEqual(daemon.ask(sasl_username="free"), REFUSED)
         shown = run(*daemon.options, "--status", "free").stdout
         self.assertIn("limits, from --limit (for good):\n    1d", shown)
-        self.assertRegex(shown, "\n1 +0/86400s +20")
+        self.assertIn(" blocked\n", shown)
+        self.assertRegex(shown, "\n1 +blocked +20")
+        self.assertRegex(run(*daemon.options, "--status").stdout,
+                         r"free +1d \[#{10}\] blocked +1 .* for good\n")
         self.assertRegex(daemon.log(), "no limits, action=dunno\n(.*\n)*.*"
-                         "identity=<free>, cost=1, used=0/0/86400s,"
-                         " client=192.0.2.7, broken=0/86400s, refused=1, ")
+                         "identity=<free>, cost=1, used=blocked,"
+                         " client=192.0.2.7, broken=blocked, attempts=1, ")
 
     def test_quotas_show_how_they_stand_and_can_be_blocked(self) -> None:
         daemon = self.daemon(json.dumps({
@@ -6701,6 +6970,159 @@ class StatusTest(ReportsTest):
             self.assertIn(f"client_address={address}: ", done.stdout)
             self.assertEqual(daemon.ask(client_address=address), expected)
         self.assertIn(" 1/9\n", run(*daemon.options, "--status", spelt).stdout)
+
+    def test_a_name_s_page_shows_every_limit_that_judges_its_mail(
+            self) -> None:
+        attribute = "sasl_username"
+        daemon = self.daemon(json.dumps({
+            "limits": [[9, 60]], "quotas": [
+                {"by": "sasl_domain", "limits": [[2, 3600]]},
+                {"by": "server", "limits": [[90, 60]],
+                 "when": {"server_port": "587"}},
+                {"by": "server", "name": "anonymous", "limits": [[1, 60]],
+                 "when": {attribute: "!ann@x.org"}},
+                {"by": "sender", "limits": [[70, 60]]},
+                {"by": "helo_name", "limits": [[70, 60]]},
+                {"by": attribute, "name": "places", "count":
+                 "client_network", "limits": [[3, 60]]},
+                {"by": attribute, "name": "to", "count": "recipient_domain",
+                 "limits": [[4, 60]]}]}))
+        for n, who in enumerate(("ann@x.org", "joe@x.org", "ann@x.org")):
+            daemon.ask(sasl_username=who, sender=who,
+                       client_address=f"198.51.{n}.1")
+        shown = run(*daemon.options, "--status", "Ann@X.org").stdout
+        pages = [page.split("\n") for page in shown.split("\n\n")]
+        self.assertEqual([page[0] for page in pages], [
+            "ann@x.org", "sasl_domain=x.org", "server=all",
+            "sender=ann@x.org", "places=ann@x.org", "to=ann@x.org",
+            "anonymous=all"])
+        self.assertRegex(pages[0][2], r"^last refusal: 20.* by sasl_domain="
+                         r"x\.org 2/3600s, client 198\.51\.2\.1$")
+        self.assertIn("[##########] 2/2", pages[1][3])
+        self.assertIn("the mail's server_port fits `when`", pages[2][2])
+        self.assertRegex("\n".join(pages[4]),
+                         r"value +last seen\n198\.51\.0\.0/24 +20\d\d-")
+        shown = run(*daemon.options, "--status", "ann@x.org", "--json").stdout
+        places = json.loads(shown)["identities"][4]
+        self.assertEqual([value["value"] for value in places["values"]],
+                         ["198.51.0.0/24"])
+        self.assertIn("broken=sasl_domain=x.org 2/3600s, attempts=1",
+                      daemon.log())
+        shown = run(*daemon.options, "--status", "to=ann@x.org").stdout
+        self.assertEqual(shown.count("last mail"), 1)
+
+    def test_what_judges_a_page_is_what_judges_a_mail(self) -> None:
+        for settings, name, keys in (
+                ({}, "joe", "joe"), ({"limit_by_sasl": False}, "joe", ""),
+                ({"limit_by_sasl": False, "limit_by_sender": True},
+                 "joe@x.org", "joe@x.org"),
+                ({"limit_by_ip": True, "limited_networks": ["192.0.2.0/24"]},
+                 "192.0.2.9", "192.0.2.9"),
+                ({"count_mode": 0}, "joe", "joe"),
+                ({"quotas": [{"by": "client_network", "limits": [[1, 60]]}]},
+                 "192.0.2.9", "client_network=192.0.2.0/24"),
+                ({"quotas": [{"by": "sasl_username", "count": "bytes",
+                              "limits": [[1, 60]]}]},
+                 "joe", "joe sasl_username=joe")):
+            with self.subTest(settings=settings):
+                self.assertEqual(
+                    list(prl.related_keys(settings_of(settings), name)),
+                    keys.split())
+
+    def test_a_name_that_is_not_counted_has_no_limits(self) -> None:
+        self.spend("other", 1)
+        for name, config, limits in (
+                ("192.0.2.1", "limit_by_ip: False", False),
+                ("joe", "limit_by_sasl: False", False),
+                ("192.0.2.1", "{limit_by_ip: True, limited_networks:"
+                 " [192.0.2.0/24]}", True)):
+            shown = self.command("--status", name, config=config).stdout
+            self.assertIs("limits, from limits (" in shown, limits)
+            self.assertIs("limits: none, the configuration" in shown,
+                          not limits)
+        self.command("--block", "192.0.2.1")
+        self.assertIn("blocked", self.show("--status", "192.0.2.1"))
+
+    def test_a_pattern_lists_the_recorded_identities_that_fit(self) -> None:
+        for who in ("joe@x.org", "ann@x.org", "joe@y.org", "10.1.2.3",
+                    "11.1.2.3", "sasl_domain=x.org", "places=tom@x.org",
+                    "client_network=10.9.0.0/24"):
+            self.spend(who, 1, time.time() - 10**6)
+        config = json.dumps({"quotas": [
+            {"by": by, "limits": [[1, 60]]}
+            for by in ("sasl_domain", "client_network")]})
+        for pattern, names in (
+                ("@X.org", "joe@x.org ann@x.org sasl_domain=x.org"
+                 " places=tom@x.org"),
+                ("10.0.0.0/8", "10.1.2.3 client_network=10.9.0.0/24"),
+                ("@none.org", "")):
+            for option in (), ("--json",):
+                done = self.command("--status", pattern, *option,
+                                    config=config)
+                self.assertEqual(done.stderr, "")
+                if option:
+                    found = [one["identity"] for one in
+                             json.loads(done.stdout)["identities"]]
+                else:
+                    found = [line.split()[0] for line in
+                             done.stdout.splitlines()[1:] if line[0] != " "]
+                self.assertEqual(sorted(found), sorted(names.split()))
+
+    def test_keys_of_quotas_that_are_gone_are_judged_by_none(self) -> None:
+        keys = "sasl_domain=x.org", "places=joe@x.org", "sender+helo_name=a|b"
+        senders = "bounce=joe=x@y.org", "uid=joe,dc=x"
+        for name in (*keys, *senders):
+            self.spend(name, 3)
+            self.refuse(name, 1)
+        config = "limit_by_sender: False"
+        shown = self.command("--prometheus", config=config).stdout
+        for name in keys:
+            self.assertNotIn(f'used{{identity="{name}"', shown)
+            self.assertIn(f'refusals_total{{identity="{name}"', shown)
+            page = self.command("--status", name, config=config).stdout
+            self.assertIn("limits: none, the configuration counts no", page)
+            self.assertIn("last mail: 20", page)
+        for name, config in zip(senders, (
+                "limit_by_sender: True", "limit_by_sender: False")):
+            self.assertIn(f'used{{identity="{name}"', self.command(
+                "--prometheus", config=config).stdout)
+
+    def test_it_is_read_in_steps(self) -> None:
+        for n in range(2 * prl.SURVEY_STEP):
+            self.spend(f"user{n:04}", 1)
+        steps = 0
+
+        def wanted(name: str) -> bool:
+            nonlocal steps
+            if steps == 0 or name == "zoe":
+                steps += 1
+                self.spend("zoe", 1)  # seen by a later transaction alone
+            return True
+
+        statuses = self.ledger.database.read(
+            lambda work: prl.survey(work, prl.Settings(), int(time.time()),
+                                    wanted=wanted))
+        names = [status.identity for status in statuses]
+        self.assertEqual((steps, names[-1]), (2, "zoe"))
+        self.assertEqual(len({*names}), 2 * prl.SURVEY_STEP + 1)
+        self.assertEqual(len(names), len({*names}))
+
+    def test_prometheus_is_bounded_and_explained(self) -> None:
+        for n in range(prl.MAX_FULLEST + 20):
+            self.spend(f"user{n:03}", n + 1)
+        for n in range(3):
+            self.refuse(f"refused{n}")
+        self.show("--block", "user000", "--for", "1h")
+        shown = self.show("--prometheus")
+        names = {*re.findall(r'_used{identity="(\w+)"', shown)}
+        self.assertEqual(names, {
+            *(f"refused{n}" for n in range(3)), "user000",
+            *(f"user{n + 20:03}" for n in range(prl.MAX_FULLEST))})
+        metrics = re.findall(r"# TYPE policyd_rate_limit_(\w+)", shown)
+        self.assertEqual(
+            metrics, re.findall(r"# HELP policyd_rate_limit_(\w+) .", shown))
+        self.assertEqual({*metrics}.union(
+            f"{name}_total" for name in prl.COUNTED), {*prl.METRICS})
 
     def test_a_typo_is_told(self) -> None:
         self.spend("joe", 1)
@@ -8680,6 +9102,23 @@ class PostfixTest(FolderTest):
             "joe@x.example": 1, "ann@x.example": 1, "eve@x.example": 1,
             "bob@y.example": 1, "sasl_domain=x.example": 3,
             "sasl_domain=y.example": 1})
+
+    def test_a_full_limit_silences_no_alert_or_report(self) -> None:
+        to = ("r0@b.test", "r1@b.test")
+        for stage in "recipient", "data", "end_of_data":
+            postfix = self.start(json.dumps({
+                "alert": True, "report_to": to, "limit_by_sasl": False,
+                "quotas": [{"by": "server", "limits": [[1, 3600]]}]}),
+                stage, name=stage)
+            self.assertEqual(postfix.send(), [250, 250])
+            self.assertIn(450, postfix.send())
+            settings = prl.Settings(
+                report_to=to, smtp_server=("127.0.0.1", postfix.port))
+            self.assertEqual(prl.mail(settings, "subject", "text\n"), {})
+            self.assertIn(450, postfix.send(
+                address="198.51.100.1",
+                sender=f"policyd-rate-limit@{socket.getfqdn()}"))
+            postfix.stop()
 
     def test_one_recipient_too_many_gives_none_back(self) -> None:
         postfix = self.start("{count_mode: 0, limits: [[10, 3600]]}",
