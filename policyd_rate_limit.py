@@ -6,10 +6,19 @@ SMTPD_POLICY_README).  It counts the mail for a SASL user, a sender or a
 client address, in sliding windows "at most N mails in any S seconds", and
 answers what Postfix is to do.
 
-The path of one request:
+The path of one request, by the names of the functions:
 
-    bytes -> Request -> claims -> [ usage -> verdict -> charge ] -> action
-             parse      policy        one ledger transaction       reply
+    receive -> read_requests -> Service.answer -> claims_of -> Ledger.decide
+        -> [ settle: take_turns, read_pages, decide, write ] COMMIT
+        -> explain -> sendall
+
+While the database is unavailable, Ledger.decide asks Memory.decide: the same
+decide(), over what this host remembers.  Later settle() appends to the tables
+what was decided so (append_unstored).
+
+Sections 1 to 4, 6 and 8 to 11 judge mail.  To trust the program, the others
+can be left unread: they say what is limited and what was found, and look
+after the tables and the process.
 
     1 Vocabulary   2 Settings   3 Protocol   4 Policy   5 Wording
     6 Database   7 Schema   8 Ledger   9 Batches and outages   10 Service
@@ -77,6 +86,7 @@ import urllib.parse
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import datetime
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid, parseaddr
 from types import MappingProxyType
@@ -1978,7 +1988,7 @@ def per(seconds: int) -> str:
 
 def moment(date: float) -> str:
     """Return a time as people write it."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
+    return datetime.fromtimestamp(date).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def term(ends: int | None) -> str:
@@ -2030,7 +2040,7 @@ def quote(text: str) -> str:
 def quote_key(claim: Claim) -> str:
     """Return the identity or key of a claim so that it forges no field."""
     name, equals, value = claim.identity.partition("=")
-    if claim.rule.by and equals:
+    if equals and (claim.rule.by or name + equals == SENDER_KEY):
         return f"{name}={quote(value)}"
     return quote(claim.identity)
 
@@ -4828,7 +4838,7 @@ def send_reports(database: Database, settings: Settings) -> None:
     refused = [row for row in untold
                if not rule_of(settings, row.identity).dry_run]
     if refused or not settings.report_only_if_needed:
-        failed = mail(settings, settings.report_subject, report(refused))
+        failed = send_mail(settings, settings.report_subject, report(refused))
         if failed:
             raise CleanError(
                 f"the report was not accepted for {failures(failed)}; the next"
@@ -4873,7 +4883,7 @@ def import_old_refusals(transaction: Transaction, now: int) -> None:
         Refusal(*key, -1, hits[key], now, now, "") for key in sorted(hits)])
 
 
-def mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
+def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
     """Mail a text to all of report_to; return who refused it, and why.
 
     It is one message, but each address has a delivery of its own: at DATA
@@ -5099,7 +5109,7 @@ def send_alert(settings: Settings, facts: Mapping[str, str]) -> None:
         if settings.alert_command:
             run_program(settings.alert_command, facts)
         elif settings.report_to:
-            failed = mail(settings, undecodable(subject), text)
+            failed = send_mail(settings, undecodable(subject), text)
     except Exception as error:  # the next alert may work
         failed = {settings.alert_command[0]: smtp_reason(error)}
     if failed:
@@ -6655,7 +6665,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
     also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
-         " --limit or --block holds, such as 90s, 30m, 2h, 1d; else permanently")
+         " --limit or --block holds, such as 90s, 30m, 2h, 1d (default:"
+         " permanently)")
     also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",

@@ -1393,8 +1393,12 @@ class ShapeTest(unittest.TestCase):
         blocks = (ast.If, ast.For, ast.While, ast.Try, ast.With)
 
         def depth(node: ast.AST) -> int:
-            inner = max(map(depth, ast.iter_child_nodes(node)), default=0)
-            return inner + isinstance(node, blocks)
+            inner = [depth(child) for child in ast.iter_child_nodes(node)]
+            own = int(isinstance(node, blocks))
+            if isinstance(node, ast.If) and len(node.orelse) == 1:
+                # What follows an "else", as "elif" does, is no deeper.
+                inner[-1] = max(0, inner[-1] - own)
+            return max(inner, default=0) + own
 
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef):
@@ -1437,11 +1441,11 @@ class ShapeTest(unittest.TestCase):
                     defined[node.id], self.section(node.lineno),
                     f"line {node.lineno}: {node.id}")
 
-    def test_the_first_four_sections_are_pure(self) -> None:
+    def test_the_first_five_sections_are_pure(self) -> None:
         impure = {"os", "socket", "time", "threading", "open", "print"}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Name) and node.id in impure:
-                self.assertGreater(self.section(node.lineno), 4,
+                self.assertGreater(self.section(node.lineno), 5,
                                    f"line {node.lineno}: {node.id}")
 
     def test_only_main_decides_on_the_exit(self) -> None:
@@ -1750,7 +1754,8 @@ class SettingsTest(FolderTest):
         ("block_for", "a number of seconds, or 0 to block nobody",
          ("-1", "1.5", "True", "[1]")),
         ("fail_action block_action", "an action, in which $identity, $used,"
-         " ... stand for what was found", ("True", "''", r"'a\nb'", "'$x'", "'1 $ and'")),
+         " ... stand for what was found",
+         ("True", "''", r"'a\nb'", "'$x'", "'1 $ and'")),
         ("sql_limits_by_id report_from", "text, or null", ("5", "['x']")),
         ("report_to alert_command", "text or a list of texts",
          ("5", "[5]", "['']", "[None]", "{'a': 1}")),
@@ -9114,7 +9119,7 @@ class PostfixTest(FolderTest):
             self.assertIn(450, postfix.send())
             settings = prl.Settings(
                 report_to=to, smtp_server=("127.0.0.1", postfix.port))
-            self.assertEqual(prl.mail(settings, "subject", "text\n"), {})
+            self.assertEqual(prl.send_mail(settings, "subject", "text\n"), {})
             self.assertIn(450, postfix.send(
                 address="198.51.100.1",
                 sender=f"policyd-rate-limit@{socket.getfqdn()}"))
