@@ -7370,5 +7370,333 @@ class PostfixTest(FolderTest):
                 self.assertEqual(over, other.send("joe"))
 
 
+CHECK = "check_policy_service { unix:ratelimit/policy, default_action=DUNNO }"
+SMTP = "smtp inet n - y - - smtpd"
+SUBMISSION = "submission inet n - y - - smtpd"
+
+
+class PostconfTest(unittest.TestCase):
+    """What --check makes of the text that postconf prints."""
+
+    def told(self, main: str, services: str = SMTP, overrides: str = "",
+             **settings: Any) -> list[str]:
+        """Return the warnings about a Postfix."""
+        postfix = prl.parse_postfix(
+            "queue_directory = /var/spool/postfix\n"
+            f"config_directory = /etc/postfix\n{main}", services, overrides)
+        return list(prl.warn_of_postfix(postfix, settings_of(settings)))
+
+    def test_who_asks_rightly_is_not_warned(self) -> None:
+        data = f"smtpd_data_restrictions = {CHECK}"
+        tcp = {"SOCKET": ["127.0.0.1", 8552]}
+        tcp6 = {"SOCKET": ["::1", 8552]}
+        bare = "smtpd_data_restrictions = check_policy_service"
+        cases: list[tuple[str, dict[str, Any]]] = [
+            (data, {}), (data, {"count_mode": 1}), (data, {"count_mode": 2}),
+            (data.replace(",", ""), {}),
+            (data.upper().replace("SMTPD_DATA_RESTRICTIONS", (
+                "smtpd_data_restrictions")).replace(
+                    "UNIX:RATELIMIT/POLICY", "unix:ratelimit/policy"), {}),
+            (f"{bare} unix:ratelimit/policy", {}),
+            (f"{bare} unix:ratelimit/policy, permit", {}),
+            (f"{bare} local:ratelimit/policy", {}),
+            (f"{bare} unix:ratelimit/./policy", {}),
+            (f"{bare} {{ unix:ratelimit/policy }}", {}),
+            (f"{bare} {{unix:ratelimit/policy,{{timeout = 9s}}}}", {}),
+            (f"smtpd_data_restrictions = permit_mynetworks,\n   {CHECK}", {}),
+            (f"smtpd_data_restrictions=warn_if_reject reject, {CHECK}", {}),
+            (f"smtpd_recipient_restrictions = reject_unlisted_recipient,"
+             f" {CHECK}, permit_mynetworks", {"count_mode": 0}),
+            (f"smtpd_relay_restrictions = {CHECK}", {"count_mode": 0}),
+            (f"smtpd_sender_restrictions = {CHECK}", {}),
+            (f"smtpd_client_restrictions = {CHECK}", {"count_mode": 0}),
+            (f"smtpd_end_of_data_restrictions = {CHECK}", {"count_mode": 1}),
+            (f"{data}\nsmtpd_end_of_data_restrictions = {CHECK}", {}),
+            (f"{data}\nsmtpd_recipient_restrictions = check_policy_service"
+             " inet:127.0.0.1:10023", {}),  # another policy server
+            (f"{data}\nsmtpd_recipient_restrictions = check_policy_service"
+             " unix:ratelimit/policy", {"count_mode": 1}),
+            (f"{bare} inet:127.0.0.1:8552", tcp),
+            (f"{bare} inet:localhost:8552", tcp), (f"{bare} inet:8552", tcp),
+            (f"{bare} inet:mx.example.org:8552", tcp),
+            (f"{bare} inet:[127.0.0.1]:8552", tcp),
+            (f"{bare} inet:[::1]:8552", tcp6),
+            (f"{bare} inet:[0:0:0:0:0:0:0:1]:8552", tcp6),
+            (f"{bare} inet:localhost:8552", tcp6),
+            (f"{bare} inet:localhost:smtp", {"SOCKET": ["127.0.0.1", 25]}),
+            (f"{bare} inet:10.0.0.7:8552", {"SOCKET": ["0.0.0.0", 8552]}),
+            ("", {"SOCKET": ["192.0.2.7", 8552]}),  # other hosts may ask
+            # A class may be the result of a look-up, in any list.
+            ("smtpd_restriction_classes = limited\nlimited = permit_mynetworks"
+             f" {CHECK}\nsmtpd_client_restrictions = check_client_access"
+             " hash:/x", {"count_mode": 1}),
+            ("smtpd_restriction_classes = outer, limited\n"
+             f"limited = {CHECK}\nouter = reject_unauth_pipelining limited\n"
+             "smtpd_data_restrictions = outer", {"count_mode": 1}),
+            (data, {"quotas": [{"by": "sasl_domain", "limits": [[1, 60]]}]}),
+            (f"smtpd_recipient_restrictions = {CHECK}", {"quotas": [
+                {"by": "recipient_domain", "limits": [[1, 60]]}]}),
+            (f"smtpd_end_of_data_restrictions = {CHECK}", {"quotas": [
+                {"by": "server", "count": "bytes", "limits": [[1, 60]]}]})]
+        for main, settings in cases:
+            with self.subTest(main=main, settings=settings):
+                self.assertEqual(self.told(main, **settings), [])
+
+    def test_a_service_that_need_not_ask_is_not_warned(self) -> None:
+        data = f"smtpd_data_restrictions = {CHECK}"
+        for main, services, overrides in (
+                (data, f"{SMTP}\n127.0.0.1:10025 inet n - n - - smtpd",
+                 "127.0.0.1:10025/inet/smtpd_data_restrictions ="),
+                (data, f"{SMTP}\n[::1]:10025 inet n - n - - smtpd",
+                 "[::1]:10025/inet/smtpd_data_restrictions ="),
+                ("", f"{SMTP}\n{SUBMISSION}",
+                 f"submission/inet/{data}"),  # only users who log in
+                (data, SUBMISSION, f"submission/inet/{data}"),
+                ("", "smtp inet n - y - 1 postscreen\nsmtpd pass - - y - -"
+                 " smtpd\npickup unix n - y 60 1 pickup", f"smtpd/pass/{data}"),
+                ("", "qmgr unix n - n 300 1 qmgr", "")):  # takes no mail
+            with self.subTest(overrides=overrides):
+                self.assertEqual(self.told(main, services, overrides), [])
+
+    def test_what_turns_limits_off_is_told(self) -> None:
+        data = "smtpd_data_restrictions ="
+        bare = f"{data} check_policy_service"
+        fix = f"write into /etc/postfix/main.cf: {data} {CHECK}"
+        tcp = {"SOCKET": ["127.0.0.1", 8552]}
+        cases: list[tuple[str, dict[str, Any], Sequence[str]]] = [
+            ("", {}, ["Postfix never asks at SOCKET", fix]),
+            ("", {"count_mode": 0}, [
+                "never", fix.replace("data", "recipient")]),
+            (f"{bare} unix:other/policy", {}, [
+                f"put this first in {data[:-2]} in /etc/postfix/main.cf:"
+                f" {CHECK}", "asks at unix:other/policy"]),
+            (f"{bare} inet:127.0.0.1:8552", {}, ["asks at inet:127.0.0.1:85"]),
+            (f"{bare} unix:ratelimit/policy", tcp, [
+                "never", "check_policy_service { inet:127.0.0.1:8552, defau"]),
+            (f"{bare} inet:127.0.0.1:8553", tcp, ["never"]),
+            (f"{bare} inet:localhost:8552", {"SOCKET": ["127.0.0.1", 8553]},
+             ["never"]),
+            (f"{bare} inet:[::1]:8552", tcp, ["never"]),
+            (f"{bare} unix:/var/spool/postfix/ratelimit/policy", {}, [
+                "never", "which smtp/inet does not find, since it is chrooted"
+                " in /var/spool/postfix"]),
+            (f"{bare} unix:/run/policy", {"SOCKET": "/run/policy"}, [
+                "let SOCKET be below it", "chrooted"]),
+            (f"{data} reject, {CHECK}", {}, ["never"]),
+            (f"smtpd_etrn_restrictions = {CHECK}", {}, ["asks at ETRN"]),
+            (f"{data} {CHECK}", {"count_mode": 0}, [
+                "/etc/postfix/main.cf: smtpd_data_restrictions asks at DATA,"
+                " where count_mode 0 counts nothing: write into",
+                f"smtpd_recipient_restrictions = {CHECK}"]),
+            (f"smtpd_recipient_restrictions = {CHECK}", {"count_mode": 1},
+             ["asks at RCPT", fix]),
+            (f"smtpd_sender_restrictions = {CHECK}\nsmtpd_delay_reject = no",
+             {}, ["asks at MAIL", fix]),
+            (f"{data} warn_if_reject {CHECK}", {}, ["no mail is refused"]),
+            (f"{data} {CHECK}\nsmtpd_end_of_data_restrictions ="
+             " check_policy_service unix:ratelimit/policy", {},
+             ["every mail counts twice", "unix:ratelimit/policy"]),
+            ("smtpd_sasl_auth_enable = yes\n"
+             f"{data} permit_sasl_authenticated, {CHECK}", {},
+             ["from users who logged in is not limited"]),
+            (f"{data} {CHECK}", {"quotas": [
+                {"by": "recipient", "limits": [[1, 60]]}]},
+             ["quotas: recipient: only at RCPT"]),
+            (f"{data} {CHECK}", {"count_mode": 1, "quotas": [
+                {"by": "server", "when": {"recipient_domain": "x.org"},
+                 "limits": [[1, 60]]}]},
+             ["quotas: server: only at RCPT", "set count_mode: auto"]),
+            (f"{data} {CHECK}", {"quotas": [
+                {"by": "server", "count": "bytes", "limits": [[1, 60]]}]},
+             ["quotas: server: before the end", "smtpd_end_of_data_restr"])]
+        for main, settings, parts in cases:
+            with self.subTest(main=main, settings=settings):
+                [warning] = self.told(main, **settings)
+                for part in parts:
+                    self.assertIn(part, warning)
+
+    def test_a_service_that_overrides_the_list_is_told(self) -> None:
+        data = f"smtpd_data_restrictions = {CHECK}"
+        for services, overrides, part in (
+                (f"{SMTP}\n{SUBMISSION}",
+                 "submission/inet/smtpd_data_restrictions =",
+                 "/etc/postfix/master.cf: submission/inet: -o"
+                 " smtpd_data_restrictions overrides the list of main.cf, so"
+                 " mail that comes there is not limited"),
+                (SMTP, "smtp/inet/smtpd_data_restrictions = permit",
+                 "never asks"),
+                (f"{SMTP}\nsmtpd pass - - n - - smtpd",
+                 "smtpd/pass/smtpd_data_restrictions = reject_unauth_pipelin"
+                 "ing", "smtpd/pass: -o"),
+                (f"smtp inet n - n - - smtpd\n{SUBMISSION}",
+                 "submission/inet/smtpd_data_restrictions ="
+                 " check_policy_service"
+                 " unix:/var/spool/postfix/ratelimit/policy",
+                 "submission/inet")):
+            with self.subTest(overrides=overrides):
+                self.assertIn(part, self.told(data, services, overrides)[0])
+
+    def test_chroot_has_the_default_of_postfix_s_version(self) -> None:
+        absolute = ("smtpd_data_restrictions = check_policy_service"
+                    " unix:/var/spool/postfix/ratelimit/policy\n")
+        for column, level, chrooted in (
+                ("y", "3.6", True), ("n", "0", False), ("-", "3.6", False),
+                ("-", "2", False), ("-", "0", True)):
+            with self.subTest(column=column, level=level):
+                told = self.told(f"{absolute}compatibility_level = {level}",
+                                 f"smtp inet n - {column} - - smtpd")
+                self.assertEqual(bool(told), chrooted)
+
+    def test_lists_are_split_as_postfix_does(self) -> None:
+        for text, words in (
+                ("", []), ("a,b  c,\td", ["a", "b", "c", "d"]),
+                ("{ a, b } c", ["{ a, b }", "c"]),
+                ("x {a {b, c}} ,y", ["x", "{a {b, c}}", "y"]),
+                ("a } b", ["a", "}", "b"]), ("{ a, b", ["{ a, b"])):
+            with self.subTest(text=text):
+                self.assertEqual(prl.split_list(text), words)
+
+
+class OptionPostfix(Postfix):
+    """A Postfix whose smtpd has a line of its own in master.cf."""
+
+    def __init__(self, folder: str, smtpd: str, **main_cf: str) -> None:
+        """Take the columns from chroot on."""
+        self.smtpd = smtpd
+        super().__init__(folder, **main_cf)
+
+    def write(self, name: str, text: str) -> str:
+        """Write a file; master.cf as it was given."""
+        if name == "config/master.cf":
+            text = text.replace("n - - smtpd", self.smtpd, 1)
+        return super().write(name, text)
+
+
+class PostfixCheckTest(FolderTest):
+    """What --check says of a real Postfix, and what this really does."""
+
+    def setUp(self) -> None:
+        """Skip where there is no Postfix."""
+        super().setUp()
+        if Postfix.missing():
+            skip(f"missing: {Postfix.missing()}")
+        self.config = "limits: [[1, 3600]]"
+
+    def start(self, options: Sequence[str] = (), smtpd: str = "n - - smtpd",
+              **main_cf: str) -> tuple[Postfix, Daemon]:
+        """Start a Postfix, and a daemon with a socket in its queue."""
+        home = tempfile.mkdtemp(dir=self.folder)
+        os.chmod(home, 0o755)
+        postfix = OptionPostfix(home, smtpd, **main_cf)
+        self.addCleanup(postfix.stop)
+        folder = f"{home}/queue/ratelimit"
+        os.mkdir(folder)
+        shutil.chown(folder, group="postfix")
+        os.chmod(folder, 0o750)
+        daemon = self.daemon(
+            self.config, "-o", f"SOCKET={folder}/policy", *options,
+            name=os.path.basename(home) + "-daemon")
+        return postfix, daemon
+
+    def check(self, postfix: Postfix, daemon: Daemon
+              ) -> tuple[str, list[str]]:
+        """Return what --check prints, and its warnings."""
+        with patch.dict(os.environ, MAIL_CONFIG=f"{postfix.folder}/config"):
+            status, out, err = command("--check", *daemon.options)
+        self.assertEqual((status, out[-4:]), (0, "\nOK\n"), err)
+        return out, err.splitlines()
+
+    def test_a_right_set_up_has_no_warning_and_limits(self) -> None:
+        for stage, over in (("recipient", [450]), ("data", [250, 450]),
+                            ("end_of_data", [250, 450]), ("sender", [450])):
+            with self.subTest(stage=stage):
+                postfix, daemon = self.start(
+                    **{f"smtpd_{stage}_restrictions": CHECK})
+                out, warnings = self.check(postfix, daemon)
+                self.assertEqual(warnings, [])
+                self.assertIn("the daemon is running\nPostfix: asks for mail"
+                              f" that comes to 127.0.0.1:{postfix.port}/inet"
+                              "\n", out)
+                self.assertEqual(postfix.send("joe"), [250, 250])
+                self.assertEqual(postfix.send("joe"), over)
+
+    def test_a_chrooted_service_finds_the_socket(self) -> None:
+        postfix, daemon = self.start(smtpd="y - - smtpd",
+                                     smtpd_data_restrictions=CHECK)
+        self.assertEqual(self.check(postfix, daemon)[1], [])
+        self.assertEqual(postfix.send("joe"), [250, 250])
+        self.assertEqual(postfix.send("joe"), [250, 450])
+
+    def test_each_way_not_to_ask_is_told(self) -> None:
+        data = "smtpd_data_restrictions"
+        other = CHECK.replace("ratelimit/", "other/")
+        inet = CHECK.replace("unix:ratelimit/policy", "inet:127.0.0.1:9")
+        absolute = CHECK.replace("unix:", f"unix:{self.folder}/")
+        plain = "n - - smtpd"
+        for main_cf, smtpd, options, part in (
+                ({}, plain, (), "Postfix never asks at SOCKET"),
+                ({data: other}, plain, (), "asks at unix:other/policy"),
+                ({data: inet}, plain, (), "asks at inet:127.0.0.1:9"),
+                ({data: absolute}, "y - - smtpd", (), "never asks"),
+                ({data: CHECK}, f"{plain} -o {data}=", (),
+                 f"overrides {data}"),
+                ({data: CHECK}, plain, ("-o", "count_mode=0"),
+                 "asks at DATA, where count_mode 0 counts nothing"),
+                ({"smtpd_recipient_restrictions": CHECK}, plain,
+                 ("-o", "count_mode=1"), "asks at RCPT, where count_mode 1"),
+                ({"smtpd_sender_restrictions": CHECK, "smtpd_delay_reject":
+                  "no"}, plain, (), "asks at MAIL, where count_mode auto"),
+                ({data: CHECK}, plain, ("-o", "socket_permission=0600"),
+                 "socket_permission: 0600 lets Postfix's user postfix not"),
+                ({data: f"warn_if_reject {CHECK}"}, plain, (),
+                 "no mail is refused")):
+            with self.subTest(part=part):
+                postfix, daemon = self.start(options, smtpd, **main_cf)
+                for _ in range(3):
+                    self.assertEqual(postfix.send("joe"), [250, 250])
+                [warning] = self.check(postfix, daemon)[1]
+                self.assertIn(part, warning)
+
+    def test_a_folder_that_shuts_postfix_out_is_told(self) -> None:
+        postfix, daemon = self.start(smtpd_data_restrictions=CHECK)
+        folder = f"{postfix.folder}/queue/ratelimit"
+        os.chmod(folder, 0o700)
+        for _ in range(2):
+            self.assertEqual(postfix.send("joe"), [250, 250])
+        [warning] = self.check(postfix, daemon)[1]
+        self.assertIn(f"{folder}: Postfix's user postfix may not enter",
+                      warning)
+
+    def test_a_check_in_two_spellings_counts_twice(self) -> None:
+        self.config = "{count_mode: 2, limits: [[2, 3600]]}"
+        postfix, daemon = self.start(
+            smtpd_data_restrictions=CHECK, smtpd_end_of_data_restrictions=(
+                "check_policy_service unix:ratelimit/policy"))
+        [warning] = self.check(postfix, daemon)[1]
+        self.assertIn("every mail counts twice", warning)
+        self.assertEqual(postfix.send("joe"), [250, 250])
+        self.assertEqual(counted(daemon.database), {"joe": 2})
+        self.assertEqual(postfix.send("joe"), [250, 450])
+
+    def test_that_the_daemon_does_not_run_is_told(self) -> None:
+        postfix, daemon = self.start(smtpd_data_restrictions=CHECK)
+        daemon.stop()
+        self.assertIn("the daemon is not running\n",
+                      self.check(postfix, daemon)[0])
+
+    def test_what_cannot_be_looked_at_is_told_in_one_line(self) -> None:
+        daemon = self.daemon(self.config, "-o", "socket_permission=0600")
+        os.mkdir(self.path("empty"))
+        slow = self.write("postconf", "#!/bin/sh\nexit 3\n")
+        os.chmod(slow, 0o755)
+        for environment in (
+                {"MAIL_CONFIG": self.path("empty")},
+                {"PATH": self.folder + os.pathsep + os.environ["PATH"]}):
+            with patch.dict(os.environ, environment):
+                status, out, err = command("--check", *daemon.options)
+            self.assertEqual((status, err), (0, ""))
+            self.assertRegex(out, r"\nPostfix: not checked: .*\n")
+
+
 if __name__ == "__main__":
     unittest.main()
