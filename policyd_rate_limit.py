@@ -1409,8 +1409,9 @@ class SQLite(Backend):
         """Examine the file, if there is one, holding its lock."""
         config, path = dict(self.config), database_path(self.config)
         missing = path is not None and not os.path.exists(path)
-        if missing and not re.search("[?&]mode=r[ow]", config["database"]):
-            config["database"] = ":memory:"  # a start makes the file
+        only_existing = re.search("[?&]mode=r[ow](&|#|$)", config["database"])
+        if missing and not only_existing:  # a start makes the file
+            config["database"] = ":memory:"
         try:
             with contextlib.closing(
                     self.driver.connect(**config)) as connection:
@@ -4329,8 +4330,8 @@ def check_folders(settings: Settings, makeable: Sequence[str],
             raise PolicydError(f"{folder}: cannot be written")
         if owner is not None and folder not in usual:
             log.warning(
-                "%s: root makes it at a start; if systemd starts the daemon"
-                " as %s, make it before: install -d -o %s %s",
+                "%s: only root can make it, or hand it over; if systemd"
+                " starts the daemon as %s, do it before: install -d -o %s %s",
                 folder, owner.pw_name, owner.pw_name, folder)
 
 
@@ -5199,8 +5200,8 @@ def check_start(options: argparse.Namespace) -> None:
     check_folders(settings, makeable, owner)
     if owner is not None:
         for obstacle in find_obstacles(settings, running):
-            log.warning("%s (%s; a start by systemd as this user will fail)",
-                        obstacle, owner.pw_name)
+            log.warning("%s; a start by systemd as %s will fail", obstacle,
+                        owner.pw_name)
     if not can_reload(options):
         log.warning(NO_RELOAD, options.file, settings.user)
     database = backend.describe_for_check(functools.partial(

@@ -17,6 +17,7 @@ import dataclasses
 import email.message
 import email.policy
 import fcntl
+import functools
 import gc
 import glob
 import grp
@@ -3327,6 +3328,52 @@ class HostsTest(DriverTest):
             "SELECT id, hit FROM limit_report ORDER BY hit"),
             [("Joe", 3), ("ann", 4)])
 
+    def test_check_compares_the_clocks(self) -> None:
+        real = time.time
+        for ahead, told in ((0, ""), (60, "60 seconds behind this host's"),
+                            (-60, "seconds ahead of this host's")):
+            with self.subTest(ahead=ahead), patch.object(
+                    time, "time", lambda by=ahead: real() + by):
+                status, _, err = command(
+                    "--check", "--standalone", self.folder, "-o",
+                    f"backend={self.server.backend}", "-f",
+                    self.write("test.yaml", self.config()))
+                self.assertEqual(status, 0, err)
+                self.assertIn(told, err)
+                self.assertEqual(len(err.splitlines()), bool(told))
+
+    def test_check_tells_when_a_commit_is_not_on_disk(self) -> None:
+        name = self.server.config_name
+        if self.server.backend == 1:
+            setting = "innodb_flush_log_at_trx_commit"
+            values = ("2", "0", "3", "1")
+            statement = f"SET GLOBAL {setting} = {{}}"
+            durable: tuple[str, ...] = ("1", "3")
+        else:
+            setting = "synchronous_commit"
+            values = ("off", "remote_write", "local", "on")
+            statement = f"ALTER ROLE test SET {setting} = {{}}"
+            durable = ("on", "local", "remote_write")
+        for value in values:
+            with self.subTest(name, value=value):
+                self.server.sql(statement.format(value))
+                done = self.command("--check")
+                self.assertEqual(done.returncode, 0)
+                told = "" if value in durable else (
+                    f"warning: {setting} is {value} on the database server")
+                self.assertIn(told, done.stderr)
+                self.assertEqual(len(done.stderr.splitlines()), bool(told))
+
+    def test_check_finds_tables_that_cannot_be_written(self) -> None:
+        self.assertEqual(self.host().ask(), PASS)
+        self.server.sql(self.server.grant)
+        _, _, tables = self.server.grant.rpartition(" ON ")
+        self.server.sql("REVOKE INSERT, UPDATE, DELETE ON "
+                        + tables.replace(" TO ", " FROM "))
+        done = self.command("--check", **self.connecting(user="weak"))
+        self.assertEqual((done.returncode, done.stdout), (6, ""))
+        self.assertIn("denied", done.stderr)
+
     @slow
     def test_check_tells_what_would_count_nothing(self) -> None:
         self.execute_all(*self.original)
@@ -3618,6 +3665,19 @@ class Psycopg2Test(HostsTest):
             self.assertLessEqual(
                 int(self.server.sql(self.server.connected)), 3)
         wait_for(lambda: host.ask() == PASS, "the table")
+
+    def is_fsync(self, value: str) -> bool:
+        """Say whether the server has read that value."""
+        return self.server.sql("SHOW fsync") == value
+
+    def test_check_tells_that_fsync_is_off(self) -> None:
+        for value, told in (("off", 1), ("on", 0)):
+            self.server.sql(f"ALTER SYSTEM SET fsync = {value}")
+            self.server.sql("SELECT pg_reload_conf()")
+            wait_for(functools.partial(self.is_fsync, value), "a reload")
+            done = self.command("--check")
+            self.assertEqual(done.stderr.count("warning: fsync is off"), told)
+            self.assertEqual(done.returncode, 0)
 
     def test_a_name_that_the_encoding_cannot_hold_is_counted(self) -> None:
         names = ("jos\u00e9", "\u20ac", "\U0001f600" * 47,
@@ -6603,6 +6663,250 @@ class CommandLineTest(FolderTest):
                     self.assertRegex(
                         said, rf"(?m)^error: .*({self.folder}|192\.)")
 
+    def test_check_finds_the_files_that_stop_a_start(self) -> None:
+        options = [*here_as_ourselves(self), "-o", "debug=False"]
+        other = self.write("other", "not ours\n")
+        pid, lock = self.path("pid"), self.path("pid.lock")
+
+        def link(path: str) -> None:
+            os.symlink(other, path)
+
+        for path, make in (
+                (pid, link), (pid, os.mkdir), (pid, os.mkfifo),
+                (lock, link), (lock, os.mkdir),
+                (self.path("socket.lock"), link),
+                (self.path("socket.lock"), os.mkdir)):
+            with self.subTest(path=path, make=make.__name__):
+                make(path)
+                file = self.write("test.yaml", "")
+                done = run("--check", "-f", file, *options)
+                self.assertEqual((done.returncode, done.stdout), (6, ""))
+                self.assertRegex(done.stderr, f"(?m)^error: {path}: ")
+                self.assertNotEqual(
+                    run("-f", file, *options).returncode, 0)
+                if os.path.isdir(path):
+                    os.rmdir(path)
+                else:
+                    os.unlink(path)
+        with open(other) as file_of_others:
+            self.assertEqual(file_of_others.read(), "not ours\n")
+
+    def test_check_finds_a_second_name_of_the_pidfile(self) -> None:
+        os.link(self.write("other", ""), self.path("pid"))
+        status, out, err = command(
+            "--check", "-f", self.write("test.yaml", ""),
+            *here_as_ourselves(self))
+        self.assertEqual((status, out), (6, ""))
+        self.assertIn(f"error: {self.path('pid')}: has a second name", err)
+
+    def test_check_finds_that_a_database_s_link_leads_nowhere(self) -> None:
+        os.symlink(self.path("gone/db"), self.path("db.sqlite3"))
+        options = ["-f", self.write("test.yaml", ""),
+                   *here_as_ourselves(self)]
+        status, out, err = command("--check", *options)
+        self.assertEqual((status, out), (6, ""))
+        self.assertIn("the folder that it links to is missing", err)
+        os.mkdir(self.path("gone"))
+        self.assertEqual(command("--check", *options)[0], 0)
+
+    def test_check_finds_what_another_user_left(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        nobody = pwd.getpwnam("nobody")
+        os.chmod(self.folder, 0o1777)
+        left = self.path("socket")
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(left)
+        os.chmod(left, 0o666)
+        file = self.write("test.yaml", "debug: False\n")
+        options = [*here_as_ourselves(self), "-o", "user=nobody", "-o",
+                   f"group={grp.getgrgid(nobody.pw_gid).gr_name}"]
+        for path in (left, self.path("pid"), self.path("pid.lock")):
+            with self.subTest(path=path):
+                if path != left:
+                    self.write(os.path.basename(path), "")
+                for user, status in (("nobody", 6), ("root", 0)):
+                    done = run("--check", "-f", file, *options, user=user,
+                               cwd="/")
+                    self.assertEqual(done.returncode, status, done.stderr)
+                    said = "error" if status else "warning"
+                    self.assertRegex(done.stderr, f"(?m)^{said}: {path}: ")
+                started = run("-f", file, *options, user="nobody", cwd="/")
+                self.assertNotEqual(started.returncode, 0)
+                os.unlink(path)
+        done = run("--check", "-f", file, *options, user="nobody", cwd="/")
+        self.assertEqual((done.returncode, done.stdout[-3:]), (0, "OK\n"))
+
+    def test_check_finds_a_database_that_cannot_be_written(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        daemon = self.daemon(WIDE)
+        self.assertEqual(daemon.ask(), PASS)
+        daemon.stop()
+        nobody = pwd.getpwnam("nobody")
+        os.chmod(self.folder, 0o777)
+        base = self.path("db.sqlite3")
+        shutil.copy(daemon.database, base)
+        file = self.write("test.yaml", "debug: False\n")
+        options = [*here_as_ourselves(self), "-o", "user=nobody", "-o",
+                   f"group={grp.getgrgid(nobody.pw_gid).gr_name}"]
+        os.chmod(base, 0o644)
+        done = run("--check", "-f", file, *options)
+        self.assertEqual((done.returncode, done.stdout), (6, ""))
+        self.assertIn(f"error: {base}: ", done.stderr)
+        os.chown(base, nobody.pw_uid, nobody.pw_gid)
+        self.assertEqual(run("--check", "-f", file, *options).returncode, 0)
+        for name in ("db.sqlite3-wal", "db.sqlite3-shm"):
+            os.chmod(self.write(name, "x" * 5000), 0o600)
+            done = run("--check", "-f", file, *options)
+            self.assertEqual((done.returncode, done.stdout), (6, ""), name)
+            self.assertIn(f"error: {base}: ", done.stderr)
+            os.unlink(self.path(name))
+
+    def test_a_folder_that_root_alone_can_make_is_a_warning(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        nobody = pwd.getpwnam("nobody")
+        missing = self.path("missing")
+        options = [*here_as_ourselves(self), "-o", "user=nobody", "-o",
+                   f"group={grp.getgrgid(nobody.pw_gid).gr_name}"]
+        os.chmod(self.folder, 0o777)
+        for setting in ("SOCKET", "pidfile", "sqlite_config.database"):
+            with self.subTest(setting=setting):
+                done = run(
+                    "--check", "-f", self.write("test.yaml", ""), *options,
+                    "-o", f"{setting}={missing}/file")
+                self.assertEqual((done.returncode, done.stderr.count(
+                    f"warning: {missing}: only root can")), (0, 0))
+        os.chmod(self.folder, 0o755)
+        given = self.path("given")
+        os.mkdir(given)
+        os.chown(given, nobody.pw_uid, nobody.pw_gid)
+        options += ["-o", f"SOCKET={given}/s", "-o", f"pidfile={given}/p",
+                    "-o", f"sqlite_config.database={given}/d"]
+        for setting in ("SOCKET", "pidfile", "sqlite_config.database"):
+            with self.subTest(setting=setting):
+                done = run(
+                    "--check", "-f", self.write("test.yaml", ""), *options,
+                    "-o", f"{setting}={missing}/file")
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(f"warning: {missing}: only root can make it",
+                              done.stderr)
+                self.assertIn(f"install -d -o nobody {missing}\n",
+                              done.stderr)
+
+    def test_check_tells_a_daemon_from_others_at_its_port(self) -> None:
+        file = self.write("test.yaml", "debug: False\n")
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            options = ["-f", file, "--standalone", self.path("daemon"), "-o",
+                       f'SOCKET=["127.0.0.1", {port}]']
+            status, out, err = command("--check", *options)
+            self.assertEqual((status, out), (6, ""))
+            self.assertIn(f"error: 127.0.0.1:{port}: another program listens"
+                          " there\n", err)
+            self.assertNotEqual(run(*options).returncode, 0)
+        self.assertIn("is not running\n", command("--check", *options)[1])
+        daemon = self.daemon(WIDE, *options[4:])
+        status, out, _ = command("--check", *daemon.options)
+        self.assertEqual((status, out.splitlines()[0]),
+                         (0, "the daemon is running"))
+
+    def test_check_tells_a_daemon_from_others_at_its_path(self) -> None:
+        options = ["-f", self.write("test.yaml", "debug: False\n"),
+                   "--standalone", self.path("daemon")]
+        os.mkdir(self.path("daemon"))
+        path = self.path("daemon/policy")
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(path)
+            other.listen()
+            status, out, err = command("--check", *options)
+            self.assertEqual((status, out), (6, ""))
+            self.assertIn(f"error: {path}: another program listens", err)
+            self.assertEqual(run(*options).returncode, 3)
+
+    def test_check_says_who_may_reach_a_port(self) -> None:
+        port = free_port()
+        for host, part in (("127.0.0.1", "any account"),
+                           ("127.0.0.9", "any account"),
+                           ("0.0.0.0", f"reaches 0.0.0.0:{port} can exhaust")):
+            with self.subTest(host=host):
+                status, _, err = command(
+                    "--check", "--standalone", self.folder, "-f",
+                    self.write("test.yaml", "debug: False\n"), "-o",
+                    f'SOCKET=["{host}", {port}]')
+                self.assertEqual(status, 0, err)
+                [warning] = err.splitlines()
+                self.assertIn(part, warning)
+
+    def test_an_sqlite_database_may_be_given_as_a_uri(self) -> None:
+        os.mkdir(self.path("a b"))
+        for number, (database, path) in enumerate((
+                (f"file:{self.path('plain')}", self.path("plain")),
+                (f"file:{self.path('new/folder/db')}?mode=rwc",
+                 self.path("new/folder/db")),
+                (f"file://{self.path('a%20b/c')}", self.path("a b/c")),
+                (f"file://localhost{self.path('d')}?cache=private#x",
+                 self.path("d")))):
+            with self.subTest(database=database):
+                config = (f"sqlite_config: {{database: {json.dumps(database)},"
+                          " uri: true}\nlimits: [[2, 3600]]\n")
+                options = ["-f", self.write("test.yaml", config), "-o",
+                           "SOCKET=" + self.path("socket"), "-o",
+                           "pidfile=" + self.path("pid")]
+                if is_root():
+                    options += here_as_ourselves(self)[:4]
+                done = run("--check", *options)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(f", {path}\nOK\n", done.stdout)
+                self.assertFalse(os.path.exists(path))
+                daemon = self.daemon(
+                    config, "-o", "sqlite_config="
+                    f"{{database: {json.dumps(database)}, uri: true}}",
+                    name=f"daemon{number}")
+                for answer in (PASS, PASS, REFUSED):
+                    self.assertEqual(daemon.ask(), answer)
+                self.assertEqual(counted(path), {"joe": 2})
+                self.assertIn("joe", run(
+                    "--status", *daemon.options).stdout)
+                self.assertFalse(os.path.exists("file:"))
+
+    def test_a_uri_that_forbids_to_make_the_file_is_told(self) -> None:
+        path = self.path("db")
+        for mode in ("rw", "ro"):
+            options = [
+                "--standalone", self.folder, "-f",
+                self.write("test.yaml", "debug: False\n"), "-o",
+                f'sqlite_config={{database: "file:{path}?mode={mode}",'
+                ' uri: true}']
+            status, out, err = command("--check", *options)
+            self.assertEqual((status, out), (6, ""), mode)
+            self.assertIn("unable to open database file", err)
+
+    def test_a_database_in_memory_needs_no_folder(self) -> None:
+        locked = self.path("locked")
+        os.mkdir(locked, 0o555)
+        for database in (":memory:", "file::memory:", "file:x?mode=memory",
+                         "file::memory:?cache=shared"):
+            with self.subTest(database=database):
+                text = f'{{database: "{database}", uri: true}}'
+                user = {"user": "nobody"} if is_root() else {}
+                os.chmod(self.folder, 0o777)
+                done = run("--check", "--standalone", self.folder, "-f",
+                           self.write("test.yaml", ""), "-o",
+                           f"sqlite_config={text}", cwd=locked, **user)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(", in memory\nOK\n", done.stdout)
+                daemon = self.daemon(
+                    "limits: [[2, 3600]]", "-o", f"sqlite_config={text}",
+                    name=f"daemon{len(os.listdir(self.folder))}")
+                for answer in (PASS, PASS, REFUSED):
+                    self.assertEqual(daemon.ask(), answer)
+                self.assertNotIn("away", daemon.log())
+                done = run("--status", *daemon.options)
+                self.assertEqual(done.returncode, 6)
+                self.assertIn("in memory", done.stderr)
+
     def test_a_file_that_only_root_can_read_is_told(self) -> None:
         if not is_root():
             skip("only root becomes another user")
@@ -7453,7 +7757,8 @@ class PostconfTest(unittest.TestCase):
                  f"submission/inet/{data}"),  # only users who log in
                 (data, SUBMISSION, f"submission/inet/{data}"),
                 ("", "smtp inet n - y - 1 postscreen\nsmtpd pass - - y - -"
-                 " smtpd\npickup unix n - y 60 1 pickup", f"smtpd/pass/{data}"),
+                 " smtpd\npickup unix n - y 60 1 pickup",
+                 f"smtpd/pass/{data}"),
                 ("", "qmgr unix n - n 300 1 qmgr", "")):  # takes no mail
             with self.subTest(overrides=overrides):
                 self.assertEqual(self.told(main, services, overrides), [])
@@ -7687,8 +7992,7 @@ class PostfixCheckTest(FolderTest):
     def test_what_cannot_be_looked_at_is_told_in_one_line(self) -> None:
         daemon = self.daemon(self.config, "-o", "socket_permission=0600")
         os.mkdir(self.path("empty"))
-        slow = self.write("postconf", "#!/bin/sh\nexit 3\n")
-        os.chmod(slow, 0o755)
+        os.chmod(self.write("postconf", "#!/bin/sh\nexit 3\n"), 0o755)
         for environment in (
                 {"MAIL_CONFIG": self.path("empty")},
                 {"PATH": self.folder + os.pathsep + os.environ["PATH"]}):
