@@ -4217,6 +4217,7 @@ def notify(state: str) -> None:
 NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
              " systemd")
 CONNECT_PATIENCE = 2  # seconds; a daemon that is not busy takes 1 ms
+TAKEN = "another program listens there, or a daemon that does not answer"
 MAX_CLOCK_DIFFERENCE = 2  # seconds; the server tells whole ones
 Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
 
@@ -4234,11 +4235,13 @@ def is_running(settings: Settings) -> bool:
     if settings.pidfile == os.devnull:
         return True
     try:
-        with open(settings.pidfile, encoding="ascii") as file:
+        with open(settings.pidfile, encoding="ascii",
+                  opener=lambda name, flags: os.open(
+                      name, flags | PLAIN)) as file:
             os.kill(int(file.read(20)), 0)  # no signal: is there a process?
     except PermissionError:  # there is, of another user
         return True
-    except (OSError, ValueError):
+    except (OSError, OverflowError, ValueError):
         return False
     return True
 
@@ -4270,7 +4273,7 @@ def find_file_obstacle(path: str) -> Iterator[str]:
     try:
         status = os.lstat(path)
     except FileNotFoundError:
-        return  # whether it can be made is a question to the folder
+        return  # check_folders() says whether it can be made
     except OSError as error:
         yield f"{path}: {error.strerror}"
         return
@@ -4286,18 +4289,20 @@ def find_address_obstacle(address: str | tuple[str, int]) -> Iterator[str]:
     """Yield why an address cannot be bound while no daemon runs, if so."""
     if not isinstance(address, str):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        try:
-            socket.create_server(address, family=family).close()
-        except OSError as error:
-            taken = error.errno == errno.EADDRINUSE
-            yield (f"{format_address(address)}:"
-                   f" {'another program listens there' if taken else error}")
+        with socket.socket(family) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind(address)
+            except OSError as error:
+                taken = error.errno == errno.EADDRINUSE
+                reason = TAKEN if taken else error.strerror
+                yield f"{format_address(address)}: {reason}"
         return
     with socket.socket(socket.AF_UNIX) as client:
         client.setblocking(False)
         error_number = client.connect_ex(address)
     if error_number in (0, errno.EAGAIN):
-        yield f"{address}: another program listens there"
+        yield f"{address}: {TAKEN}"
     elif error_number == errno.ECONNREFUSED:  # what a start would remove
         yield from find_removal_obstacle(address)
     elif error_number not in (errno.ENOENT, errno.ENOTDIR):

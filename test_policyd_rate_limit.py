@@ -6804,7 +6804,7 @@ class CommandLineTest(FolderTest):
             status, out, err = command("--check", *options)
             self.assertEqual((status, out), (6, ""))
             self.assertIn(f"error: 127.0.0.1:{port}: another program listens"
-                          " there\n", err)
+                          " there", err)
             self.assertNotEqual(run(*options).returncode, 0)
         self.assertIn("is not running\n", command("--check", *options)[1])
         daemon = self.daemon(WIDE, *options[4:])
@@ -7971,6 +7971,19 @@ class PostfixCheckTest(FolderTest):
         [warning] = self.check(postfix, daemon)[1]
         self.assertIn(f"{folder}: Postfix's user postfix may not enter",
                       warning)
+        rights = [(0x01, 7, 0xFFFFFFFF), (0x02, 1, pwd.getpwnam(
+            "postfix").pw_uid), (0x04, 0, 0xFFFFFFFF),
+            (0x10, 1, 0xFFFFFFFF), (0x20, 0, 0xFFFFFFFF)]  # as acl(5) has it
+        shutil.chown(folder, group="root")
+        try:  # setfacl -m u:postfix:x
+            os.setxattr(folder, "system.posix_acl_access", struct.pack(
+                "<I", 2) + b"".join(struct.pack("<HHI", *right)
+                                    for right in rights))
+        except OSError as error:
+            skip(f"no access control lists: {error}")
+        self.assertEqual(self.check(postfix, daemon)[1], [])
+        self.assertEqual(postfix.send("joe"), [250, 250])
+        self.assertEqual(postfix.send("joe"), [250, 450])
 
     def test_a_check_in_two_spellings_counts_twice(self) -> None:
         self.config = "{count_mode: 2, limits: [[2, 3600]]}"
