@@ -4335,9 +4335,9 @@ def check_folders(settings: Settings, makeable: Sequence[str],
             raise PolicydError(f"{folder}: cannot be written")
         if owner is not None and folder not in usual:
             log.warning(
-                "%s: only root can make it, or hand it over; if systemd"
-                " starts the daemon as %s, do it before: install -d -o %s %s",
-                folder, owner.pw_name, owner.pw_name, folder)
+                "%s: missing, or not writable for %s: a start as root puts"
+                " that right, but not one by systemd as %s: install -d -o %s"
+                " %s", folder, *[owner.pw_name] * 3, folder)
 
 
 def can_write(folder: str) -> bool:
@@ -4356,12 +4356,12 @@ def warn_of_strangers(settings: Settings) -> None:
     """Warn if others than Postfix may ask, and so exhaust a limit."""
     if not is_local(settings.SOCKET):
         log.warning(
-            "SOCKET: every host that reaches %s can exhaust someone's limit:"
-            " let a firewall admit your mail hosts only",
+            "SOCKET: every host that can reach %s can exhaust someone's"
+            " limits: let a firewall admit only your mail hosts",
             format_address(settings.SOCKET))
     elif anyone_may_connect(settings):
-        log.warning("SOCKET: any account of this host may connect, and so"
-                    " exhaust someone's limit")
+        log.warning("SOCKET: any account on this host can connect, and"
+                    " exhaust someone's limits")
 
 
 def is_local(address: str | tuple[str, int]) -> bool:
@@ -4392,8 +4392,8 @@ def examine_database(transaction: Transaction, query: str | None) -> None:
         [value] = transaction.run(value_query).fetchone()
         if str(value) not in durable:
             log.warning(
-                "%s is %s on the database server, so a crash of it can forget"
-                " mails that were let through: set it to %s",
+                "%s is %s on the database server, so mail that was let"
+                " through can be forgotten if it crashes: set it to %s",
                 name, value, durable[0])
 
 
@@ -4432,7 +4432,7 @@ def compare_clocks(transaction: Transaction) -> None:
     difference = server - after
     log.warning(
         "the clock of the database server is %d seconds %s this host's: limits"
-        " are exact only where clocks agree; synchronize both, as by NTP",
+        " are exact only if clocks agree; synchronize both with NTP",
         abs(difference), "ahead of" if difference > 0 else "behind")
 
 
@@ -4662,7 +4662,7 @@ class Asking(NamedTuple):
     lost: Sequence[str]  # lists of main.cf with ours that it overrides
 
 
-def look_at(smtpd: Smtpd, postfix: Postfix, settings: Settings) -> Asking:
+def sort_checks(smtpd: Smtpd, postfix: Postfix, settings: Settings) -> Asking:
     """Return whom a service asks."""
     def is_ours(check: PolicyCheck) -> bool:
         return leads_to(check.endpoint, settings.SOCKET)
@@ -4678,7 +4678,7 @@ def look_at(smtpd: Smtpd, postfix: Postfix, settings: Settings) -> Asking:
 
 def warn_of_postfix(postfix: Postfix, settings: Settings) -> Iterator[str]:
     """Yield what in Postfix's configuration turns limits off."""
-    services = [look_at(smtpd, postfix, settings)
+    services = [sort_checks(smtpd, postfix, settings)
                 for smtpd in postfix.services]
     if not any(service.ours for service in services):
         if is_local(settings.SOCKET) and services:  # else others may ask
@@ -4692,12 +4692,12 @@ def warn_of_postfix(postfix: Postfix, settings: Settings) -> Iterator[str]:
     yield from warn_of_quotas(postfix, settings, services)
 
 
-def sum_up(postfix: Postfix, settings: Settings) -> str:
+def describe_postfix(postfix: Postfix, settings: Settings) -> str:
     """Return one line that says which services ask."""
     asking: list[str] = []
     silent: list[str] = []
     for smtpd in postfix.services:
-        ours = look_at(smtpd, postfix, settings).ours
+        ours = sort_checks(smtpd, postfix, settings).ours
         (asking if ours else silent).append(smtpd.name)
     if not postfix.services:
         return "Postfix: takes no mail by SMTP on this host"
@@ -4721,8 +4721,8 @@ def nobody_asks(postfix: Postfix, settings: Settings,
     text = ("Postfix never asks at SOCKET, so nothing is limited:"
             f" {remedy(postfix, settings)}")
     if not is_reachable(postfix, settings, services):
-        text += (", and let SOCKET be below it, since smtpd is chrooted"
-                 f" in {postfix.queue}")
+        text += (f", and move SOCKET below {postfix.queue}, since smtpd is"
+                 " chrooted there")
     if found:
         text += f"; found: {'; '.join(dict.fromkeys(found))}"
     return text
@@ -4768,7 +4768,7 @@ def why_unreachable(postfix: Postfix, settings: Settings, service: Asking,
     meant = parse_endpoint(check.text, False, postfix.queue)
     if not service.smtpd.chroot or not leads_to(meant, settings.SOCKET):
         return ""
-    return (f", which {service.smtpd.name} does not find, since it is"
+    return (f", which {service.smtpd.name} cannot reach, since it is"
             f" chrooted in {postfix.queue}")
 
 
@@ -4817,9 +4817,9 @@ def warn_of_stage(postfix: Postfix, settings: Settings,
     texts = {check.text: place_of(postfix, service, check)
              for check in counted if check.state}
     if len(texts) > 1:
-        yield ("every mail counts twice, since the check is written in ways"
-               " that differ; write the same everywhere: " + "; ".join(
-                   f"{place} {text}" for text, place in texts.items()))
+        found = [f"{place} {text}" for text, place in texts.items()]
+        yield ("every mail counts twice, since the check is not written the"
+               f" same everywhere: make these equal: {'; '.join(found)}")
     logs_in = service.smtpd.parameters.get("smtpd_sasl_auth_enable") == "yes"
     if (counted and logs_in and counts_logins(settings)
             and all(check.behind_login for check in counted)):
@@ -4851,12 +4851,13 @@ def warn_of_quotas(postfix: Postfix, settings: Settings,
     for quota in settings.quotas:
         of = {*quota.by, quota.count, *(name for name, _ in quota.when)}
         if of.intersection(TO) and "RCPT" not in states:
-            yield (f"quotas: {quota.name}: only at RCPT Postfix names every"
-                   " recipient, so mail to several recipients is not counted:"
+            yield (f"quotas: {quota.name}: Postfix names every recipient only"
+                   " at RCPT, so mail to several recipients is not counted:"
                    f" {remedy(postfix, settings, 'recipient')}{auto}")
         if quota.count == "bytes" and states != {"END-OF-MESSAGE"}:
-            yield (f"quotas: {quota.name}: before the end of a mail its size"
-                   " is what the client says, so ask nowhere but there:"
+            yield (f"quotas: {quota.name}: the real size is known only at"
+                   " END-OF-MESSAGE, so do not ask before; until then it is"
+                   " what the client declares:"
                    f" {remedy(postfix, settings, 'end_of_data')}{auto}")
 
 
@@ -4891,8 +4892,8 @@ def warn_of_shut_doors(postfix: Postfix, settings: Settings, owner: Owner,
     mode = settings.socket_permission
     if (not has_acl(os.path.dirname(path))
             and not may_use(user, uid, gid, mode, stat.S_IWOTH)):
-        yield (f"socket_permission: {mode:04o} lets Postfix's user"
-               f" {user.pw_name} not connect, so Postfix cannot ask: write"
+        yield (f"socket_permission: with {mode:04o}, Postfix's user"
+               f" {user.pw_name} cannot connect, so Postfix cannot ask: write"
                " 0666")
 
 
@@ -5226,7 +5227,7 @@ def check_postfix(settings: Settings, owner: Owner,
             *warn_of_postfix(postfix, settings),
             *warn_of_shut_doors(postfix, settings, owner, makeable)]):
         log.warning("%s", printable(warning))
-    return sum_up(postfix, settings)
+    return describe_postfix(postfix, settings)
 
 
 def get_config(options: argparse.Namespace) -> None:

@@ -6777,7 +6777,7 @@ class CommandLineTest(FolderTest):
                     "--check", "-f", self.write("test.yaml", ""), *options,
                     "-o", f"{setting}={missing}/file")
                 self.assertEqual((done.returncode, done.stderr.count(
-                    f"warning: {missing}: only root can")), (0, 0))
+                    f"warning: {missing}: missing")), (0, 0))
         os.chmod(self.folder, 0o755)
         given = self.path("given")
         os.mkdir(given)
@@ -6790,8 +6790,8 @@ class CommandLineTest(FolderTest):
                     "--check", "-f", self.write("test.yaml", ""), *options,
                     "-o", f"{setting}={missing}/file")
                 self.assertEqual(done.returncode, 0, done.stderr)
-                self.assertIn(f"warning: {missing}: only root can make it",
-                              done.stderr)
+                self.assertIn(f"warning: {missing}: missing, or not writable"
+                              " for nobody", done.stderr)
                 self.assertIn(f"install -d -o nobody {missing}\n",
                               done.stderr)
 
@@ -6829,7 +6829,7 @@ class CommandLineTest(FolderTest):
         port = free_port()
         for host, part in (("127.0.0.1", "any account"),
                            ("127.0.0.9", "any account"),
-                           ("0.0.0.0", f"reaches 0.0.0.0:{port} can exhaust")):
+                           ("0.0.0.0", f"reach 0.0.0.0:{port} can exhaust")):
             with self.subTest(host=host):
                 status, _, err = command(
                     "--check", "--standalone", self.folder, "-f",
@@ -7783,10 +7783,10 @@ class PostconfTest(unittest.TestCase):
              ["never"]),
             (f"{bare} inet:[::1]:8552", tcp, ["never"]),
             (f"{bare} unix:/var/spool/postfix/ratelimit/policy", {}, [
-                "never", "which smtp/inet does not find, since it is chrooted"
+                "never", "which smtp/inet cannot reach, since it is chrooted"
                 " in /var/spool/postfix"]),
             (f"{bare} unix:/run/policy", {"SOCKET": "/run/policy"}, [
-                "let SOCKET be below it", "chrooted"]),
+                "and move SOCKET below /var/spool/postfix, since smtpd is"]),
             (f"{data} reject, {CHECK}", {}, ["never"]),
             (f"smtpd_etrn_restrictions = {CHECK}", {}, ["asks at ETRN"]),
             (f"{data} {CHECK}", {"count_mode": 0}, [
@@ -7806,14 +7806,14 @@ class PostconfTest(unittest.TestCase):
              ["from users who logged in is not limited"]),
             (f"{data} {CHECK}", {"quotas": [
                 {"by": "recipient", "limits": [[1, 60]]}]},
-             ["quotas: recipient: only at RCPT"]),
+             ["quotas: recipient: Postfix names every recipient only at"]),
             (f"{data} {CHECK}", {"count_mode": 1, "quotas": [
                 {"by": "server", "when": {"recipient_domain": "x.org"},
                  "limits": [[1, 60]]}]},
-             ["quotas: server: only at RCPT", "set count_mode: auto"]),
+             ["quotas: server: Postfix names", "set count_mode: auto"]),
             (f"{data} {CHECK}", {"quotas": [
                 {"by": "server", "count": "bytes", "limits": [[1, 60]]}]},
-             ["quotas: server: before the end", "smtpd_end_of_data_restr"])]
+             ["quotas: server: the real size", "smtpd_end_of_data_restr"])]
         for main, settings, parts in cases:
             with self.subTest(main=main, settings=settings):
                 [warning] = self.told(main, **settings)
@@ -7952,7 +7952,7 @@ class PostfixCheckTest(FolderTest):
                 ({"smtpd_sender_restrictions": CHECK, "smtpd_delay_reject":
                   "no"}, plain, (), "asks at MAIL, where count_mode auto"),
                 ({data: CHECK}, plain, ("-o", "socket_permission=0600"),
-                 "socket_permission: 0600 lets Postfix's user postfix not"),
+                 "with 0600, Postfix's user postfix cannot connect"),
                 ({data: f"warn_if_reject {CHECK}"}, plain, (),
                  "no mail is refused")):
             with self.subTest(part=part):
