@@ -47,6 +47,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import unittest
@@ -8001,6 +8002,52 @@ class PostfixCheckTest(FolderTest):
         daemon.stop()
         self.assertIn("the daemon is not running\n",
                       self.check(postfix, daemon)[0])
+
+    def test_variables_classes_and_long_lines_are_read(self) -> None:
+        folder = self.path("config")
+        os.mkdir(folder)
+        os.makedirs(self.path("queue/ratelimit"))
+        for master, main in (
+                ("smtp inet n - y - - smtpd", """
+                    policy = check_policy_service
+                        # a comment
+                        { unix:ratelimit/policy,
+                          default_action=DUNNO }
+                    smtpd_data_restrictions =
+                        permit_mynetworks, ${policy}"""),
+                ("smtp inet n - y - - smtpd", """
+                    limited = yes
+                    smtpd_data_restrictions = ${limited?{CHECK}:{permit}}"""),
+                ("smtp inet n - y - - smtpd", """
+                    smtpd_restriction_classes = outside limited
+                    limited = CHECK
+                    outside = limited
+                    smtpd_client_restrictions =
+                        check_client_access inline:{{ 192.0.2.1 = outside }}
+                    """),
+                ("""
+                 smtp inet n - - - - smtpd
+                     -o { smtpd_data_restrictions = permit_mynetworks,
+                          $mine }
+                 submission inet n - y - - smtpd -o mine=permit_auth_destination
+                     -o smtpd_data_restrictions=$limits
+                 """, "mine = CHECK\nlimits = permit_mynetworks, $mine CHECK\n"
+                 "smtpd_data_restrictions = CHECK")):
+            with self.subTest(main=main):
+                text = textwrap.dedent(main).replace("CHECK", CHECK)
+                self.write("config/main.cf", (
+                    f"queue_directory = {self.path('queue')}\n"
+                    f"compatibility_level = 3.6\n{text}\n"))
+                self.write("config/master.cf",
+                           textwrap.dedent(master).strip() + "\n")
+                with patch.dict(os.environ, MAIL_CONFIG=folder):
+                    status, out, err = command(
+                        "--check", "--standalone", self.folder, "-o", "SOCKET="
+                        + self.path("queue/ratelimit/policy"))
+                self.assertEqual(status, 0, err)
+                self.assertEqual([line for line in err.splitlines()
+                                  if "any account" not in line], [])
+                self.assertIn("Postfix: asks for mail that comes to smtp", out)
 
     def test_what_cannot_be_looked_at_is_told_in_one_line(self) -> None:
         daemon = self.daemon(self.config, "-o", "socket_permission=0600")
