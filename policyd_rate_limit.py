@@ -23,7 +23,7 @@ after the tables and the process.
     1 Vocabulary   2 Settings   3 Protocol   4 Policy   5 Wording
     6 Database   7 Schema   8 Ledger   9 Batches and outages   10 Service
     11 Server   12 Upkeep   13 Reports and alerts   14 Status
-    15 Configuration file   16 Process   17 Command line
+    15 Configuration file   16 Process   17 Checks   18 Command line
 
 Exit status: 0 done, or stopped by a signal; 1 --get-config: no such
 setting; 2 no such user or group, or a usage error; 3 another instance is
@@ -48,7 +48,6 @@ import difflib
 import errno
 import fcntl
 import functools
-import glob
 import grp
 import hashlib
 import importlib
@@ -2009,10 +2008,21 @@ def describe_override(override: Override) -> str:
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
     """Return the line of main.cf that makes Postfix ask at an address."""
     stage = "recipient" if count_mode == 0 else "data"
+    return f"smtpd_{stage}_restrictions = {policy_check(address)}"
+
+
+def policy_check(address: str | tuple[str, int],
+                 queue: str = "/var/spool/postfix") -> str:
+    """Return the restriction by which Postfix asks at an address.
+
+    A path is relative to Postfix's queue directory if it is in there: so a
+    chrooted smtpd finds it, too.
+    """
     kind = "unix" if isinstance(address, str) else "inet"
-    where = format_address(address).replace("/var/spool/postfix/", "", 1)
-    return (f"smtpd_{stage}_restrictions = check_policy_service"
-            f" {{ {kind}:{where}, default_action=DUNNO }}")
+    where = format_address(address)
+    if isinstance(address, str) and address.startswith(f"{queue}/"):
+        where = address[len(queue) + 1:]
+    return f"check_policy_service {{ {kind}:{where}, default_action=DUNNO }}"
 
 
 def format_address(address: str | tuple[str, int]) -> str:
@@ -2121,6 +2131,7 @@ class MailRow(NamedTuple):
 
 
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
+MAX_CLOCK_DIFFERENCE = 2  # seconds that need no warning
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
 TOO_SLOW = "the database is too slow"
 MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
@@ -2144,7 +2155,7 @@ class Backend:
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of all text: see PostgreSQL
     waits_for_ever = False  # does the driver, where no answer comes?
-    time = ""  # the server's, in epoch seconds; "": it is this host's
+    clock = ""  # the server's time in epoch seconds; "": it is this host's
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
@@ -2154,6 +2165,9 @@ class Backend:
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
     try_total = ""  # fails without the right to do so, and changes nothing
     try_table = "{}"  # so does this, for a statement that makes a table
+    # What decides whether a commit is on disk: the setting's name, a query
+    # for its value, the values with which it is.
+    durable: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     turn = ""  # how an identity's turn is taken where many hosts may write
     note = (f"{REFUSED} ON CONFLICT (id, seconds) DO UPDATE SET"
             " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
@@ -2224,7 +2238,8 @@ class Backend:
         """Return the text of an error in one line."""
         return printable(f"{self.name}: {' '.join(str(error).split())}")
 
-    def probe(self, examine: Callable[[Transaction], None]) -> str:
+    def describe_for_check(
+            self, examine: Callable[[Transaction], None]) -> str:
         """Examine the database, changing nothing; return what it is."""
         try:
             with contextlib.closing(self.connect(
@@ -2257,8 +2272,12 @@ class SQLite(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of sqlite3.connect()."""
-        return {"timeout": self.timeout, **settings.sqlite_config,
-                "isolation_level": None, "check_same_thread": False}
+        config = {"timeout": self.timeout, **settings.sqlite_config,
+                  "isolation_level": None, "check_same_thread": False}
+        if database_path(config) is None:  # else each connection has its own
+            config["database"] = f"file:{id(self)}?mode=memory&cache=shared"
+            config["uri"] = True
+        return config
 
     def connect(self, timeout: int) -> Connection:
         """Open the file."""
@@ -2268,34 +2287,59 @@ class SQLite(Backend):
 
     def set_up(self, transaction: Transaction, timeout: int) -> None:
         """Let a commit outlive a power cut, and bound the log."""
-        transaction.run("PRAGMA journal_mode = WAL")
+        self._use_log(transaction)
         transaction.run("PRAGMA synchronous = FULL")
         transaction.run(f"PRAGMA journal_size_limit = {2**24}")
 
+    def _use_log(self, transaction: Transaction) -> None:
+        """Have SQLite keep a log; where many start at once, it is locked.
+
+        For this it does not wait by itself, as it does for all else.
+        """
+        while True:
+            try:
+                transaction.run("PRAGMA journal_mode = WAL")
+                return
+            except self.driver.OperationalError as error:
+                is_late = time.monotonic() > transaction.deadline
+                if is_late or "locked" not in str(error):
+                    raise
+            time.sleep(0.01)
+
     def connect_to_read(self) -> Connection:
         """Open the file to read; a missing one is not made."""
-        path = urllib.parse.quote(os.path.abspath(self.config["database"]))
-        return self.driver.connect(**{
-            **self.config, "database": f"file:{path}?mode=rw", "uri": True})
+        path = database_path(self.config)
+        if path is None:
+            raise PolicydError("the daemon alone can read what it keeps in"
+                               " memory")
+        if not self.config.get("uri") or not os.path.exists(path):
+            path = urllib.parse.quote(os.path.abspath(path))
+            return self.driver.connect(**{**self.config, "uri": True,
+                                          "database": f"file:{path}?mode=rw"})
+        return self.driver.connect(**self.config)
 
     def is_stale(self) -> bool:
         """Say whether the file is no longer the one that was opened."""
         return self._identify() != self._file
 
-    def probe(self, examine: Callable[[Transaction], None]) -> str:
+    def describe_for_check(
+            self, examine: Callable[[Transaction], None]) -> str:
         """Examine the file, if there is one, holding its lock."""
-        path = str(self.config["database"])
-        there = os.path.exists(path)
+        config, path = dict(self.config), database_path(self.config)
+        missing = path is not None and not os.path.exists(path)
+        only_existing = re.search("[?&]mode=r[ow](&|#|$)", config["database"])
+        if missing and not only_existing:  # a start makes the file
+            config["database"] = ":memory:"
         try:
-            with contextlib.closing(self.driver.connect(**{
-                    **self.config, "database": path if there else ":memory:",
-                    })) as connection:
+            with contextlib.closing(
+                    self.driver.connect(**config)) as connection:
                 transaction = Transaction(self, connection, math.inf)
                 transaction.run(self.begin)
                 examine(transaction)  # in memory: would the query work?
         except Exception as error:  # a TypeError is connect()'s
             raise LedgerError(self.explain(error)) from error
-        return f"SQLite {self.driver.sqlite_version}, {path}"
+        where = "in memory" if path is None else path
+        return f"SQLite {self.driver.sqlite_version}, {where}"
 
     def explain(self, error: Exception) -> str:
         """Return the text of an error with the file."""
@@ -2303,11 +2347,31 @@ class SQLite(Backend):
 
     def _identify(self) -> tuple[int, int]:
         """Return what tells this file from another of its name."""
+        path = database_path(self.config)
         try:
-            status = os.stat(self.config["database"])
+            status = os.stat(path or "")
         except OSError:
             return -1, -1
         return status.st_dev, status.st_ino
+
+
+def database_path(config: Mapping[str, Any]) -> str | None:
+    """Return the path of an SQLite database, None if it is in memory.
+
+    config is sqlite_config, where uri: True makes a URI of database
+    (https://www.sqlite.org/uri.html).
+    """
+    name = str(config["database"])
+    if name == ":memory:":
+        return None
+    if not config.get("uri") or not name.startswith("file:"):
+        return name
+    path, _, query = name[len("file:"):].partition("#")[0].partition("?")
+    if path.startswith("//"):  # a host's name, which may be localhost
+        path = "/" + path[2:].partition("/")[2]
+    path = urllib.parse.unquote(path)
+    in_memory = urllib.parse.parse_qs(query).get("mode") == ["memory"]
+    return None if in_memory or path in ("", ":memory:") else path
 
 
 class MySQL(Backend):
@@ -2333,6 +2397,9 @@ class MySQL(Backend):
         "PREPARE add_total FROM @alter", "EXECUTE add_total")
     try_total = "ALTER TABLE mail_count"
     try_table = "PREPARE try_table FROM '{}'"
+    durable = (  # 3 is MariaDB's
+        ("innodb_flush_log_at_trx_commit",
+         "SELECT @@innodb_flush_log_at_trx_commit", ("1", "3")),)
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
     note = (f"{REFUSED} ON DUPLICATE KEY UPDATE mails = VALUES(mails),"
@@ -2342,8 +2409,8 @@ class MySQL(Backend):
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
     # Changed since it was read; deadlock; a table that another host alters.
     conflicts = (1020, 1213, 1412)
-    time = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
-            " / 1000000")
+    clock = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
+             " / 1000000")
     text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
@@ -2370,7 +2437,7 @@ class PostgreSQL(Backend):
 
     name = "PostgreSQL"
     waits_for_ever = True  # libpq does
-    time = "EXTRACT(EPOCH FROM clock_timestamp())"
+    clock = "EXTRACT(EPOCH FROM clock_timestamp())"
     drivers = (("psycopg2", "python3-psycopg2"),
                ("psycopg", "python3-psycopg"))
     alter_original = (
@@ -2379,6 +2446,10 @@ class PostgreSQL(Backend):
     )
     add_total = SQLite.add_total
     try_total = Backend.add_total[0]  # it is rolled back
+    durable = (
+        ("synchronous_commit", "SELECT current_setting('synchronous_commit')",
+         ("on", "local", "remote_write", "remote_apply")),
+        ("fsync", "SELECT current_setting('fsync')", ("on",)))
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = (  # serialization failure, deadlock, lock_timeout
@@ -2614,23 +2685,10 @@ class Database:
 
     def compare_clocks(self) -> None:
         """Find out by how much the server's clock is ahead of this host's."""
-        if not self.backend.time:
-            return  # it is this host's
-
-        def ask(transaction: Transaction) -> tuple[float, float, float]:
-            asked = time.time()
-            [told] = transaction.run(f"SELECT {self.backend.time}").fetchone()
-            return asked, float(told), time.time()
-
-        asked, told, answered = self.transact(ask)
-        if not 0 <= answered - asked < 0.5:
-            return  # it took so long that nothing follows from it
-        self._clock_offset = told - (asked + answered) / 2
-        if abs(self._clock_offset) > 2:
-            log.warning(
-                "the clock of the database server differs from this host's by"
-                " %.0f seconds; mail is counted by the server's",
-                self._clock_offset, extra=SELDOM)
+        difference = self.transact(ask_clock_difference, reading=True)
+        if difference is not None:
+            self._clock_offset = difference
+            warn_if_clocks_differ(difference)
 
     def close(self) -> None:
         """Close the connection; the next use opens another."""
@@ -2678,6 +2736,32 @@ class Database:
             with contextlib.suppress(Exception):  # there may be none
                 connection.close()
         return undone
+
+
+def ask_clock_difference(transaction: Transaction) -> float | None:
+    """Return by how many seconds the server's clock is ahead of this host's.
+
+    0: it is the same clock; None: the answer took too long to tell.
+    """
+    if not transaction.backend.clock:
+        return 0.0
+    asked = time.time()
+    [told] = transaction.run(
+        f"SELECT {transaction.backend.clock}").fetchone()
+    answered = time.time()
+    if not 0 <= answered - asked < 0.5:
+        return None
+    return float(told) - (asked + answered) / 2
+
+
+def warn_if_clocks_differ(difference: float | None) -> None:
+    """Warn where the server's clock is not that of this host."""
+    if difference is not None and abs(difference) > MAX_CLOCK_DIFFERENCE:
+        log.warning(
+            "the clock of the database server is %.0f seconds %s this host's:"
+            " mails are counted by the server's; synchronize both with NTP",
+            abs(difference), "ahead of" if difference > 0 else "behind",
+            extra=SELDOM)
 
 
 def latest(transaction: Transaction | None, deadline: float) -> float:
@@ -4350,23 +4434,6 @@ def forget(transaction: Transaction, identity: str) -> int:
     values = transaction.run(
         "DELETE FROM mail_value WHERE id = ?", identity).rowcount
     return int(mails or 0) + int(values)
-
-
-def check_counting(transaction: Transaction, query: str | None) -> None:
-    """Raise an error where mails could not be counted; for --check."""
-    backend = transaction.backend
-    present = columns_of(transaction, "mail_count")
-    if not are_complete(transaction):
-        for statement in creations(backend):
-            transaction.run(backend.try_table.format(statement))
-    if present and "total" not in present and backend.try_total:
-        transaction.run(backend.try_total)
-    if query and (columns_of(transaction, "rate_limits")
-                  or "rate_limits" not in query):  # else a start makes it
-        try:
-            ask_limits(transaction, query, "Zoë дима 😀")
-        except Exception as error:
-            raise LedgerError(f"sql_limits_by_id: {error}") from error
 
 
 SIMULATE_STEP = 10_000  # rows read in one transaction: 20 ms on SQLite
@@ -6404,8 +6471,9 @@ def folders(settings: Settings) -> Mapping[str, int]:
     """Return the folders that a start needs, and the modes to make them."""
     modes = {path: 0o755 for path in [settings.pidfile]
              if path != os.devnull}
-    if settings.backend == 0:
-        modes[settings.sqlite_config["database"]] = 0o750
+    database = database_path(settings.sqlite_config)
+    if settings.backend == 0 and database is not None:
+        modes[database] = 0o750
     if isinstance(settings.SOCKET, str):
         modes[settings.SOCKET] = FOR_POSTFIX
     return {os.path.dirname(os.path.abspath(path)): mode
@@ -6431,18 +6499,6 @@ def make_folders(settings: Settings, owner: Owner) -> None:
                     contextlib.suppress(KeyError, PermissionError))
                 os.fchown(opened, -1, grp.getgrnam("postfix").gr_gid)
                 os.fchmod(opened, 0o750)
-
-
-def is_open(settings: Settings) -> bool:
-    """Say whether any account of this host may connect."""
-    if not isinstance(settings.SOCKET, str):
-        return True
-    above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
-    shuts = os.geteuid() == 0 and any(  # what it is going to make
-        group.gr_name == "postfix" for group in grp.getgrall())
-    return bool(settings.socket_permission & 0o2) and all(
-        os.stat(path).st_mode & 0o1 if os.path.isdir(path) else not shuts
-        for path in above)
 
 
 def is_volume(folder: str) -> bool:
@@ -6602,15 +6658,714 @@ def notify(state: str) -> None:
 
 
 # ---------------------------------------------------------------------------
-# 17. Command line
+# 17. Checks
+#
+# What --check looks at besides the settings: whether a start would work, and
+# whether Postfix asks, in time and in the right place.  Nothing is changed.
+# ---------------------------------------------------------------------------
+
+NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
+             " systemd")
+CONNECT_PATIENCE = 2  # seconds; a daemon that is not busy takes 1 ms
+TAKEN = "another program listens there, or a daemon that does not answer"
+Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
+
+
+def is_running(settings: Settings) -> bool:
+    """Say whether the daemon runs: it listens, and has its pidfile."""
+    family = (socket.AF_UNIX if isinstance(settings.SOCKET, str) else
+              socket.AF_INET6 if ":" in settings.SOCKET[0] else socket.AF_INET)
+    with socket.socket(family) as client:
+        client.settimeout(CONNECT_PATIENCE)
+        try:
+            client.connect(settings.SOCKET)
+        except OSError:
+            return False
+    if settings.pidfile == os.devnull:
+        return True
+    try:
+        with open(settings.pidfile, encoding="ascii",
+                  opener=lambda name, flags: os.open(
+                      name, flags | PLAIN)) as file:
+            os.kill(int(file.read(20)), 0)  # no signal: is there a process?
+    except PermissionError:  # there is, of another user
+        return True
+    except (OSError, OverflowError, ValueError):
+        return False
+    return True
+
+
+def find_obstacles(settings: Settings, running: bool) -> Iterator[str]:
+    """Yield what would keep a start by this user from working.
+
+    Raise OSError or PolicydError for an address that cannot be bound at all.
+    """
+    own = []
+    if settings.pidfile != os.devnull:
+        own += [settings.pidfile, f"{settings.pidfile}.lock"]
+    if isinstance(settings.SOCKET, str):
+        own.append(f"{settings.SOCKET}.lock")
+    for path in own:
+        yield from find_file_obstacle(path)
+    database = database_path(settings.sqlite_config)
+    if settings.backend == 0 and database and os.path.islink(database):
+        folder = os.path.dirname(os.path.realpath(database))
+        if not os.path.isdir(folder):
+            yield f"{database}: the folder that it links to is missing"
+    check_socket(settings.SOCKET)
+    if not running:
+        yield from find_address_obstacle(settings.SOCKET)
+
+
+def find_file_obstacle(path: str) -> Iterator[str]:
+    """Yield why a start could not write a file of its own, if so."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return  # check_folders() says whether it can be made
+    except OSError as error:
+        yield f"{path}: {error.strerror}"
+        return
+    if not stat.S_ISREG(status.st_mode):
+        yield f"{path}: is not a regular file"
+    elif status.st_nlink > 1:
+        yield f"{path}: has a second name (a hard link); remove it"
+    elif not os.access(path, os.W_OK):
+        yield f"{path}: cannot be written; remove it"
+
+
+def find_address_obstacle(address: str | tuple[str, int]) -> Iterator[str]:
+    """Yield why an address cannot be bound while no daemon runs, if so."""
+    if not isinstance(address, str):
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        with socket.socket(family) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind(address)
+            except OSError as error:
+                taken = error.errno == errno.EADDRINUSE
+                reason = TAKEN if taken else error.strerror
+                yield f"{format_address(address)}: {reason}"
+        return
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        error_number = client.connect_ex(address)
+    if error_number in (0, errno.EAGAIN):
+        yield f"{address}: {TAKEN}"
+    elif error_number == errno.ECONNREFUSED:  # what a start would remove
+        yield from find_removal_obstacle(address)
+    elif error_number not in (errno.ENOENT, errno.ENOTDIR):
+        yield f"{address}: {os.strerror(error_number)}"
+
+
+def find_removal_obstacle(path: str) -> Iterator[str]:
+    """Yield why a stale socket could not be removed, if so."""
+    folder = os.stat(os.path.dirname(os.path.abspath(path)))
+    owners = (0, folder.st_uid, os.lstat(path).st_uid)
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in owners:
+        yield f"{path}: belongs to another user; remove it"
+
+
+def find_makeable(settings: Settings, owner: Owner) -> list[str]:
+    """Return the folders that a start makes, or hands to its user."""
+    return [folder for folder in folders(settings)
+            if (owner is not None and is_volume(folder)
+                if os.path.isdir(folder) else can_write(folder))]
+
+
+def check_folders(settings: Settings, makeable: Sequence[str],
+                  owner: Owner) -> None:
+    """Raise PolicydError for a folder that this user could not use."""
+    usual = folders(Settings())  # the unit sees that these are there
+    for folder in folders(settings):
+        if can_write(folder):
+            continue
+        if folder not in makeable:
+            raise PolicydError(f"{folder}: cannot be written")
+        if owner is not None and folder not in usual:
+            log.warning(
+                "%s: missing, or not writable for %s: a start as root puts"
+                " that right, but not one by systemd as %s: install -d -o %s"
+                " %s", folder, *[owner.pw_name] * 3, folder)
+
+
+def can_write(folder: str) -> bool:
+    """Say whether this user could make files in a folder, or the folder."""
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def can_reload(options: argparse.Namespace) -> bool:
+    """Say whether the file, which root has read, is for this user too."""
+    return options.file is None or os.access(options.file, os.R_OK)
+
+
+def warn_of_strangers(settings: Settings) -> None:
+    """Warn if others than Postfix may ask, and so exhaust a limit."""
+    if not is_local(settings.SOCKET):
+        log.warning(
+            "SOCKET: every host that can reach %s can exhaust someone's"
+            " limits: let a firewall admit only your mail hosts",
+            format_address(settings.SOCKET))
+    elif anyone_may_connect(settings):
+        log.warning("SOCKET: any account on this host can connect, and"
+                    " exhaust someone's limits")
+
+
+def is_local(address: str | tuple[str, int]) -> bool:
+    """Say whether nobody but this host can reach an address."""
+    if isinstance(address, str):
+        return True
+    host = parse_address(address[0])
+    return address[0] == "localhost" or bool(host and host.is_loopback)
+
+
+def anyone_may_connect(settings: Settings) -> bool:
+    """Say whether any account of this host may connect."""
+    if not isinstance(settings.SOCKET, str):
+        return True
+    above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
+    shuts = os.geteuid() == 0 and any(  # what it is going to make
+        group.gr_name == "postfix" for group in grp.getgrall())
+    return bool(settings.socket_permission & 0o2) and all(
+        os.stat(path).st_mode & 0o1 if os.path.isdir(path) else not shuts
+        for path in above)
+
+
+def examine_database(transaction: Transaction, query: str | None) -> None:
+    """Raise an error where mails could not be counted; warn of less."""
+    check_counting(transaction, query)
+    warn_if_clocks_differ(ask_clock_difference(transaction))
+    for name, value_query, durable in transaction.backend.durable:
+        [value] = transaction.run(value_query).fetchone()
+        if str(value) not in durable:
+            log.warning(
+                "%s is %s on the database server, so mail that was let"
+                " through can be forgotten if it crashes: set it to %s",
+                name, value, durable[0])
+
+
+def check_counting(transaction: Transaction, query: str | None) -> None:
+    """Raise an error where mails could not be counted."""
+    backend = transaction.backend
+    present = columns_of(transaction, "mail_count")
+    if not are_complete(transaction):
+        for statement in creations(backend):
+            transaction.run(backend.try_table.format(statement))
+    for table in TABLES:
+        if columns_of(transaction, table):  # may its rows be changed?
+            transaction.run(f"INSERT INTO {table} SELECT * FROM {table}"
+                            " WHERE 1 = 0")
+            transaction.run(f"UPDATE {table} SET id = id WHERE 1 = 0")
+            transaction.run(f"DELETE FROM {table} WHERE 1 = 0")
+    if present and "total" not in present and backend.try_total:
+        transaction.run(backend.try_total)
+    if query and (columns_of(transaction, "rate_limits")
+                  or "rate_limits" not in query):  # else a start makes it
+        try:
+            ask_limits(transaction, query, "Zoë дима 😀")
+        except Exception as error:
+            raise LedgerError(f"sql_limits_by_id: {error}") from error
+
+
+# What Postfix does.  postconf(1) reads its files; all but read_postfix() are
+# functions of its text, of the settings and of the folders that these name.
+
+POSTCONF_PATIENCE = 10  # seconds; it takes 10 ms
+DELAYED = {  # lists that smtpd_delay_reject moves to each RCPT
+    "smtpd_client_restrictions": "CONNECT",
+    "smtpd_helo_restrictions": "HELO",
+    "smtpd_sender_restrictions": "MAIL"}
+LISTS = {  # the protocol_state of the requests that a list makes
+    **DELAYED,
+    "smtpd_relay_restrictions": "RCPT",
+    "smtpd_recipient_restrictions": "RCPT",
+    "smtpd_data_restrictions": "DATA",
+    "smtpd_end_of_data_restrictions": "END-OF-MESSAGE",
+    "smtpd_etrn_restrictions": "ETRN"}
+ENDS = ("permit", "reject", "defer")  # nothing behind them is reached
+LOGIN = ("sasl_username", "sasl_domain", "sasl_method", "sasl_sender")
+TO = ("recipient", "recipient_domain")
+
+
+class Smtpd(NamedTuple):
+    """A service of master.cf that takes mail, and the parameters it has."""
+
+    name: str  # such as submission/inet
+    chroot: bool
+    parameters: Mapping[str, str]  # of main.cf, but for its own
+    own: Mapping[str, str] = {}  # those that master.cf gives it
+
+
+class Postfix(NamedTuple):
+    """What postconf tells of the Postfix on this host."""
+
+    main: Mapping[str, str]  # parameters of main.cf, and needed defaults
+    services: Sequence[Smtpd]
+
+    @property
+    def queue(self) -> str:
+        """Return the queue directory: chrooted services see nothing else."""
+        return self.main.get("queue_directory", "/var/spool/postfix")
+
+    def file(self, name: str) -> str:
+        """Return the path of one of its configuration files."""
+        folder = self.main.get("config_directory", "/etc/postfix")
+        return os.path.join(folder, name)
+
+
+class PolicyCheck(NamedTuple):
+    """A check_policy_service that a service of Postfix has in a list."""
+
+    name: str  # of the list, or of a restriction class
+    text: str  # the argument, which tells one connection from another
+    state: str  # the protocol_state of its requests; "" if that is unknown
+    endpoint: Endpoint
+    behind_login: bool  # permit_sasl_authenticated stands before it
+    only_warns: bool  # warn_if_reject stands before it
+
+
+def read_postfix() -> Postfix:
+    """Ask postconf for all that it knows; raise PolicydError or OSError."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath),
+                            "/usr/sbin", "/usr/local/sbin"])
+    program = shutil.which("postconf", path=path)
+    if program is None:
+        raise PolicydError("there is no postconf on this host")
+    of_main_cf = run_postconf(program, "-nx") + run_postconf(
+        program, "-x", "queue_directory", "config_directory", "mail_owner",
+        "smtpd_delay_reject", "compatibility_level")
+    return parse_postfix(of_main_cf, run_postconf(program, "-M"),
+                         run_postconf(program, "-Px"))
+
+
+def run_postconf(program: str, *options: str) -> str:
+    """Return what postconf prints, or raise PolicydError."""
+    try:
+        done = subprocess.run(
+            [program, *options], stdin=subprocess.DEVNULL, check=False,
+            capture_output=True, timeout=POSTCONF_PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise PolicydError("postconf does not answer") from None
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        raise PolicydError(printable(said[-1]) if said else "postconf failed")
+    return done.stdout.decode(errors="replace")
+
+
+def parse_postfix(main_cf: str, services: str, overrides: str) -> Postfix:
+    """Parse the output of postconf -nx, postconf -M and postconf -Px."""
+    common = parse_parameters(main_cf)
+    own = parse_parameters(overrides)
+    level = common.get("compatibility_level", "0").partition(".")[0]
+    chroot_by_default = not level.isdigit() or int(level) < 1
+    found = []
+    for line in unfold(services).splitlines():
+        columns = line.split()
+        if len(columns) < 8 or os.path.basename(columns[7]) != "smtpd":
+            continue
+        name = "/".join(columns[:2])
+        ours = {full.rpartition("/")[2]: value for full, value in own.items()
+                if full.rpartition("/")[0] == name}
+        chroot = columns[4] == "y" or columns[4] == "-" and chroot_by_default
+        found.append(Smtpd(name, chroot, {**common, **ours}, ours))
+    return Postfix(common, found)
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Parse lines name = value."""
+    parameters = {}
+    for line in unfold(text).splitlines():
+        name, equals, value = line.partition("=")
+        if equals:
+            parameters[name.strip()] = value.strip()
+    return parameters
+
+
+def unfold(text: str) -> str:
+    """Join lines that are continued by lines that begin with a space."""
+    return re.sub(r"\n[ \t]+", " ", text)
+
+
+def split_list(text: str) -> list[str]:
+    """Split at commas and spaces, but for those inside of braces."""
+    words, depth = [""], 0
+    for character in text:
+        if depth <= 0 and (character == "," or character.isspace()):
+            words.append("")
+            continue
+        words[-1] += character
+        depth += (character == "{") - (character == "}")
+    return [word for word in words if word]
+
+
+def words_of(text: str, classes: Mapping[str, str]) -> list[str]:
+    """Split a restriction list, with the restriction classes in it."""
+    words = []
+    for word in split_list(text):
+        if word in classes:  # which cannot name itself
+            others = {name: text for name, text in classes.items()
+                      if name != word}
+            words += words_of(classes[word], others)
+        else:
+            words.append(word)
+    return words
+
+
+def find_checks(smtpd: Smtpd, queue: str) -> Iterator[PolicyCheck]:
+    """Yield each check_policy_service that a service comes to.
+
+    A restriction class that no list names may be the result of a look-up in
+    a table, in any list.
+    """
+    given = smtpd.parameters
+    classes = {name: given.get(name, "") for name in split_list(
+        given.get("smtpd_restriction_classes", ""))}
+    delayed = given.get("smtpd_delay_reject", "yes").lower() != "no"
+    named: set[str] = set()
+    for name, state in LISTS.items():
+        named.update(split_list(given.get(name, "")))
+        if delayed and name in DELAYED:
+            state = "RCPT"
+        words = words_of(given.get(name, ""), classes)
+        yield from checks_in(words, name, state, smtpd.chroot, queue)
+    for name, text in classes.items():
+        if name not in named:
+            words = words_of(text, classes)
+            yield from checks_in(words, name, "", smtpd.chroot, queue)
+
+
+def checks_in(words: Sequence[str], name: str, state: str, chroot: bool,
+              queue: str) -> Iterator[PolicyCheck]:
+    """Yield each check_policy_service that is reached in a list."""
+    behind_login = False
+    before = ""
+    for word, text in zip(words, [*words[1:], ""]):
+        lowered = word.lower()
+        only_warns = before == "warn_if_reject"
+        if lowered in ENDS and not only_warns:
+            return
+        if lowered == "permit_sasl_authenticated":
+            behind_login = True
+        if lowered == "check_policy_service" and text:
+            yield PolicyCheck(name, text, state, parse_endpoint(
+                text, chroot, queue), behind_login, only_warns)
+        before = lowered
+
+
+def parse_endpoint(text: str, chroot: bool, queue: str) -> Endpoint:
+    """Return where check_policy_service connects to.
+
+    A path is relative to the queue directory, which a chrooted service takes
+    for the root directory.
+    """
+    inner = text[1:-1] if text.startswith("{") else text
+    kind, _, where = (split_list(inner) or [""])[0].partition(":")
+    if kind != "inet":
+        inside = where.lstrip("/") if chroot else where
+        return os.path.normpath(os.path.join(queue, inside))
+    host, _, port = where.rpartition(":")
+    with contextlib.suppress(OSError):  # it may be a name of /etc/services
+        port = str(socket.getservbyname(port, "tcp"))
+    return host.strip("[]").lower() or "localhost", parse_count(port)
+
+
+def leads_to(endpoint: Endpoint, address: str | tuple[str, int]) -> bool:
+    """Say whether who connects to an endpoint connects to an address."""
+    if isinstance(endpoint, str) or isinstance(address, str):
+        return (isinstance(endpoint, str) and isinstance(address, str)
+                and os.path.realpath(endpoint) == os.path.realpath(address))
+    if endpoint[1] != address[1]:
+        return False
+    asked, ours = parse_address(endpoint[0]), parse_address(address[0])
+    if ours is None or ours.is_unspecified:  # it listens everywhere
+        return True
+    if asked is None:  # a name; we do not ask whose
+        return endpoint[0] != "localhost" or ours.is_loopback
+    return asked == ours
+
+
+class Asking(NamedTuple):
+    """A service of Postfix, and whom it asks."""
+
+    smtpd: Smtpd
+    ours: Sequence[PolicyCheck]  # the checks that lead to SOCKET
+    others: Sequence[PolicyCheck]
+    lost: Sequence[str]  # lists of main.cf with ours that it overrides
+
+
+def sort_checks(smtpd: Smtpd, postfix: Postfix, settings: Settings) -> Asking:
+    """Return whom a service asks."""
+    def is_ours(check: PolicyCheck) -> bool:
+        return leads_to(check.endpoint, settings.SOCKET)
+
+    checks = list(find_checks(smtpd, postfix.queue))
+    ours = [check for check in checks if is_ours(check)]
+    others = [check for check in checks if not is_ours(check)]
+    plain = smtpd._replace(parameters=postfix.main)
+    lost = [check.name for check in find_checks(plain, postfix.queue)
+            if is_ours(check) and check.name in smtpd.own]
+    return Asking(smtpd, ours, others, [] if ours else lost)
+
+
+def warn_of_postfix(postfix: Postfix, settings: Settings) -> Iterator[str]:
+    """Yield what in Postfix's configuration turns limits off."""
+    services = [sort_checks(smtpd, postfix, settings)
+                for smtpd in postfix.services]
+    if not any(service.ours for service in services):
+        if is_local(settings.SOCKET) and services:  # else others may ask
+            yield nobody_asks(postfix, settings, services)
+        return
+    for service in services:
+        yield from warn_of_override(postfix, settings, service)
+        yield from warn_of_unreachable(postfix, settings, service)
+        if service.ours:
+            yield from warn_of_stage(postfix, settings, service)
+    yield from warn_of_quotas(postfix, settings, services)
+
+
+def describe_postfix(postfix: Postfix, settings: Settings) -> str:
+    """Return one line that says which services ask."""
+    asking: list[str] = []
+    silent: list[str] = []
+    for smtpd in postfix.services:
+        ours = sort_checks(smtpd, postfix, settings).ours
+        (asking if ours else silent).append(smtpd.name)
+    if not postfix.services:
+        return "Postfix: takes no mail by SMTP on this host"
+    if not asking:
+        return "Postfix: does not ask on this host"
+    text = f"Postfix: asks for mail that comes to {', '.join(asking)}"
+    return text + (f", not to {', '.join(silent)}" if silent else "")
+
+
+def nobody_asks(postfix: Postfix, settings: Settings,
+                services: Sequence[Asking]) -> str:
+    """Return the warning for a Postfix that never asks."""
+    found = []
+    for service in services:
+        found += [f"{place_of(postfix, service, check)} asks at"
+                  f" {address_in(check)}"
+                  + why_unreachable(postfix, settings, service, check)
+                  for check in service.others]
+        found += [f"{postfix.file('master.cf')}: {service.smtpd.name}"
+                  f" overrides {name}" for name in service.lost]
+    text = ("Postfix never asks at SOCKET, so nothing is limited:"
+            f" {remedy(postfix, settings)}")
+    if not is_reachable(postfix, settings, services):
+        text += (f", and move SOCKET below {postfix.queue}, since smtpd is"
+                 " chrooted there")
+    if found:
+        text += f"; found: {'; '.join(dict.fromkeys(found))}"
+    return text
+
+
+def is_reachable(postfix: Postfix, settings: Settings,
+                 services: Sequence[Asking]) -> bool:
+    """Say whether any service could connect to SOCKET."""
+    check = split_list(policy_check(settings.SOCKET, postfix.queue))[1]
+    return any(leads_to(
+        parse_endpoint(check, service.smtpd.chroot, postfix.queue),
+        settings.SOCKET) for service in services)
+
+
+def place_of(postfix: Postfix, service: Asking, check: PolicyCheck) -> str:
+    """Return where a check stands: the file, and the list in it."""
+    if check.name in service.smtpd.own:
+        return (f"{postfix.file('master.cf')}: {service.smtpd.name}:"
+                f" {check.name}")
+    return f"{postfix.file('main.cf')}: {check.name}"
+
+
+def address_in(check: PolicyCheck) -> str:
+    """Return the address in a check, as Postfix has it."""
+    return printable(split_list(check.text.strip("{}"))[0])
+
+
+def remedy(postfix: Postfix, settings: Settings, stage: str = "") -> str:
+    """Return what to write into main.cf, so that Postfix asks."""
+    name, _, _ = main_cf(settings.count_mode, "").partition(" = ")
+    if stage:
+        name = f"smtpd_{stage}_restrictions"
+    check = policy_check(settings.SOCKET, postfix.queue)
+    file = postfix.file("main.cf")
+    if postfix.main.get(name):
+        return f"put this first in {name} in {file}: {check}"
+    return f"write into {file}: {name} = {check}"
+
+
+def why_unreachable(postfix: Postfix, settings: Settings, service: Asking,
+                    check: PolicyCheck) -> str:
+    """Say if a chrooted service looks for our socket in its own folder."""
+    meant = parse_endpoint(check.text, False, postfix.queue)
+    if not service.smtpd.chroot or not leads_to(meant, settings.SOCKET):
+        return ""
+    return (f", which {service.smtpd.name} cannot reach, since it is"
+            f" chrooted in {postfix.queue}")
+
+
+def warn_of_override(postfix: Postfix, settings: Settings,
+                     service: Asking) -> Iterator[str]:
+    """Yield where master.cf takes away a list that has the check.
+
+    What a content filter gives back, over loopback, is not to be counted.
+    """
+    name = service.smtpd.name
+    host = name.rpartition("/")[0].rpartition(":")[0].strip("[]")
+    if host and is_local((host, 0)):
+        return
+    check = policy_check(settings.SOCKET, postfix.queue)
+    for lost in service.lost:
+        yield (f"{postfix.file('master.cf')}: {name}: -o {lost}"
+               " overrides the list of main.cf, so mail that comes there is"
+               f" not limited: put this first in it: {check}")
+
+
+def warn_of_unreachable(postfix: Postfix, settings: Settings,
+                        service: Asking) -> Iterator[str]:
+    """Yield the checks that a chrooted service looks for in vain."""
+    for check in service.others:
+        reason = why_unreachable(postfix, settings, service, check)
+        if reason:
+            yield (f"{place_of(postfix, service, check)} asks at"
+                   f" {address_in(check)}{reason}: write"
+                   f" {policy_check(settings.SOCKET, postfix.queue)}")
+
+
+def warn_of_stage(postfix: Postfix, settings: Settings,
+                  service: Asking) -> Iterator[str]:
+    """Yield what keeps a service that asks from limiting mail."""
+    counted = [check for check in service.ours
+               if is_asked_in_time(check, settings)]
+    for check in service.ours:
+        if not counted:
+            yield (f"{place_of(postfix, service, check)} asks at"
+                   f" {check.state}, where count_mode {settings.count_mode}"
+                   f" counts nothing: {remedy(postfix, settings)}")
+        if check.only_warns:
+            yield (f"{place_of(postfix, service, check)}: warn_if_reject"
+                   " stands before the check, so no mail is refused: remove"
+                   " it")
+    texts = {check.text: place_of(postfix, service, check)
+             for check in counted if check.state}
+    if len(texts) > 1:
+        found = [f"{place} {text}" for text, place in texts.items()]
+        yield ("every mail counts twice, since the check is not written the"
+               f" same everywhere: make these equal: {'; '.join(found)}")
+    logs_in = service.smtpd.parameters.get("smtpd_sasl_auth_enable") == "yes"
+    if (counted and logs_in and counts_logins(settings)
+            and all(check.behind_login for check in counted)):
+        yield (f"{place_of(postfix, service, counted[0])}:"
+               " permit_sasl_authenticated stands before the check, so mail"
+               " from users who logged in is not limited: put the check"
+               " first")
+
+
+def is_asked_in_time(check: PolicyCheck, settings: Settings) -> bool:
+    """Say whether what a check asks is counted, as far as one can know."""
+    return not check.state or is_counted(check.state, settings.count_mode)
+
+
+def counts_logins(settings: Settings) -> bool:
+    """Say whether any limit is one for logins."""
+    return settings.limit_by_sasl or any(
+        name in LOGIN for quota in settings.quotas for name in quota.by)
+
+
+def warn_of_quotas(postfix: Postfix, settings: Settings,
+                   services: Sequence[Asking]) -> Iterator[str]:
+    """Yield the quotas that need to be asked at another stage."""
+    states = {check.state for service in services for check in service.ours
+              if is_asked_in_time(check, settings)}
+    if "" in states or not states:
+        return  # unknown, or said before
+    auto = "" if settings.count_mode == "auto" else "; set count_mode: auto"
+    for quota in settings.quotas:
+        of = {*quota.by, quota.count, *(name for name, _ in quota.when)}
+        if of.intersection(TO) and "RCPT" not in states:
+            yield (f"quotas: {quota.name}: Postfix names every recipient only"
+                   " at RCPT, so mail to several recipients is not counted:"
+                   f" {remedy(postfix, settings, 'recipient')}{auto}")
+        if quota.count == "bytes" and states != {"END-OF-MESSAGE"}:
+            yield (f"quotas: {quota.name}: the real size is known only at"
+                   " END-OF-MESSAGE, so do not ask before; until then it is"
+                   " what the client declares:"
+                   f" {remedy(postfix, settings, 'end_of_data')}{auto}")
+
+
+# Whether Postfix may connect.
+
+OVERFLOW_ID = 65534  # what the kernel shows of users outside of a namespace
+
+
+def warn_of_shut_doors(postfix: Postfix, settings: Settings, owner: Owner,
+                       makeable: Sequence[str]) -> Iterator[str]:
+    """Yield what keeps Postfix's user from connecting to a unix socket."""
+    try:
+        user = pwd.getpwnam(postfix.main.get("mail_owner", "postfix"))
+    except KeyError:
+        return
+    if not isinstance(settings.SOCKET, str):
+        return
+    path = os.path.realpath(settings.SOCKET)
+    queue = pathlib.Path(os.path.realpath(postfix.queue))
+    above = list(pathlib.Path(path).parents)
+    if queue in above:  # smtpd is in there already when it looks
+        above = above[:above.index(queue)]
+    for folder in map(str, reversed(above)):
+        if folder not in makeable and not may_enter(user, folder):
+            yield (f"{folder}: Postfix's user {user.pw_name} may not enter"
+                   " it, so Postfix cannot ask: let its group in, or chmod"
+                   " o+x")
+            return
+    uid, gid = os.geteuid(), os.getegid()
+    if owner is not None:
+        uid, gid = owner.pw_uid, owner.pw_gid
+    mode = settings.socket_permission
+    if (not has_acl(os.path.dirname(path))
+            and not may_use(user, uid, gid, mode, stat.S_IWOTH)):
+        yield (f"socket_permission: with {mode:04o}, Postfix's user"
+               f" {user.pw_name} cannot connect, so Postfix cannot ask: write"
+               " 0666")
+
+
+def may_enter(user: pwd.struct_passwd, folder: str) -> bool:
+    """Say whether a user may use what is in a folder, if that is known."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return True
+    return (has_acl(folder)
+            or OVERFLOW_ID in (status.st_uid, status.st_gid)
+            or may_use(user, status.st_uid, status.st_gid, status.st_mode,
+                       stat.S_IXOTH))
+
+
+def may_use(user: pwd.struct_passwd, uid: int, gid: int, mode: int,
+            right: int) -> bool:
+    """Say whether a user has a right, one of those of all others, too."""
+    if user.pw_uid == 0:
+        return True
+    if user.pw_uid == uid:
+        return bool(mode >> 6 & right)
+    if gid in os.getgrouplist(user.pw_name, user.pw_gid):
+        return bool(mode >> 3 & right)
+    return bool(mode & right)
+
+
+def has_acl(path: str) -> bool:
+    """Say whether a path has an access control list beyond its mode."""
+    with contextlib.suppress(AttributeError, OSError):  # Linux has it
+        return "system.posix_acl_access" in os.listxattr(path)
+    return False
+
+
+# ---------------------------------------------------------------------------
+# 18. Command line
 #
 # The options, what each of them does, and the exit status.
 # ---------------------------------------------------------------------------
-
-UNIT = f"/etc/systemd/system/{PROGRAM}.service"
-NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
-             " systemd")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
@@ -6978,57 +7733,41 @@ def check_start(options: argparse.Namespace) -> None:
     """Say whether a start would work, or what is wrong; change nothing."""
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
-    needed = folders(settings)
-    makeable = [name for name in needed  # as long as it is root
-                if (owner and is_volume(name) if os.path.isdir(name)
-                    else can_write(name))]
-    check_socket(settings.SOCKET)
-    if is_open(settings):
-        log.warning("any account of this host may connect to SOCKET, and use"
-                    " up anybody's limits")
     backend = BACKENDS[settings.backend](settings)
+    running = is_running(settings)
+    makeable = find_makeable(settings, owner)  # as long as it is root
+    for obstacle in find_obstacles(settings, running):
+        raise PolicydError(obstacle)
+    warn_of_strangers(settings)
+    about_postfix = check_postfix(settings, owner, makeable)
     drop_root(owner)
     tell_command(settings)
-    unusable = [name for name in needed
-                if name not in makeable and not can_write(name)]
-    if os.path.isdir(settings.pidfile):
-        unusable.append(settings.pidfile)
-    if unusable:
-        raise PolicydError(f"{unusable[0]}: cannot be written")
+    check_folders(settings, makeable, owner)
+    if owner is not None:
+        for obstacle in find_obstacles(settings, running):
+            log.warning("%s; a start by systemd as %s will fail", obstacle,
+                        owner.pw_name)
     if not can_reload(options):
-        raise ConfigError(NO_RELOAD % (options.file, settings.user))
-    for folder in barred(needed) if owner else ():
-        log.warning("%s: the unit lets nobody write there: systemctl edit %s,"
-                    " add ReadWritePaths=%s", folder, PROGRAM, folder)
-    print(*describe_rules(settings), sep="\n")
-    print(backend.probe(functools.partial(
-        check_counting, query=settings.sql_limits_by_id)), "OK", sep="\n")
+        log.warning(NO_RELOAD, options.file, settings.user)
+    database = backend.describe_for_check(functools.partial(
+        examine_database, query=settings.sql_limits_by_id))
+    state = "is running" if running else "is not running"
+    print(*describe_rules(settings), f"the daemon {state}", about_postfix,
+          database, "OK", sep="\n")
 
 
-def can_write(folder: str) -> bool:
-    """Say whether this user could make files in a folder, or the folder."""
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-
-
-def can_reload(options: argparse.Namespace) -> bool:
-    """Say whether the file, which root has read, is for this user too."""
-    return options.file is None or os.access(options.file, os.R_OK)
-
-
-def barred(needed: Iterable[str]) -> list[str]:
-    """Return the folders that the unit, if it is installed, protects."""
-    unit = ""
-    for name in [UNIT, *glob.glob(f"{UNIT}.d/*.conf")]:
-        with contextlib.suppress(OSError), open(name) as file:
-            unit += file.read()
-    if "ProtectSystem=strict" not in unit:
-        return []
-    allowed = (f"/run/{PROGRAM}/", f"/var/lib/{PROGRAM}/", *(
-        f"{path}/" for path in re.findall(r"[ =]-?(/\S+)", unit)))
-    return [folder for folder in map(os.path.realpath, needed)
-            if not f"{folder}/".startswith(allowed)]
+def check_postfix(settings: Settings, owner: Owner,
+                  makeable: Sequence[str]) -> str:
+    """Warn if Postfix does not ask as it should; return a line about it."""
+    try:
+        postfix = read_postfix()
+    except (PolicydError, OSError) as error:
+        return f"Postfix: not checked: {error}"
+    for warning in dict.fromkeys([
+            *warn_of_postfix(postfix, settings),
+            *warn_of_shut_doors(postfix, settings, owner, makeable)]):
+        log.warning("%s", printable(warning))
+    return describe_postfix(postfix, settings)
 
 
 def get_config(options: argparse.Namespace) -> None:

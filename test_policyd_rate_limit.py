@@ -17,6 +17,7 @@ import dataclasses
 import email.message
 import email.policy
 import fcntl
+import functools
 import gc
 import glob
 import grp
@@ -47,6 +48,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -73,6 +75,8 @@ TEMPORARY = os.path.join(tempfile.gettempdir(),
 # The same, compiled once: to start a script is to compile all of it, which
 # would take half of the processor time of all the processes of these tests.
 COMPILED = os.path.join(TEMPORARY, "policyd_rate_limit.pyc")
+# What --check sees in place of this host's Postfix, but for PostfixCheckTest.
+NO_POSTFIX = os.path.join(TEMPORARY, "no-postfix")
 PATIENCE = 60  # seconds before a test gives up waiting
 QUICK = bool(os.environ.get("POLICYD_TEST_QUICK"))
 NO_SKIP = bool(os.environ.get("POLICYD_TEST_NO_SKIP"))
@@ -115,6 +119,7 @@ def setUpModule() -> None:
     """Let every warning be an error, here and in what the tests start."""
     warnings.simplefilter("error")
     os.environ["PYTHONWARNINGS"] = "error"
+    os.environ["MAIL_CONFIG"] = NO_POSTFIX
     sys.unraisablehook = lambda leak: LEAKS.append(repr(leak.exc_value))
     threading.excepthook = lambda leak: LEAKS.append(repr(leak.exc_value))
     logging.getLogger().addHandler(logging.NullHandler())  # not to stderr
@@ -1157,7 +1162,8 @@ class Postfix:
         path = self.write("config/main.cf", MAIN_CF.format(folder) + settings)
         os.utime(path, (1, 1))  # Postfix waits while it is young
         programs = subprocess.check_output(
-            [POSTCONF, "-dh", "daemon_directory"], text=True).strip()
+            [POSTCONF, "-dh", "daemon_directory"], text=True,
+            stderr=subprocess.DEVNULL).strip()
         self.master = subprocess.Popen(
             [f"{programs}/master", "-e", "1800", "-c", f"{folder}/config"],
             start_new_session=True)
@@ -4112,6 +4118,52 @@ class HostsTest(DriverTest):
             "SELECT id, hit FROM limit_report ORDER BY hit"),
             [("Joe", 3), ("ann", 4)])
 
+    def test_check_compares_the_clocks(self) -> None:
+        real = time.time
+        for ahead, told in ((0, ""), (60, "60 seconds behind this host's"),
+                            (-60, "seconds ahead of this host's")):
+            with self.subTest(ahead=ahead), patch.object(
+                    time, "time", lambda by=ahead: real() + by):
+                status, _, err = command(
+                    "--check", "--standalone", self.folder, "-o",
+                    f"backend={self.server.backend}", "-f",
+                    self.write("test.yaml", self.config()))
+                self.assertEqual(status, 0, err)
+                self.assertIn(told, err)
+                self.assertEqual(len(err.splitlines()), bool(told))
+
+    def test_check_tells_when_a_commit_is_not_on_disk(self) -> None:
+        name = self.server.config_name
+        if self.server.backend == 1:
+            setting = "innodb_flush_log_at_trx_commit"
+            values = ("2", "0", "3", "1")
+            statement = f"SET GLOBAL {setting} = {{}}"
+            durable: tuple[str, ...] = ("1", "3")
+        else:
+            setting = "synchronous_commit"
+            values = ("off", "remote_write", "local", "on")
+            statement = f"ALTER ROLE test SET {setting} = {{}}"
+            durable = ("on", "local", "remote_write")
+        for value in values:
+            with self.subTest(name, value=value):
+                self.server.sql(statement.format(value))
+                done = self.command("--check")
+                self.assertEqual(done.returncode, 0)
+                told = "" if value in durable else (
+                    f"warning: {setting} is {value} on the database server")
+                self.assertIn(told, done.stderr)
+                self.assertEqual(len(done.stderr.splitlines()), bool(told))
+
+    def test_check_finds_tables_that_cannot_be_written(self) -> None:
+        self.assertEqual(self.host().ask(), PASS)
+        self.server.sql(self.server.grant)
+        _, _, tables = self.server.grant.rpartition(" ON ")
+        self.server.sql("REVOKE INSERT, UPDATE, DELETE ON "
+                        + tables.replace(" TO ", " FROM "))
+        done = self.command("--check", **self.connecting(user="weak"))
+        self.assertEqual((done.returncode, done.stdout), (6, ""))
+        self.assertIn("denied", done.stderr)
+
     @slow
     def test_check_tells_what_would_count_nothing(self) -> None:
         self.execute_all(*self.original)
@@ -4401,6 +4453,19 @@ class Psycopg2Test(HostsTest):
             self.assertLessEqual(
                 int(self.server.sql(self.server.connected)), 3)
         wait_for(lambda: host.ask() == PASS, "the table")
+
+    def is_fsync(self, value: str) -> bool:
+        """Say whether the server has read that value."""
+        return self.server.sql("SHOW fsync") == value
+
+    def test_check_tells_that_fsync_is_off(self) -> None:
+        for value, told in (("off", 1), ("on", 0)):
+            self.server.sql(f"ALTER SYSTEM SET fsync = {value}")
+            self.server.sql("SELECT pg_reload_conf()")
+            wait_for(functools.partial(self.is_fsync, value), "a reload")
+            done = self.command("--check")
+            self.assertEqual(done.stderr.count("warning: fsync is off"), told)
+            self.assertEqual(done.returncode, 0)
 
     def test_a_name_that_the_encoding_cannot_hold_is_counted(self) -> None:
         names = ("jos\u00e9", "\u20ac", "\U0001f600" * 47,
@@ -8312,10 +8377,12 @@ class CommandLineTest(FolderTest):
                 shuts = is_root() and "postfix" in {
                     group.gr_name for group in grp.getgrall()}
                 self.assertEqual(
-                    "warning: any account" in done.stderr,  # once it is made
+                    "any account" in done.stderr,  # once it is made
                     "missing" not in options[1] or not shuts)
-                self.assertRegex(done.stdout, "^each login: 10 mails per .*\n"
-                                 r"SQLite \S+, /\S+3\nOK\n$")
+                self.assertRegex(done.stdout, (
+                    r"^each login: 10 mails per .*\n"
+                    r"the daemon is not running\nPostfix: not checked: .*\n"
+                    r"SQLite \S+, /\S+3\nOK\n$"))
                 self.assertEqual(self.contents(), before)
 
     def test_check_says_when_any_account_may_connect(self) -> None:
@@ -8337,7 +8404,7 @@ class CommandLineTest(FolderTest):
                 self.assertEqual("any account" in done.stderr, told)
         os.chmod(self.folder, 0o755)  # what is made there will be open
         with patch.object(grp, "getgrall", return_value=[]):
-            self.assertTrue(prl.is_open(settings_of(
+            self.assertTrue(prl.anyone_may_connect(settings_of(
                 {"SOCKET": self.path("missing/policy")})))
 
     def contents(self) -> dict[str, bytes]:
@@ -8415,6 +8482,250 @@ class CommandLineTest(FolderTest):
                     self.assertRegex(
                         said, rf"(?m)^error: .*({self.folder}|192\.)")
 
+    def test_check_finds_the_files_that_stop_a_start(self) -> None:
+        options = [*here_as_ourselves(self), "-o", "debug=False"]
+        other = self.write("other", "not ours\n")
+        pid, lock = self.path("pid"), self.path("pid.lock")
+
+        def link(path: str) -> None:
+            os.symlink(other, path)
+
+        for path, make in (
+                (pid, link), (pid, os.mkdir), (pid, os.mkfifo),
+                (lock, link), (lock, os.mkdir),
+                (self.path("socket.lock"), link),
+                (self.path("socket.lock"), os.mkdir)):
+            with self.subTest(path=path, make=make.__name__):
+                make(path)
+                file = self.write("test.yaml", "")
+                done = run("--check", "-f", file, *options)
+                self.assertEqual((done.returncode, done.stdout), (6, ""))
+                self.assertRegex(done.stderr, f"(?m)^error: {path}: ")
+                self.assertNotEqual(
+                    run("-f", file, *options).returncode, 0)
+                if os.path.isdir(path):
+                    os.rmdir(path)
+                else:
+                    os.unlink(path)
+        with open(other) as file_of_others:
+            self.assertEqual(file_of_others.read(), "not ours\n")
+
+    def test_check_finds_a_second_name_of_the_pidfile(self) -> None:
+        os.link(self.write("other", ""), self.path("pid"))
+        status, out, err = command(
+            "--check", "-f", self.write("test.yaml", ""),
+            *here_as_ourselves(self))
+        self.assertEqual((status, out), (6, ""))
+        self.assertIn(f"error: {self.path('pid')}: has a second name", err)
+
+    def test_check_finds_that_a_database_s_link_leads_nowhere(self) -> None:
+        os.symlink(self.path("gone/db"), self.path("db.sqlite3"))
+        options = ["-f", self.write("test.yaml", ""),
+                   *here_as_ourselves(self)]
+        status, out, err = command("--check", *options)
+        self.assertEqual((status, out), (6, ""))
+        self.assertIn("the folder that it links to is missing", err)
+        os.mkdir(self.path("gone"))
+        self.assertEqual(command("--check", *options)[0], 0)
+
+    def test_check_finds_what_another_user_left(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        nobody = pwd.getpwnam("nobody")
+        os.chmod(self.folder, 0o1777)
+        left = self.path("socket")
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(left)
+        os.chmod(left, 0o666)
+        file = self.write("test.yaml", "debug: False\n")
+        options = [*here_as_ourselves(self), "-o", "user=nobody", "-o",
+                   f"group={grp.getgrgid(nobody.pw_gid).gr_name}"]
+        for path in (left, self.path("pid"), self.path("pid.lock")):
+            with self.subTest(path=path):
+                if path != left:
+                    self.write(os.path.basename(path), "")
+                for user, status in (("nobody", 6), ("root", 0)):
+                    done = run("--check", "-f", file, *options, user=user,
+                               cwd="/")
+                    self.assertEqual(done.returncode, status, done.stderr)
+                    said = "error" if status else "warning"
+                    self.assertRegex(done.stderr, f"(?m)^{said}: {path}: ")
+                started = run("-f", file, *options, user="nobody", cwd="/")
+                self.assertNotEqual(started.returncode, 0)
+                os.unlink(path)
+        done = run("--check", "-f", file, *options, user="nobody", cwd="/")
+        self.assertEqual((done.returncode, done.stdout[-3:]), (0, "OK\n"))
+
+    def test_check_finds_a_database_that_cannot_be_written(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        daemon = self.daemon(WIDE)
+        self.assertEqual(daemon.ask(), PASS)
+        daemon.stop()
+        nobody = pwd.getpwnam("nobody")
+        os.chmod(self.folder, 0o777)
+        base = self.path("db.sqlite3")
+        shutil.copy(daemon.database, base)
+        file = self.write("test.yaml", "debug: False\n")
+        options = [*here_as_ourselves(self), "-o", "user=nobody", "-o",
+                   f"group={grp.getgrgid(nobody.pw_gid).gr_name}"]
+        os.chmod(base, 0o644)
+        done = run("--check", "-f", file, *options)
+        self.assertEqual((done.returncode, done.stdout), (6, ""))
+        self.assertIn(f"error: {base}: ", done.stderr)
+        os.chown(base, nobody.pw_uid, nobody.pw_gid)
+        self.assertEqual(run("--check", "-f", file, *options).returncode, 0)
+        for name in ("db.sqlite3-wal", "db.sqlite3-shm"):
+            os.chmod(self.write(name, "x" * 5000), 0o600)
+            done = run("--check", "-f", file, *options)
+            self.assertEqual((done.returncode, done.stdout), (6, ""), name)
+            self.assertIn(f"error: {base}: ", done.stderr)
+            os.unlink(self.path(name))
+
+    def test_a_folder_that_root_alone_can_make_is_a_warning(self) -> None:
+        if not is_root():
+            skip("only root becomes another user")
+        nobody = pwd.getpwnam("nobody")
+        missing = self.path("missing")
+        options = [*here_as_ourselves(self), "-o", "user=nobody", "-o",
+                   f"group={grp.getgrgid(nobody.pw_gid).gr_name}"]
+        os.chmod(self.folder, 0o777)
+        for setting in ("SOCKET", "pidfile", "sqlite_config.database"):
+            with self.subTest(setting=setting):
+                done = run(
+                    "--check", "-f", self.write("test.yaml", ""), *options,
+                    "-o", f"{setting}={missing}/file")
+                self.assertEqual((done.returncode, done.stderr.count(
+                    f"warning: {missing}: missing")), (0, 0))
+        os.chmod(self.folder, 0o755)
+        given = self.path("given")
+        os.mkdir(given)
+        os.chown(given, nobody.pw_uid, nobody.pw_gid)
+        options += ["-o", f"SOCKET={given}/s", "-o", f"pidfile={given}/p",
+                    "-o", f"sqlite_config.database={given}/d"]
+        for setting in ("SOCKET", "pidfile", "sqlite_config.database"):
+            with self.subTest(setting=setting):
+                done = run(
+                    "--check", "-f", self.write("test.yaml", ""), *options,
+                    "-o", f"{setting}={missing}/file")
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(f"warning: {missing}: missing, or not writable"
+                              " for nobody", done.stderr)
+                self.assertIn(f"install -d -o nobody {missing}\n",
+                              done.stderr)
+
+    def test_check_tells_a_daemon_from_others_at_its_port(self) -> None:
+        file = self.write("test.yaml", "debug: False\n")
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            options = ["-f", file, "--standalone", self.path("daemon"), "-o",
+                       f'SOCKET=["127.0.0.1", {port}]']
+            status, out, err = command("--check", *options)
+            self.assertEqual((status, out), (6, ""))
+            self.assertIn(f"error: 127.0.0.1:{port}: another program listens"
+                          " there", err)
+            self.assertNotEqual(run(*options).returncode, 0)
+        self.assertIn("is not running\n", command("--check", *options)[1])
+        daemon = self.daemon(WIDE, *options[4:])
+        status, out, _ = command("--check", *daemon.options)
+        self.assertEqual(status, 0)
+        self.assertIn("\nthe daemon is running\n", out)
+
+    def test_check_tells_a_daemon_from_others_at_its_path(self) -> None:
+        options = ["-f", self.write("test.yaml", "debug: False\n"),
+                   "--standalone", self.path("daemon")]
+        os.mkdir(self.path("daemon"))
+        path = self.path("daemon/policy")
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(path)
+            other.listen()
+            status, out, err = command("--check", *options)
+            self.assertEqual((status, out), (6, ""))
+            self.assertIn(f"error: {path}: another program listens", err)
+            self.assertEqual(run(*options).returncode, 3)
+
+    def test_check_says_who_may_reach_a_port(self) -> None:
+        port = free_port()
+        for host, part in (("127.0.0.1", "any account"),
+                           ("127.0.0.9", "any account"),
+                           ("0.0.0.0", f"reach 0.0.0.0:{port} can exhaust")):
+            with self.subTest(host=host):
+                status, _, err = command(
+                    "--check", "--standalone", self.folder, "-f",
+                    self.write("test.yaml", "debug: False\n"), "-o",
+                    f'SOCKET=["{host}", {port}]')
+                self.assertEqual(status, 0, err)
+                [warning] = err.splitlines()
+                self.assertIn(part, warning)
+
+    def test_an_sqlite_database_may_be_given_as_a_uri(self) -> None:
+        os.mkdir(self.path("a b"))
+        for number, (database, path) in enumerate((
+                (f"file:{self.path('plain')}", self.path("plain")),
+                (f"file:{self.path('new/folder/db')}?mode=rwc",
+                 self.path("new/folder/db")),
+                (f"file://{self.path('a%20b/c')}", self.path("a b/c")),
+                (f"file://localhost{self.path('d')}?cache=private#x",
+                 self.path("d")))):
+            with self.subTest(database=database):
+                config = (f"sqlite_config: {{database: {json.dumps(database)},"
+                          " uri: true}\nlimits: [[2, 3600]]\n")
+                options = ["-f", self.write("test.yaml", config), "-o",
+                           "SOCKET=" + self.path("socket"), "-o",
+                           "pidfile=" + self.path("pid")]
+                if is_root():
+                    options += here_as_ourselves(self)[:4]
+                done = run("--check", *options)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(f", {path}\nOK\n", done.stdout)
+                self.assertFalse(os.path.exists(path))
+                daemon = self.daemon(
+                    config, "-o", "sqlite_config="
+                    f"{{database: {json.dumps(database)}, uri: true}}",
+                    name=f"daemon{number}")
+                for answer in (PASS, PASS, REFUSED):
+                    self.assertEqual(daemon.ask(), answer)
+                self.assertEqual(counted(path), {"joe": 2})
+                self.assertIn("joe", run(
+                    "--status", *daemon.options).stdout)
+                self.assertFalse(os.path.exists("file:"))
+
+    def test_a_uri_that_forbids_to_make_the_file_is_told(self) -> None:
+        path = self.path("db")
+        for mode in ("rw", "ro"):
+            options = [
+                "--standalone", self.folder, "-f",
+                self.write("test.yaml", "debug: False\n"), "-o",
+                f'sqlite_config={{database: "file:{path}?mode={mode}",'
+                ' uri: true}']
+            status, out, err = command("--check", *options)
+            self.assertEqual((status, out), (6, ""), mode)
+            self.assertIn("unable to open database file", err)
+
+    def test_a_database_in_memory_needs_no_folder(self) -> None:
+        locked = self.path("locked")
+        os.mkdir(locked, 0o555)
+        for database in (":memory:", "file::memory:", "file:x?mode=memory",
+                         "file::memory:?cache=shared"):
+            with self.subTest(database=database):
+                text = f'{{database: "{database}", uri: true}}'
+                user = {"user": "nobody"} if is_root() else {}
+                os.chmod(self.folder, 0o777)
+                done = run("--check", "--standalone", self.folder, "-f",
+                           self.write("test.yaml", ""), "-o",
+                           f"sqlite_config={text}", cwd=locked, **user)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn(", in memory\nOK\n", done.stdout)
+                daemon = self.daemon(
+                    "limits: [[2, 3600]]", "-o", f"sqlite_config={text}",
+                    name=f"daemon{len(os.listdir(self.folder))}")
+                for answer in (PASS, PASS, REFUSED):
+                    self.assertEqual(daemon.ask(), answer)
+                self.assertNotIn("away", daemon.log())
+                done = run("--status", *daemon.options)
+                self.assertEqual(done.returncode, 6)
+                self.assertIn("in memory", done.stderr)
+
     def test_a_file_that_only_root_can_read_is_told(self) -> None:
         if not is_root():
             skip("only root becomes another user")
@@ -8436,35 +8747,13 @@ class CommandLineTest(FolderTest):
                 "not executable")), (0, told), done.stderr)
         daemon.stop()
         os.chmod(daemon.config, 0o600)
-        line = (f"error: {daemon.config}: nobody cannot read it, so a reload"
-                " will fail, or a start by systemd\n")
+        line = (f"{daemon.config}: nobody cannot read it, so a reload will"
+                " fail, or a start by systemd\n")
         done = run("--check", "-f", daemon.config)
-        self.assertEqual((done.returncode, done.stdout), (5, ""))
-        self.assertIn(line, done.stderr)
+        self.assertEqual((done.returncode, done.stdout[-3:]), (0, "OK\n"))
+        self.assertIn(f"warning: {line}", done.stderr)
         daemon.start()
-        daemon.wait_log(line)
-
-    def test_what_the_unit_protects_is_told(self) -> None:
-        with open(os.path.join(HERE, "policyd-rate-limit.service")) as file:
-            unit = self.write("unit", file.read())
-        folders = ["/run/policyd-rate-limit", "/var/run/policyd-rate-limit",
-                   "/var/spool/postfix/ratelimit", "/srv/policyd",
-                   "/var/lib/policyd-rate-limit/x", "/var/lib/policyd-rate"]
-        self.assertEqual(prl.barred(folders), [])
-        with patch.object(prl, "UNIT", unit):
-            self.assertEqual(prl.barred(folders), [
-                "/srv/policyd", "/var/lib/policyd-rate"])
-            if is_root():
-                got = command("--check", "-f", self.write("a.yaml", ""),
-                              *here_as_ourselves(self))
-                self.assertEqual(got[0], 0)
-                self.assertIn(
-                    f"warning: {self.folder}: the unit lets nobody write"
-                    " there: systemctl edit policyd-rate-limit, add"
-                    f" ReadWritePaths={self.folder}\n", got[2])
-            os.mkdir(f"{unit}.d")
-            self.write("unit.d/a.conf", "[Service]\nReadWritePaths=/a /srv")
-            self.assertEqual(prl.barred(folders), ["/var/lib/policyd-rate"])
+        daemon.wait_log(f"error: {line}")
 
     def test_start_that_fails_removes_nothing_of_others(self) -> None:
         file = self.write("a.yaml", "limits: [[1, 60]]\n")
@@ -9222,6 +9511,394 @@ class PostfixTest(FolderTest):
                 other = self.postfix(f"not-{stage}", **{name: value})
                 self.assertEqual([250, 250], other.send("joe"))
                 self.assertEqual(over, other.send("joe"))
+
+
+CHECK = "check_policy_service { unix:ratelimit/policy, default_action=DUNNO }"
+SMTP = "smtp inet n - y - - smtpd"
+SUBMISSION = "submission inet n - y - - smtpd"
+
+
+class PostconfTest(unittest.TestCase):
+    """What --check makes of the text that postconf prints."""
+
+    def told(self, main: str, services: str = SMTP, overrides: str = "",
+             **settings: Any) -> list[str]:
+        """Return the warnings about a Postfix."""
+        postfix = prl.parse_postfix(
+            "queue_directory = /var/spool/postfix\n"
+            f"config_directory = /etc/postfix\n{main}", services, overrides)
+        return list(prl.warn_of_postfix(postfix, settings_of(settings)))
+
+    def test_who_asks_rightly_is_not_warned(self) -> None:
+        data = f"smtpd_data_restrictions = {CHECK}"
+        tcp = {"SOCKET": ["127.0.0.1", 8552]}
+        tcp6 = {"SOCKET": ["::1", 8552]}
+        bare = "smtpd_data_restrictions = check_policy_service"
+        cases: list[tuple[str, dict[str, Any]]] = [
+            (data, {}), (data, {"count_mode": 1}), (data, {"count_mode": 2}),
+            (data.replace(",", ""), {}),
+            (data.upper().replace("SMTPD_DATA_RESTRICTIONS", (
+                "smtpd_data_restrictions")).replace(
+                    "UNIX:RATELIMIT/POLICY", "unix:ratelimit/policy"), {}),
+            (f"{bare} unix:ratelimit/policy", {}),
+            (f"{bare} unix:ratelimit/policy, permit", {}),
+            (f"{bare} local:ratelimit/policy", {}),
+            (f"{bare} unix:ratelimit/./policy", {}),
+            (f"{bare} {{ unix:ratelimit/policy }}", {}),
+            (f"{bare} {{unix:ratelimit/policy,{{timeout = 9s}}}}", {}),
+            (f"smtpd_data_restrictions = permit_mynetworks,\n   {CHECK}", {}),
+            (f"smtpd_data_restrictions=warn_if_reject reject, {CHECK}", {}),
+            (f"smtpd_recipient_restrictions = reject_unlisted_recipient,"
+             f" {CHECK}, permit_mynetworks", {"count_mode": 0}),
+            (f"smtpd_relay_restrictions = {CHECK}", {"count_mode": 0}),
+            (f"smtpd_sender_restrictions = {CHECK}", {}),
+            (f"smtpd_client_restrictions = {CHECK}", {"count_mode": 0}),
+            (f"smtpd_end_of_data_restrictions = {CHECK}", {"count_mode": 1}),
+            (f"{data}\nsmtpd_end_of_data_restrictions = {CHECK}", {}),
+            (f"{data}\nsmtpd_recipient_restrictions = check_policy_service"
+             " inet:127.0.0.1:10023", {}),  # another policy server
+            (f"{data}\nsmtpd_recipient_restrictions = check_policy_service"
+             " unix:ratelimit/policy", {"count_mode": 1}),
+            (f"{bare} inet:127.0.0.1:8552", tcp),
+            (f"{bare} inet:localhost:8552", tcp), (f"{bare} inet:8552", tcp),
+            (f"{bare} inet:mx.example.org:8552", tcp),
+            (f"{bare} inet:[127.0.0.1]:8552", tcp),
+            (f"{bare} inet:[::1]:8552", tcp6),
+            (f"{bare} inet:[0:0:0:0:0:0:0:1]:8552", tcp6),
+            (f"{bare} inet:localhost:8552", tcp6),
+            (f"{bare} inet:localhost:smtp", {"SOCKET": ["127.0.0.1", 25]}),
+            (f"{bare} inet:10.0.0.7:8552", {"SOCKET": ["0.0.0.0", 8552]}),
+            ("", {"SOCKET": ["192.0.2.7", 8552]}),  # other hosts may ask
+            # A class may be the result of a look-up, in any list.
+            ("smtpd_restriction_classes = limited\nlimited = permit_mynetworks"
+             f" {CHECK}\nsmtpd_client_restrictions = check_client_access"
+             " hash:/x", {"count_mode": 1}),
+            ("smtpd_restriction_classes = outer, limited\n"
+             f"limited = {CHECK}\nouter = reject_unauth_pipelining limited\n"
+             "smtpd_data_restrictions = outer", {"count_mode": 1}),
+            (data, {"quotas": [{"by": "sasl_domain", "limits": [[1, 60]]}]}),
+            (f"smtpd_recipient_restrictions = {CHECK}", {"quotas": [
+                {"by": "recipient_domain", "limits": [[1, 60]]}]}),
+            (f"smtpd_end_of_data_restrictions = {CHECK}", {"quotas": [
+                {"by": "server", "count": "bytes", "limits": [[1, 60]]}]})]
+        for main, settings in cases:
+            with self.subTest(main=main, settings=settings):
+                self.assertEqual(self.told(main, **settings), [])
+
+    def test_a_service_that_need_not_ask_is_not_warned(self) -> None:
+        data = f"smtpd_data_restrictions = {CHECK}"
+        for main, services, overrides in (
+                (data, f"{SMTP}\n127.0.0.1:10025 inet n - n - - smtpd",
+                 "127.0.0.1:10025/inet/smtpd_data_restrictions ="),
+                (data, f"{SMTP}\n[::1]:10025 inet n - n - - smtpd",
+                 "[::1]:10025/inet/smtpd_data_restrictions ="),
+                ("", f"{SMTP}\n{SUBMISSION}",
+                 f"submission/inet/{data}"),  # only users who log in
+                (data, SUBMISSION, f"submission/inet/{data}"),
+                ("", "smtp inet n - y - 1 postscreen\nsmtpd pass - - y - -"
+                 " smtpd\npickup unix n - y 60 1 pickup",
+                 f"smtpd/pass/{data}"),
+                ("", "qmgr unix n - n 300 1 qmgr", "")):  # takes no mail
+            with self.subTest(overrides=overrides):
+                self.assertEqual(self.told(main, services, overrides), [])
+
+    def test_what_turns_limits_off_is_told(self) -> None:
+        data = "smtpd_data_restrictions ="
+        bare = f"{data} check_policy_service"
+        fix = f"write into /etc/postfix/main.cf: {data} {CHECK}"
+        tcp = {"SOCKET": ["127.0.0.1", 8552]}
+        cases: list[tuple[str, dict[str, Any], Sequence[str]]] = [
+            ("", {}, ["Postfix never asks at SOCKET", fix]),
+            ("", {"count_mode": 0}, [
+                "never", fix.replace("data", "recipient")]),
+            (f"{bare} unix:other/policy", {}, [
+                f"put this first in {data[:-2]} in /etc/postfix/main.cf:"
+                f" {CHECK}", "asks at unix:other/policy"]),
+            (f"{bare} inet:127.0.0.1:8552", {}, ["asks at inet:127.0.0.1:85"]),
+            (f"{bare} unix:ratelimit/policy", tcp, [
+                "never", "check_policy_service { inet:127.0.0.1:8552, defau"]),
+            (f"{bare} inet:127.0.0.1:8553", tcp, ["never"]),
+            (f"{bare} inet:localhost:8552", {"SOCKET": ["127.0.0.1", 8553]},
+             ["never"]),
+            (f"{bare} inet:[::1]:8552", tcp, ["never"]),
+            (f"{bare} unix:/var/spool/postfix/ratelimit/policy", {}, [
+                "never", "which smtp/inet cannot reach, since it is chrooted"
+                " in /var/spool/postfix"]),
+            (f"{bare} unix:/run/policy", {"SOCKET": "/run/policy"}, [
+                "and move SOCKET below /var/spool/postfix, since smtpd is"]),
+            (f"{data} reject, {CHECK}", {}, ["never"]),
+            (f"smtpd_etrn_restrictions = {CHECK}", {}, ["asks at ETRN"]),
+            (f"{data} {CHECK}", {"count_mode": 0}, [
+                "/etc/postfix/main.cf: smtpd_data_restrictions asks at DATA,"
+                " where count_mode 0 counts nothing: write into",
+                f"smtpd_recipient_restrictions = {CHECK}"]),
+            (f"smtpd_recipient_restrictions = {CHECK}", {"count_mode": 1},
+             ["asks at RCPT", fix]),
+            (f"smtpd_sender_restrictions = {CHECK}\nsmtpd_delay_reject = no",
+             {}, ["asks at MAIL", fix]),
+            (f"{data} warn_if_reject {CHECK}", {}, ["no mail is refused"]),
+            (f"{data} {CHECK}\nsmtpd_end_of_data_restrictions ="
+             " check_policy_service unix:ratelimit/policy", {},
+             ["every mail counts twice", "unix:ratelimit/policy"]),
+            ("smtpd_sasl_auth_enable = yes\n"
+             f"{data} permit_sasl_authenticated, {CHECK}", {},
+             ["from users who logged in is not limited"]),
+            (f"{data} {CHECK}", {"quotas": [
+                {"by": "recipient", "limits": [[1, 60]]}]},
+             ["quotas: recipient: Postfix names every recipient only at"]),
+            (f"{data} {CHECK}", {"count_mode": 1, "quotas": [
+                {"by": "server", "when": {"recipient_domain": "x.org"},
+                 "limits": [[1, 60]]}]},
+             ["quotas: server: Postfix names", "set count_mode: auto"]),
+            (f"{data} {CHECK}", {"quotas": [
+                {"by": "server", "count": "bytes", "limits": [[1, 60]]}]},
+             ["quotas: server: the real size", "smtpd_end_of_data_restr"])]
+        for main, settings, parts in cases:
+            with self.subTest(main=main, settings=settings):
+                [warning] = self.told(main, **settings)
+                for part in parts:
+                    self.assertIn(part, warning)
+
+    def test_a_service_that_overrides_the_list_is_told(self) -> None:
+        data = f"smtpd_data_restrictions = {CHECK}"
+        for services, overrides, part in (
+                (f"{SMTP}\n{SUBMISSION}",
+                 "submission/inet/smtpd_data_restrictions =",
+                 "/etc/postfix/master.cf: submission/inet: -o"
+                 " smtpd_data_restrictions overrides the list of main.cf, so"
+                 " mail that comes there is not limited"),
+                (SMTP, "smtp/inet/smtpd_data_restrictions = permit",
+                 "never asks"),
+                (f"{SMTP}\nsmtpd pass - - n - - smtpd",
+                 "smtpd/pass/smtpd_data_restrictions = reject_unauth_pipelin"
+                 "ing", "smtpd/pass: -o"),
+                (f"smtp inet n - n - - smtpd\n{SUBMISSION}",
+                 "submission/inet/smtpd_data_restrictions ="
+                 " check_policy_service"
+                 " unix:/var/spool/postfix/ratelimit/policy",
+                 "submission/inet")):
+            with self.subTest(overrides=overrides):
+                self.assertIn(part, self.told(data, services, overrides)[0])
+
+    def test_chroot_has_the_default_of_postfix_s_version(self) -> None:
+        absolute = ("smtpd_data_restrictions = check_policy_service"
+                    " unix:/var/spool/postfix/ratelimit/policy\n")
+        for column, level, chrooted in (
+                ("y", "3.6", True), ("n", "0", False), ("-", "3.6", False),
+                ("-", "2", False), ("-", "0", True)):
+            with self.subTest(column=column, level=level):
+                told = self.told(f"{absolute}compatibility_level = {level}",
+                                 f"smtp inet n - {column} - - smtpd")
+                self.assertEqual(bool(told), chrooted)
+
+    def test_lists_are_split_as_postfix_does(self) -> None:
+        for text, words in (
+                ("", []), ("a,b  c,\td", ["a", "b", "c", "d"]),
+                ("{ a, b } c", ["{ a, b }", "c"]),
+                ("x {a {b, c}} ,y", ["x", "{a {b, c}}", "y"]),
+                ("a } b", ["a", "}", "b"]), ("{ a, b", ["{ a, b"])):
+            with self.subTest(text=text):
+                self.assertEqual(prl.split_list(text), words)
+
+
+class OptionPostfix(Postfix):
+    """A Postfix whose smtpd has a line of its own in master.cf."""
+
+    def __init__(self, folder: str, smtpd: str, **main_cf: str) -> None:
+        """Take the columns from chroot on."""
+        self.smtpd = smtpd
+        super().__init__(folder, **main_cf)
+
+    def write(self, name: str, text: str) -> str:
+        """Write a file; master.cf as it was given."""
+        if name == "config/master.cf":
+            text = text.replace("n - - smtpd", self.smtpd, 1)
+        return super().write(name, text)
+
+
+class PostfixCheckTest(FolderTest):
+    """What --check says of a real Postfix, and what this really does."""
+
+    def setUp(self) -> None:
+        """Skip where there is no Postfix."""
+        super().setUp()
+        if Postfix.missing():
+            skip(f"missing: {Postfix.missing()}")
+        self.config = "limits: [[1, 3600]]"
+
+    def start(self, options: Sequence[str] = (), smtpd: str = "n - - smtpd",
+              **main_cf: str) -> tuple[Postfix, Daemon]:
+        """Start a Postfix, and a daemon with a socket in its queue."""
+        home = tempfile.mkdtemp(dir=self.folder)
+        os.chmod(home, 0o755)
+        postfix = OptionPostfix(home, smtpd, **main_cf)
+        self.addCleanup(postfix.stop)
+        folder = f"{home}/queue/ratelimit"
+        os.mkdir(folder)
+        shutil.chown(folder, group="postfix")
+        os.chmod(folder, 0o750)
+        daemon = self.daemon(
+            self.config, "-o", f"SOCKET={folder}/policy", *options,
+            name=os.path.basename(home) + "-daemon")
+        return postfix, daemon
+
+    def check(self, postfix: Postfix, daemon: Daemon
+              ) -> tuple[str, list[str]]:
+        """Return what --check prints, and its warnings."""
+        with patch.dict(os.environ, MAIL_CONFIG=f"{postfix.folder}/config"):
+            status, out, err = command("--check", *daemon.options)
+        self.assertEqual((status, out[-4:]), (0, "\nOK\n"), err)
+        return out, err.splitlines()
+
+    def test_a_right_set_up_has_no_warning_and_limits(self) -> None:
+        for stage, over in (("recipient", [450]), ("data", [250, 450]),
+                            ("end_of_data", [250, 450]), ("sender", [450])):
+            with self.subTest(stage=stage):
+                postfix, daemon = self.start(
+                    **{f"smtpd_{stage}_restrictions": CHECK})
+                out, warnings = self.check(postfix, daemon)
+                self.assertEqual(warnings, [])
+                self.assertIn("the daemon is running\nPostfix: asks for mail"
+                              f" that comes to 127.0.0.1:{postfix.port}/inet"
+                              "\n", out)
+                self.assertEqual(postfix.send("joe"), [250, 250])
+                self.assertEqual(postfix.send("joe"), over)
+
+    def test_a_chrooted_service_finds_the_socket(self) -> None:
+        postfix, daemon = self.start(smtpd="y - - smtpd",
+                                     smtpd_data_restrictions=CHECK)
+        self.assertEqual(self.check(postfix, daemon)[1], [])
+        self.assertEqual(postfix.send("joe"), [250, 250])
+        self.assertEqual(postfix.send("joe"), [250, 450])
+
+    def test_each_way_not_to_ask_is_told(self) -> None:
+        data = "smtpd_data_restrictions"
+        other = CHECK.replace("ratelimit/", "other/")
+        inet = CHECK.replace("unix:ratelimit/policy", "inet:127.0.0.1:9")
+        absolute = CHECK.replace("unix:", f"unix:{self.folder}/")
+        plain = "n - - smtpd"
+        for main_cf, smtpd, options, part in (
+                ({}, plain, (), "Postfix never asks at SOCKET"),
+                ({data: other}, plain, (), "asks at unix:other/policy"),
+                ({data: inet}, plain, (), "asks at inet:127.0.0.1:9"),
+                ({data: absolute}, "y - - smtpd", (), "never asks"),
+                ({data: CHECK}, f"{plain} -o {data}=", (),
+                 f"overrides {data}"),
+                ({data: CHECK}, plain, ("-o", "count_mode=0"),
+                 "asks at DATA, where count_mode 0 counts nothing"),
+                ({"smtpd_recipient_restrictions": CHECK}, plain,
+                 ("-o", "count_mode=1"), "asks at RCPT, where count_mode 1"),
+                ({"smtpd_sender_restrictions": CHECK, "smtpd_delay_reject":
+                  "no"}, plain, (), "asks at MAIL, where count_mode auto"),
+                ({data: CHECK}, plain, ("-o", "socket_permission=0600"),
+                 "with 0600, Postfix's user postfix cannot connect"),
+                ({data: f"warn_if_reject {CHECK}"}, plain, (),
+                 "no mail is refused")):
+            with self.subTest(part=part):
+                postfix, daemon = self.start(options, smtpd, **main_cf)
+                for _ in range(3):
+                    self.assertEqual(postfix.send("joe"), [250, 250])
+                [warning] = self.check(postfix, daemon)[1]
+                self.assertIn(part, warning)
+
+    def test_a_folder_that_shuts_postfix_out_is_told(self) -> None:
+        postfix, daemon = self.start(smtpd_data_restrictions=CHECK)
+        folder = f"{postfix.folder}/queue/ratelimit"
+        os.chmod(folder, 0o700)
+        for _ in range(2):
+            self.assertEqual(postfix.send("joe"), [250, 250])
+        [warning] = self.check(postfix, daemon)[1]
+        self.assertIn(f"{folder}: Postfix's user postfix may not enter",
+                      warning)
+        rights = [(0x01, 7, 0xFFFFFFFF), (0x02, 1, pwd.getpwnam(
+            "postfix").pw_uid), (0x04, 0, 0xFFFFFFFF),
+            (0x10, 1, 0xFFFFFFFF), (0x20, 0, 0xFFFFFFFF)]  # as acl(5) has it
+        shutil.chown(folder, group="root")
+        try:  # setfacl -m u:postfix:x
+            os.setxattr(folder, "system.posix_acl_access", struct.pack(
+                "<I", 2) + b"".join(struct.pack("<HHI", *right)
+                                    for right in rights))
+        except OSError as error:
+            skip(f"no access control lists: {error}")
+        self.assertEqual(self.check(postfix, daemon)[1], [])
+        self.assertEqual(postfix.send("joe"), [250, 250])
+        self.assertEqual(postfix.send("joe"), [250, 450])
+
+    def test_a_check_in_two_spellings_counts_twice(self) -> None:
+        self.config = "{count_mode: 2, limits: [[2, 3600]]}"
+        postfix, daemon = self.start(
+            smtpd_data_restrictions=CHECK, smtpd_end_of_data_restrictions=(
+                "check_policy_service unix:ratelimit/policy"))
+        [warning] = self.check(postfix, daemon)[1]
+        self.assertIn("every mail counts twice", warning)
+        self.assertEqual(postfix.send("joe"), [250, 250])
+        self.assertEqual(counted(daemon.database), {"joe": 2})
+        self.assertEqual(postfix.send("joe"), [250, 450])
+
+    def test_that_the_daemon_does_not_run_is_told(self) -> None:
+        postfix, daemon = self.start(smtpd_data_restrictions=CHECK)
+        daemon.stop()
+        self.assertIn("the daemon is not running\n",
+                      self.check(postfix, daemon)[0])
+
+    def test_variables_classes_and_long_lines_are_read(self) -> None:
+        folder = self.path("config")
+        os.mkdir(folder)
+        os.makedirs(self.path("queue/ratelimit"))
+        for master, main in (
+                ("smtp inet n - y - - smtpd", """
+                    policy = check_policy_service
+                        # a comment
+                        { unix:ratelimit/policy,
+                          default_action=DUNNO }
+                    smtpd_data_restrictions =
+                        permit_mynetworks, ${policy}"""),
+                ("smtp inet n - y - - smtpd", """
+                    limited = yes
+                    smtpd_data_restrictions = ${limited?{CHECK}:{permit}}"""),
+                ("smtp inet n - y - - smtpd", """
+                    smtpd_restriction_classes = outside limited
+                    limited = CHECK
+                    outside = limited
+                    smtpd_client_restrictions =
+                        check_client_access inline:{{ 192.0.2.1 = outside }}
+                    """),
+                ("""
+                 smtp inet n - - - - smtpd
+                     -o { smtpd_data_restrictions = permit_mynetworks,
+                          $mine }
+                 submission inet n - y - - smtpd
+                     -o mine=permit_auth_destination
+                     -o smtpd_data_restrictions=$limits
+                 """, "mine = CHECK\nlimits = permit_mynetworks, $mine CHECK\n"
+                 "smtpd_data_restrictions = CHECK")):
+            with self.subTest(main=main):
+                text = textwrap.dedent(main).replace("CHECK", CHECK)
+                self.write("config/main.cf", (
+                    f"queue_directory = {self.path('queue')}\n"
+                    f"compatibility_level = 3.6\n{text}\n"))
+                self.write("config/master.cf",
+                           textwrap.dedent(master).strip() + "\n")
+                with patch.dict(os.environ, MAIL_CONFIG=folder):
+                    status, out, err = command(
+                        "--check", "--standalone", self.folder, "-o", "SOCKET="
+                        + self.path("queue/ratelimit/policy"))
+                self.assertEqual(status, 0, err)
+                self.assertEqual([line for line in err.splitlines()
+                                  if "any account" not in line], [])
+                self.assertIn("Postfix: asks for mail that comes to smtp", out)
+
+    def test_what_cannot_be_looked_at_is_told_in_one_line(self) -> None:
+        daemon = self.daemon(self.config, "-o", "socket_permission=0600")
+        os.mkdir(self.path("empty"))
+        os.chmod(self.write("postconf", "#!/bin/sh\nexit 3\n"), 0o755)
+        for environment in (
+                {"MAIL_CONFIG": self.path("empty")},
+                {"PATH": self.folder + os.pathsep + os.environ["PATH"]}):
+            with patch.dict(os.environ, environment):
+                status, out, err = command("--check", *daemon.options)
+            self.assertEqual((status, err), (0, ""))
+            self.assertRegex(out, r"\nPostfix: not checked: .*\n")
 
 
 if __name__ == "__main__":
