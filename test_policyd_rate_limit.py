@@ -82,6 +82,7 @@ QUICK = bool(os.environ.get("POLICYD_TEST_QUICK"))
 NO_SKIP = bool(os.environ.get("POLICYD_TEST_NO_SKIP"))
 PASS = "dunno"
 REFUSED = "defer_if_permit Rate limit reach, retry later"
+BLOCKED = "defer_if_permit Sending is blocked, contact your postmaster"
 AWAY = "defer_if_permit no database"
 DB_AWAY = "450 4.3.0 the database is away"
 WIDE = "limits: [[100000, 86400]]\ndebug: False\n"  # limits that nobody hits
@@ -3145,6 +3146,24 @@ class StoreContract:
                 (1000, 1, 1), (1002, 2, 3), (1003, 2, 5), (1004, 2, 7),
                 (1004, 1, 8), (1004, 1, 9), (1004, 1, 10)])
 
+    def test_a_doubtful_mail_comes_ahead_of_those_since_it_was_sent(
+            self) -> None:
+        ledger = self.open()
+        faults, claims = Faults(ledger), [
+            prl.Claim("joe", 1, (prl.Limit(3, 10),))]
+
+        def remember() -> None:
+            ledger.memory.decide(prl.Mail(claims, 1008, "b", "DATA"))
+
+        faults.lose_commit(is_sent=False, before=remember)
+        ledger.decide(prl.Mail(claims, 1000, "a", "DATA"))
+        self.assertEqual(ledger.memory.decide(
+            prl.Mail(claims, 1011, "c", "DATA")).usage[0].used, 1)
+        ledger.store_remembered(1012)
+        self.assertEqual(self.execute(
+            ledger, "SELECT instance, date FROM mail_count ORDER BY total"),
+            [("a", 1000), ("b", 1008), ("c", 1011)])
+
     def test_limits_hold_from_the_first_mail_of_an_outage(self) -> None:
         ledger = self.open()
         values = [prl.Claim("key", 1, (prl.Limit(2, 600),), value=value)
@@ -4823,10 +4842,10 @@ class DatabaseFailureTest(AwayTest):
     def test_who_is_blocked_stays_so_in_an_outage(self) -> None:
         daemon = self.daemon(self.config)
         self.assertEqual(run(*daemon.options, "--block", "joe").returncode, 0)
-        self.assertEqual(daemon.ask(), REFUSED)
+        self.assertEqual(daemon.ask(), BLOCKED)
         with moved_away(daemon.database):
             os.mkdir(daemon.database)
-            self.assertEqual(daemon.ask(), REFUSED)
+            self.assertEqual(daemon.ask(), BLOCKED)
             self.assertEqual(daemon.ask(sasl_username="ann"), AWAY)
             os.rmdir(daemon.database)
 
@@ -6974,12 +6993,12 @@ class StatusTest(ReportsTest):
         for options, said, answers in (
                 ((), "", [PASS, PASS, REFUSED]),
                 (("--limit", "JOE", "4/min, 9/days"),
-                 "joe: 4/60s, 9/86400s for good", [PASS, PASS, REFUSED]),
+                 "joe: 4/60s, 9/86400s permanently", [PASS, PASS, REFUSED]),
                 (("--limit", "joe", "[[5, 60]]", "--for", "2h"),
                  "joe: 5/60s until 20", [PASS, REFUSED]),
-                (("--limit", "joe", "[]"), "joe: no limits for good", [PASS]),
+                (("--limit", "joe", "[]"), "joe: no limits permanently", [PASS]),
                 (("--block", "joe", "--for=30m"), "joe: blocked until 2",
-                 [REFUSED]),
+                 [BLOCKED]),
                 (("--unlimit", "joe"), "joe: its usual limits hold again",
                  [REFUSED]),
                 (("--unlimit", "joe"), "joe: it has its usual limits",
@@ -6995,13 +7014,13 @@ class StatusTest(ReportsTest):
         self.assertEqual(daemon.ask(sasl_username="free"), PASS)
         self.assertEqual(counted(daemon.database), {"joe": 2})
         self.assertEqual(run(*daemon.options, "--block", "free").stderr, "")
-        self.assertEqual(daemon.ask(sasl_username="free"), REFUSED)
+        self.assertEqual(daemon.ask(sasl_username="free"), BLOCKED)
         shown = run(*daemon.options, "--status", "free").stdout
-        self.assertIn("limits, from --limit (for good):\n    1d", shown)
+        self.assertIn("limits, from --limit (permanently, since 20\n    1d", shown)
         self.assertIn(" blocked\n", shown)
         self.assertRegex(shown, "\n1 +blocked +20")
         self.assertRegex(run(*daemon.options, "--status").stdout,
-                         r"free +1d \[#{10}\] blocked +1 .* for good\n")
+                         r"free +1d \[#{10}\] blocked +1 .* permanent\n")
         self.assertRegex(daemon.log(), "no limits, action=dunno\n(.*\n)*.*"
                          "identity=<free>, cost=1, used=blocked,"
                          " client=192.0.2.7, broken=blocked, attempts=1, ")
@@ -7032,9 +7051,9 @@ class StatusTest(ReportsTest):
         done = run(*daemon.options, "--block", "sasl_domain=free.example")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         self.assertEqual(
-            daemon.ask(sasl_username="joe@free.example"), REFUSED)
+            daemon.ask(sasl_username="joe@free.example"), BLOCKED)
         spelt, address = "Client_Address=2001:DB8:0::1", "2001:db8::1"
-        for option, expected in (("--block", REFUSED), ("--unlimit", PASS)):
+        for option, expected in (("--block", BLOCKED), ("--unlimit", PASS)):
             done = run(*daemon.options, option, spelt)
             self.assertEqual(done.returncode, 0)
             self.assertIn(f"client_address={address}: ", done.stdout)
