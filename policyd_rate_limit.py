@@ -1265,7 +1265,7 @@ class Backend:
     placeholder = "%s"  # for a value, in the driver's statements
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
-    encoding = "UTF8"  # of all text: see PostgreSQL
+    encoding = "UTF8"  # of the database
     first: tuple[str, ...] = ()  # of the statements on a connection
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
@@ -1281,7 +1281,8 @@ class Backend:
             " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
             ", last = excluded.last, client = excluded.client")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
-           " (id, value) DO UPDATE SET date = excluded.date")
+           " (id, value) DO UPDATE SET date = excluded.date"
+           " WHERE mail_value.date < excluded.date")  # it never goes back
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -1338,8 +1339,8 @@ class Backend:
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
         if self.encoding != "UTF8":
-            log.warning("the database is in %s: what that cannot hold is"
-                        " counted under a hash", self.encoding)
+            log.warning("the database is in %s: a name that is not ASCII is"
+                        " counted under its hash", self.encoding)
         return f"{version}, through {self.driver.__name__}"
 
 
@@ -1406,6 +1407,22 @@ class SQLite(Backend):
         return status.st_dev, status.st_ino
 
 
+# What an upsert wanted to insert: MySQL has deprecated VALUES(), MariaDB has
+# no alias.  Each reads what is marked for it, the rest is a comment to it.
+UPSERT = "/*!80020 AS new */ ON DUPLICATE KEY UPDATE"
+NEW = "/*!80020 new.{0} */ /*M! VALUE({0}) */"
+SESSION = (  # what counting needs, whatever init_command or the server set
+    "SET autocommit = 0, completion_type = 'NO_CHAIN',"
+    " sql_mode = 'STRICT_ALL_TABLES',"  # an empty text is a text
+    f" sql_select_limit = {2**64 - 1}, sql_big_selects = 1,"
+    " sql_safe_updates = 0, default_storage_engine = InnoDB,"
+    " lock_wait_timeout = {0}, innodb_lock_wait_timeout = {0}",
+    # Its snapshot is taken by the first SELECT, thus after the turn.
+    "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ WRITE",
+    "SET NAMES utf8mb4 COLLATE utf8mb4_bin",
+)
+
+
 class MySQL(Backend):
     """MariaDB and MySQL, also Galera."""
 
@@ -1431,13 +1448,14 @@ class MySQL(Backend):
     try_table = "PREPARE try_table FROM '{}'"
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
-    note = (f"{REFUSED} ON DUPLICATE KEY UPDATE mails = VALUES(mails),"
-            " hits = hits + VALUES(hits), last = VALUES(last),"
-            " client = VALUES(client)")
-    see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
-           " ON DUPLICATE KEY UPDATE date = VALUES(date)")
-    # Changed since it was read; deadlock; a table that another host alters.
-    conflicts = (1020, 1213, 1412)
+    note = (f"{REFUSED} {UPSERT} mails = {NEW.format('mails')},"
+            f" hits = mail_refused.hits + {NEW.format('hits')},"
+            f" last = {NEW.format('last')}, client = {NEW.format('client')}")
+    see = (f"INSERT INTO mail_value (id, value, date) VALUES {{}} {UPSERT}"
+           f" date = GREATEST(mail_value.date, {NEW.format('date')})")
+    # Changed since it was read; deadlock; a table that another host alters;
+    # a table, a column or an index that another host made first.
+    conflicts = (1020, 1213, 1412, 1050, 1060, 1061)
     text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
@@ -1445,7 +1463,9 @@ class MySQL(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(); no other charset holds all."""
-        return {**settings.mysql_config, "charset": "utf8mb4"}
+        renamed = {"db": "database", "passwd": "password"}  # by PyMySQL 1.2
+        return {**{renamed.get(name, name): value for name, value
+                   in settings.mysql_config.items()}, "charset": "utf8mb4"}
 
     def connect(self, timeout: int) -> Connection:
         """Connect with a bound on each answer."""
@@ -1454,8 +1474,9 @@ class MySQL(Backend):
             "write_timeout": timeout, **self.config, "client_flag":
             (self.config.get("client_flag") or 0) | MULTI_STATEMENTS})
         connection.autocommit(False)
-        with contextlib.closing(connection.cursor()) as cursor:  # an empty
-            cursor.execute("SET sql_mode = 'STRICT_ALL_TABLES'")  # text is one
+        with contextlib.closing(connection.cursor()) as cursor:
+            for statement in SESSION:  # a lock is awaited for less than that
+                cursor.execute(statement.format(max(1, timeout - 1)))
         return connection
 
 
@@ -1474,7 +1495,9 @@ class PostgreSQL(Backend):
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = (  # serialization failure, deadlock, lock_timeout
-        "40001", "40P01", "55P03")
+        "40001", "40P01", "55P03",
+        # another host was first: table, column, index; in the catalogue
+        "42P07", "42701", "42710", "23505")
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
@@ -1494,18 +1517,23 @@ class PostgreSQL(Backend):
         connection.autocommit = True
         if timeout == self.timeout:
             self._watched = connection
-        connection.cursor().execute(  # or each cut leaves one that waits on
-            f"SET lock_timeout = {timeout * 900}")
+        connection.cursor().execute(  # whatever options or the role have set
+            "SET default_transaction_isolation = 'read committed';"
+            " SET default_transaction_read_only = off;"
+            " SET standard_conforming_strings = on;"
+            " SET statement_timeout = 0;"
+            # or each cut leaves one that waits on
+            f" SET lock_timeout = {timeout * 900}")
         self.encoding = connection.info.parameter_status("server_encoding")
         if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
             connection.cursor_factory = self.driver.ClientCursor
         return connection
 
     def fit(self, values: Sequence[object]) -> Sequence[object]:
-        """Return values with a hash for what the encoding cannot hold."""
+        """Return values; unless all of Unicode fits, some as a hash."""
         if self.encoding == "UTF8":
             return values
-        return [hashed(value, self.encoding) if isinstance(value, str)
+        return [hashed(value) if isinstance(value, str)
                 and not value.isascii() else value for value in values]
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
@@ -1524,13 +1552,8 @@ class PostgreSQL(Backend):
                 line.shutdown(socket.SHUT_RDWR)
 
 
-def hashed(text: str, encoding: str) -> str:
-    """Return a text if an encoding of PostgreSQL's holds it, else its hash."""
-    if encoding == "SQL_ASCII":  # any bytes, each counted as a character
-        encoding = "UTF8"
-    with contextlib.suppress(LookupError, UnicodeEncodeError):
-        if len(text.encode(encoding.replace("WIN", "cp"))) <= MAX_IDENTITY:
-            return text
+def hashed(text: str) -> str:
+    """Return the hash of a text, after as much of it as is ASCII."""
     return (text.encode("ascii", "ignore").decode()[:100] + "#"
             + hashlib.sha256(text.encode()).hexdigest())
 
@@ -1728,11 +1751,12 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 # ---------------------------------------------------------------------------
 
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
+MAX_TRIES = 50  # at an update: for each conflict, another daemon got on
 
 
 def prepare_tables(backend: Backend, connection: Connection) -> None:
     """See that the tables are there, as an update makes them."""
-    for again in (True, True, False):
+    for tries in range(MAX_TRIES):
         looking = Transaction(
             backend, connection, backend.begin_reading)
         present = are_complete(looking)
@@ -1750,8 +1774,8 @@ def prepare_tables(backend: Backend, connection: Connection) -> None:
                     backend, patient, backend.begin)
                 update_tables(updating)
                 updating.run("COMMIT")
-            except Exception:
-                if not again:  # else another daemon may have been first
+            except Exception as error:
+                if not backend.is_conflict(error) or tries == MAX_TRIES - 1:
                     raise
         backend.deadline = time.monotonic() + backend.timeout
 
@@ -2044,9 +2068,14 @@ def read_values(transaction: Transaction, account: Variety,
     account.now = math.floor(now)
     account.date = date_now = math.ceil(now)
     account.seen.update(account.new)  # from memory
-    for value, date in transaction.run(
-            "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
-            account.identity, account.now - longest).fetchall():
+    rows = transaction.run(
+        "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
+        account.identity, account.now - longest).fetchall()
+    if any(date > now + CLOCK_SKEW for _, date in rows):
+        transaction.later(  # what is seen again moves no date back
+            "UPDATE mail_value SET date = ? WHERE id = ? AND date > ?",
+            date_now, account.identity, account.now + CLOCK_SKEW)
+    for value, date in rows:
         if date > now + CLOCK_SKEW:
             account.new[value] = date = date_now
         elif date >= account.new.get(value, date):

@@ -790,6 +790,9 @@ class MariaDB(Server):
     hurry = "SET GLOBAL wait_timeout = 1"
     relax = "SET GLOBAL wait_timeout = DEFAULT"
     grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON test.* TO weak"
+    users = ("CREATE USER test IDENTIFIED BY 'secret';"
+             " CREATE USER weak IDENTIFIED BY 'secret';"
+             " GRANT ALL ON test.* TO test; CREATE DATABASE test")
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -814,9 +817,45 @@ class MariaDB(Server):
                  "--auth-root-authentication-method=normal",
                  "--innodb-log-file-size=8M")
         self.start()
-        self.sql("CREATE USER test IDENTIFIED BY 'secret';"
-                 " CREATE USER weak IDENTIFIED BY 'secret';"
-                 " GRANT ALL ON test.* TO test; CREATE DATABASE test")
+        self.sql(self.users)
+
+
+class MySQL(MariaDB):
+    """One server of MySQL itself; Debian has it in sid alone."""
+
+    package = "mysql-server-core"
+    programs = ("mysqld", "mysql")
+    user = "nobody"  # the package makes none
+    connected = ("SELECT count(*) FROM performance_schema.processlist"
+                 " WHERE user = 'test'")
+    disconnect = ("SELECT concat('KILL ', max(id)) INTO @kill FROM"
+                  " performance_schema.processlist WHERE user = 'test';"
+                  " PREPARE kill_it FROM @kill; EXECUTE kill_it")
+
+    @classmethod
+    def missing(cls) -> str:
+        """Return the package that is not installed, or nothing."""
+        if super().missing():
+            return cls.package
+        version = subprocess.run(
+            ["mysqld", "--version"], env=SERVER_ENV, check=True,
+            capture_output=True, text=True).stdout
+        return cls.package if "MariaDB" in version else ""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.client[0] = "mysql"
+        self.command = [
+            "mysqld", *[option for option in self.command[1:]
+                        if "log-file-size" not in option],
+            "--mysqlx=OFF", "--secure-file-priv=NULL",
+            "--log-error-verbosity=3", "--innodb-redo-log-capacity=16M"]
+
+    def create(self) -> None:
+        self.run("mysqld", "--no-defaults", "--initialize-insecure",
+                 f"--datadir={self.data}")
+        self.start()
+        self.sql(self.users)
 
 
 class PostgreSQL(Server):
@@ -2261,6 +2300,16 @@ class StoreContract:
             self.assertTrue(passes("a"))
         self.assertEqual(passes("b"), False)
 
+    def test_the_date_of_a_value_never_goes_back(self) -> None:
+        ledger = self.open()
+        see = ledger.database.backend.see
+        for rows in ([("key", "a", 1000), ("key", "b", 1001)],
+                     [("key", "a", 999), ("key", "b", 1002)]):
+            ledger.database.transact(prl.Transaction.write, see, rows)
+        self.assertEqual(self.execute(
+            ledger, "SELECT value, date FROM mail_value ORDER BY value"),
+            [("a", 1000), ("b", 1002)])
+
     def test_a_value_s_date_heeds_other_hosts_and_a_wrong_clock(self) -> None:
         one, other = self.open(), self.open()
 
@@ -3078,6 +3127,8 @@ class DatabaseTest(FolderTest):
 class DriverTest(StoreContract, DatabaseTest):
     """What every driver keeps to; the contract of the store first."""
 
+    hostile: tuple[dict[str, Any], ...]  # what could upset a session
+
     def open(self, query: str | None = None) -> prl.Ledger:
         ledger = prl.open_ledger(prl.Settings(
             **self.settings(sql_limits_by_id=query)))
@@ -3090,6 +3141,28 @@ class DriverTest(StoreContract, DatabaseTest):
         self.assertEqual(len(answers), 1000)
         self.assert_exact(answers, 100)
         self.assertEqual(self.counted(), 100)
+
+    def test_no_variable_of_a_session_changes_what_is_counted(self) -> None:
+        for number, hostile in enumerate(self.hostile):
+            with self.subTest(**hostile):
+                self.server.sql(self.server.empty)
+                host = self.host(
+                    str(number), **self.connecting(**hostile), quotas=[
+                        {"by": "server", "limits": [[60, 3600]]}])
+                mails = numbered(120, sasl_username="jos\u00e9")
+                self.assert_exact(flood([host], mails), 60)
+                self.assertEqual(self.counted("jos\u00e9"), 60)
+
+    @slow
+    def test_daemons_that_start_at_once_make_the_tables_together(self) -> None:
+        query = "SELECT limits FROM rate_limits WHERE id = 1 AND %s = 'joe'"
+        for _ in range(25):
+            self.server.sql(self.server.empty)
+            databases = [self.open(query).database
+                         for query in (None, query) * 3]
+            at_once(lambda one: one.transact(lambda _: None), databases)
+            for one in databases:
+                one.close()
 
     @slow
     def test_a_request_on_a_dead_connection_is_counted(self) -> None:
@@ -3450,6 +3523,14 @@ class MySQLdbTest(HostsTest):
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
 
     analyze = ("ANALYZE TABLE mail_count",)
+    hostile = tuple({"init_command": f"SET {variable}"} for variable in (
+        "sql_select_limit = 1", "autocommit = 1, completion_type = 'CHAIN'",
+        "sql_safe_updates = 1, max_join_size = 1, sql_big_selects = 0",
+        "sql_mode = 'ANSI,NO_BACKSLASH_ESCAPES'", "NAMES latin1",
+        "SESSION TRANSACTION READ ONLY", "default_storage_engine = MyISAM",
+        "SESSION TRANSACTION ISOLATION LEVEL READ UNCOMMITTED",
+        "SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE"))
+    modes = ("ORACLE", "EMPTY_STRING_IS_NULL", "ANSI,NO_ZERO_DATE")
 
     def assert_indexed(self, plan: list[str]) -> None:
         """Check that all look-ups are by id (and date)."""
@@ -3486,7 +3567,7 @@ class MySQLdbTest(HostsTest):
         self.addCleanup(self.server.sql, f"SET GLOBAL {name} = DEFAULT")
 
     def test_the_server_s_sql_mode_changes_nothing(self) -> None:
-        for mode in ("ORACLE", "EMPTY_STRING_IS_NULL", "ANSI,NO_ZERO_DATE"):
+        for mode in self.modes:
             with self.subTest(mode):
                 self.server.sql(self.server.empty)
                 self.setting("sql_mode", f"'{mode}'")
@@ -3495,7 +3576,8 @@ class MySQLdbTest(HostsTest):
 
     @slow
     def test_clean_works_where_snapshots_are_isolated(self) -> None:
-        self.setting("innodb_snapshot_isolation", "ON")
+        if self.kind is MariaDB:
+            self.setting("innodb_snapshot_isolation", "ON")
         hosts = self.hosts({"limits": [[10**6, 60]]})
         ledger, enough = self.open(), threading.Event()
 
@@ -3519,6 +3601,7 @@ class PyMySQLTest(DriverTest):
 
     kind = MariaDB
     analyze = MySQLdbTest.analyze
+    hostile = MySQLdbTest.hostile
     assert_indexed = MySQLdbTest.assert_indexed
     driver = "pymysql"
     before = ("MySQLdb",)
@@ -3527,6 +3610,35 @@ class PyMySQLTest(DriverTest):
         host = self.host(**self.connecting(charset="latin1"))
         self.assertEqual(host.ask(sasl_username="дима😀"), PASS)
         self.assertEqual(self.counted("дима😀"), 1)
+
+
+class MySQLByMySQLdbTest(MySQLdbTest):
+    """MySQL itself through MySQLdb."""
+
+    kind = MySQL
+    explain = "EXPLAIN FORMAT = TRADITIONAL "
+    modes = ("ANSI,NO_BACKSLASH_ESCAPES", "PAD_CHAR_TO_FULL_LENGTH")
+
+    def test_nothing_that_mysql_has_deprecated_is_used(self) -> None:
+        host = self.host(quotas=[{"by": "server", "count": "helo_name",
+                                  "limits": [[3, 3600]]}])
+        flood([host], numbered(120))  # refusals are noted, too
+        self.assertEqual(self.server.sql(
+            "SELECT error_name FROM performance_schema"
+            ".events_errors_summary_by_user_by_error WHERE user = 'test'"
+            " AND error_name LIKE '%DEPRECATED%' AND sum_error_raised > 0"),
+            "")
+
+
+class MySQLByPyMySQLTest(PyMySQLTest):
+    """MySQL itself through pymysql."""
+
+    kind = MySQL
+    explain = MySQLByMySQLdbTest.explain
+
+
+if NO_SKIP and MySQL.missing():  # where it is, CI runs them by name
+    del MySQLByMySQLdbTest, MySQLByPyMySQLTest
 
 
 class Psycopg2Test(HostsTest):
@@ -3538,6 +3650,11 @@ class Psycopg2Test(HostsTest):
                      for statement in MySQLdbTest.original)
 
     analyze = ("ANALYZE mail_count",)
+    hostile = tuple({"options": f"-c {option}"} for option in (
+        "default_transaction_isolation=serializable",
+        "default_transaction_isolation=repeatable\\ read",
+        "default_transaction_read_only=on", "statement_timeout=1",
+        "standard_conforming_strings=off", "client_encoding=LATIN1"))
 
     def assert_indexed(self, plan: list[str]) -> None:
         """Check that all look-ups are by id (and date)."""
@@ -3615,7 +3732,7 @@ class Psycopg2Test(HostsTest):
                 int(self.server.sql(self.server.connected)), 3)
         wait_for(lambda: host.ask() == PASS, "the table")
 
-    def test_a_name_that_the_encoding_cannot_hold_is_counted(self) -> None:
+    def test_a_name_is_counted_whatever_the_encoding(self) -> None:
         names = ("jos\u00e9", "\u20ac", "\U0001f600" * 47,
                  "\U0001f600" * 190, "joe")
         for encoding in ("LATIN1", "SQL_ASCII", "WIN1252", "EUC_JP"):
@@ -3635,6 +3752,11 @@ class Psycopg2Test(HostsTest):
                 for who in names:
                     self.assert_exact([one for one in answers if one[0][
                         "sasl_username"] == who], 3)
+                stored = subprocess.run(
+                    [*self.server.client, "SELECT DISTINCT id FROM mail_count",
+                     "-d", name], env=SERVER_ENV, check=True, text=True,
+                    capture_output=True).stdout.split()
+                self.assertTrue(all(map(str.isascii, stored)), stored)
                 done = self.command("--check", **there)
                 self.assertEqual(done.returncode, 0)
                 self.assertIn(f"is in {encoding}", done.stderr)
@@ -3645,11 +3767,12 @@ class PsycopgTest(DriverTest):
 
     test_a_pooler_whose_server_is_away_holds_nobody_up = (
         Psycopg2Test.test_a_pooler_whose_server_is_away_holds_nobody_up)
-    test_a_name_that_the_encoding_cannot_hold_is_counted = (
-        Psycopg2Test.test_a_name_that_the_encoding_cannot_hold_is_counted)
+    test_a_name_is_counted_whatever_the_encoding = (
+        Psycopg2Test.test_a_name_is_counted_whatever_the_encoding)
 
     kind = PostgreSQL
     analyze = Psycopg2Test.analyze
+    hostile = Psycopg2Test.hostile
     assert_indexed = Psycopg2Test.assert_indexed
     driver = "psycopg"
     before = ("psycopg2",)
