@@ -1266,7 +1266,6 @@ class Backend:
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of the database
-    first: tuple[str, ...] = ()  # of the statements on a connection
     begin = begin_reading = "BEGIN"
     chunk = 50  # rows a statement: each costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
@@ -1300,6 +1299,10 @@ class Backend:
     def connect(self, timeout: int) -> Connection:
         """Connect; no answer may take longer than timeout, in seconds."""
         raise NotImplementedError
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection, also one that leads nowhere."""
+        connection.close()
 
     def look(self) -> Connection:
         """Connect to read only, a large table for as long as it takes."""
@@ -1344,8 +1347,19 @@ class Backend:
         return f"{version}, through {self.driver.__name__}"
 
 
+SQLITE_FILES = ("", "-wal", "-shm")  # the database, its log and their index
+SHARED_BYTES = (0x40000002, 510)  # who has the database open has locked these
+INDEX_BYTES = (128, 1)  # who has the index open has locked this
+FileIdentities = list[Optional[tuple[int, int]]]  # device and inode of each
+NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or kept in memory
+REPLACED = ("%s was replaced while in use, and its user has not noticed yet:"
+            " try again in a minute, or stop it")
+
+
 class SQLite(Backend):
     """SQLite: one file, one host."""
+
+    _opened = NOTHING_OPENED  # the path, and what was there
 
     name = "SQLite"
     drivers = (("sqlite3", "libpython3-stdlib"),)
@@ -1353,7 +1367,8 @@ class SQLite(Backend):
     joins = False
     first = (  # so that a commit outlives a power cut
         "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL",
-        f"PRAGMA journal_size_limit = {2**24}")  # else its log stays large
+        f"PRAGMA journal_size_limit = {2**24}",  # else its log stays large
+        "PRAGMA schema_version")  # to read anything makes -wal and -shm
     begin = "BEGIN IMMEDIATE"
     chunk = 1  # a statement costs no round trip, and is prepared but once
     add_total = ("DROP INDEX IF EXISTS mail_count_index",
@@ -1365,20 +1380,48 @@ class SQLite(Backend):
                 "isolation_level": None, "check_same_thread": False}
 
     def connect(self, timeout: int) -> Connection:
-        """Open the file."""
+        """Open the file; what is not for updates is watched."""
+        self._check_log()
         connection = self.driver.connect(**self.config)
-        self._file = self._identify()
+        try:
+            for statement in self.first:
+                connection.execute(statement)
+            if timeout == self.timeout:
+                [[_, _, path]] = connection.execute("PRAGMA database_list")
+                self._opened = path, identify_files(path)
+        except Exception:
+            connection.close()
+            raise
         return connection
+
+    def is_stale(self) -> bool:
+        """Say whether the files are no longer those that were opened."""
+        path, files = self._opened
+        return identify_files(path) != files
+
+    def close(self, connection: Connection) -> None:
+        """Close the file; what has taken its place stays as it is."""
+        (path, old), self._opened = self._opened, NOTHING_OPENED
+        new = identify_files(path)
+        if new == old:
+            connection.close()
+            return
+        lost = new[0] != old[0] or are_foreign(new, old)
+        log.error("%s, or its -wal or -shm, was replaced or removed while in"
+                  " use%s; stop the daemon before you do that", path,
+                  ": mails counted last may be forgotten" if lost else "")
+        if new[0] != old[0]:
+            leave_moved(connection, path, new, old)
+        elif are_foreign(new, old):
+            leave_logged(connection, path)
+        connection.close()
 
     def look(self) -> Connection:
         """Open the file to read; a missing one is not made."""
+        self._check_log()
         path = urllib.parse.quote(os.path.abspath(self.config["database"]))
         return self.driver.connect(**{
             **self.config, "database": f"file:{path}?mode=rw", "uri": True})
-
-    def is_stale(self) -> bool:
-        """Say whether the file is no longer the one that was opened."""
-        return self._identify() != self._file
 
     def probe(self, examine: Callable[[Transaction], None]) -> str:
         """Examine the file, if there is one, holding its lock."""
@@ -1398,13 +1441,77 @@ class SQLite(Backend):
         """Return the text of an error with the file."""
         return f"{self.config.get('database')}: {error}"
 
-    def _identify(self) -> tuple[int, int]:
-        """Return what tells this file from another of its name."""
+    def _check_log(self) -> None:
+        """Raise OSError if -wal is in use for another file than this one.
+
+        SQLite would take it for this one's, and ruin the file with it.
+        """
+        path = str(self.config["database"])
+        if self._opened[0]:  # to close a file drops SQLite's locks on it
+            return
+        with contextlib.suppress(FileNotFoundError), open(
+                path, "rb") as file, open(f"{path}-shm", "rb") as index:
+            if (is_locked(index.fileno(), *INDEX_BYTES)
+                    and not is_locked(file.fileno(), *SHARED_BYTES)):
+                raise OSError(REPLACED % path)
+
+
+def identify_files(path: str) -> FileIdentities:
+    """Return what tells a database's files from others of their names."""
+    found: FileIdentities = []
+    for suffix in SQLITE_FILES if path else ():
         try:
-            status = os.stat(self.config["database"])
+            status = os.stat(path + suffix)
         except OSError:
-            return -1, -1
-        return status.st_dev, status.st_ino
+            found.append(None)
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found
+
+
+def are_foreign(new: FileIdentities, old: FileIdentities) -> bool:
+    """Say whether there is a -wal or -shm that is another's."""
+    return any(now and now != then for now, then in zip(new[1:], old[1:]))
+
+
+def leave_moved(connection: Connection, path: str, new: FileIdentities,
+                old: FileIdentities) -> None:
+    """Finish a database that is elsewhere; take its log out of the way.
+
+    To close it, SQLite does neither, and takes the log for the new one's.
+    """
+    with contextlib.suppress(Exception):
+        connection.execute("PRAGMA wal_checkpoint")
+    for suffix, now, then in zip(SQLITE_FILES[1:], new[1:], old[1:]):
+        if now and now == then:
+            os.unlink(path + suffix)
+
+
+def leave_logged(connection: Connection, path: str) -> None:
+    """Close a database that others have changed by way of another log.
+
+    SQLite would write our log into it, and remove theirs by name.  A lock
+    like that of another process keeps it from both.
+    """
+    with open(path, "rb") as file:
+        with contextlib.suppress(AttributeError, OSError):  # not Linux's
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK,
+                        flock(fcntl.F_RDLCK, *SHARED_BYTES))
+        connection.close()
+
+
+def is_locked(file: int, start: int, length: int) -> bool:
+    """Say whether another process has locked bytes of a file."""
+    with contextlib.suppress(AttributeError):  # not Linux's
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK,
+                            flock(fcntl.F_WRLCK, start, length))
+        return found != flock(fcntl.F_UNLCK, start, length)
+    return False
+
+
+def flock(kind: int, start: int, length: int) -> bytes:
+    """Return what describes a lock to Linux."""
+    return struct.pack("hhqqi", kind, os.SEEK_SET, start, length, 0)
 
 
 # What an upsert wanted to insert: MySQL has deprecated VALUES(), MariaDB has
@@ -1723,7 +1830,7 @@ class Database:
         if not keep:
             self._connection = None
             with contextlib.suppress(Exception):  # there may be none
-                connection.close()
+                self.backend.close(connection)
         return undone
 
     def _connect(self) -> None:
@@ -1731,8 +1838,6 @@ class Database:
         self._roll_back(keep=False)
         self._connection = self.backend.connect(self.backend.timeout)
         try:
-            for statement in self.backend.first:
-                self._connection.execute(statement)
             self._prepare(self.backend, self._connection)
         except Exception:
             self._roll_back(keep=False)
