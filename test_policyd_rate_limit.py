@@ -3918,6 +3918,26 @@ class GaleraTest(DatabaseTest):
             " GROUP BY id")), dict(passed))
 
     @slow
+    def test_a_quota_of_600_identities_is_exact_on_all_nodes(self) -> None:
+        names = [f"user{n}" for n in range(600)]
+        mails = [{"instance": f"{name}.{n}", "sasl_username": name}
+                 for n in range(3) for name in names]
+        random.Random(7).shuffle(mails)
+        answers = flood(self.hosts(*[
+            {"mysql_config": node.config, "limits": [[2, 3600]],
+             "db_timeout": 80,
+             "quotas": [{"by": "server", "limits": [[1000, 3600]]}]}
+            for node in self.servers.nodes if node.process]), mails)
+        self.assert_exact(answers, 1000)
+        passed = collections.Counter(
+            mail["sasl_username"] for mail, action in answers
+            if action == PASS)
+        self.assertLessEqual(max(passed.values()), 2)
+        self.assertEqual(dict(self.execute_all(
+            "SELECT id, CAST(SUM(recipient_count) AS SIGNED) FROM mail_count"
+            " GROUP BY id")), {**passed, "server=all": 1000})
+
+    @slow
     def test_when_a_node_is_killed_the_others_go_on(self) -> None:
         *living, doomed = self.on_nodes()
         node = self.servers.nodes[-1]
