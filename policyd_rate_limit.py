@@ -1283,6 +1283,8 @@ class Backend:
            " (id, value) DO UPDATE SET date = excluded.date"
            " WHERE mail_value.date < excluded.date")  # it never goes back
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
+    durable: tuple[tuple[str, str], ...] = ()  # variables, how a commit lasts
+    show = "SHOW {}"  # a variable
 
     def __init__(self, settings: Settings) -> None:
         """Take how to connect; raise ConfigError if there is no driver."""
@@ -1339,6 +1341,14 @@ class Backend:
                 transaction = Transaction(self, connection, self.begin)
                 [version] = transaction.run("SELECT version()").fetchone()
                 examine(transaction)
+                for name, needed in self.durable:
+                    [value] = transaction.run(
+                        self.show.format(name)).fetchone()
+                    if str(value) not in needed.split():
+                        log.warning("the database has %s = %s, not %s: if its"
+                                    " machine crashes, mails that passed may"
+                                    " be forgotten", name, value,
+                                    needed.replace(" ", " or "))
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
         if self.encoding != "UTF8":
@@ -1560,6 +1570,8 @@ class MySQL(Backend):
             f" last = {NEW.format('last')}, client = {NEW.format('client')}")
     see = (f"INSERT INTO mail_value (id, value, date) VALUES {{}} {UPSERT}"
            f" date = GREATEST(mail_value.date, {NEW.format('date')})")
+    durable = (("innodb_flush_log_at_trx_commit", "1"),)
+    show = "SELECT @@{}"
     # Changed since it was read; deadlock; a table that another host alters;
     # a table, a column or an index that another host made first.
     conflicts = (1020, 1213, 1412, 1050, 1060, 1061)
@@ -1601,6 +1613,8 @@ class PostgreSQL(Backend):
     try_total = Backend.add_total[0]  # it is rolled back
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
+    durable = (("fsync", "on"), ("synchronous_commit",
+                                 "on remote_apply remote_write local"))
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03",
         # another host was first: table, column, index; in the catalogue

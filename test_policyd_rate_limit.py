@@ -3389,6 +3389,7 @@ class HostsTest(DriverTest):
     """What several mail hosts on one database keep to."""
 
     original: tuple[str, ...]  # how it made its tables
+    weak: tuple[str, str, str]  # what lets commits be lost, undoes it; is told
 
     @slow
     def test_hosts_share_many_limits_exactly(self) -> None:
@@ -3596,6 +3597,16 @@ class HostsTest(DriverTest):
             self.execute(ledger, "SELECT id FROM mail_turn"), [("joe",)])
 
     @slow
+    def test_check_tells_that_a_crash_may_lose_mails(self) -> None:
+        weak, usual, message = self.weak
+        self.addCleanup(self.server.sql, usual)
+        for statement, said in ((weak, [message]), (usual, [])):
+            self.server.sql(statement)
+            done = self.command("--check")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(re.findall(r"\w+ = \w+, not", done.stderr), said)
+
+    @slow
     def test_hosts_far_from_the_server_share_a_limit(self) -> None:
         relay = Relay(self.server.port, 0.001)
         self.addCleanup(relay.close)
@@ -3620,6 +3631,9 @@ class MySQLdbTest(HostsTest):
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
 
     analyze = ("ANALYZE TABLE mail_count",)
+    weak = ("SET GLOBAL innodb_flush_log_at_trx_commit = 2",
+            "SET GLOBAL innodb_flush_log_at_trx_commit = 1",
+            "innodb_flush_log_at_trx_commit = 2, not")
     hostile = tuple({"init_command": f"SET {variable}"} for variable in (
         "sql_select_limit = 1", "autocommit = 1, completion_type = 'CHAIN'",
         "sql_safe_updates = 1, max_join_size = 1, sql_big_selects = 0",
@@ -3749,6 +3763,9 @@ class Psycopg2Test(HostsTest):
                      for statement in MySQLdbTest.original)
 
     analyze = ("ANALYZE mail_count",)
+    weak = ("ALTER ROLE test SET synchronous_commit = off",
+            "ALTER ROLE test RESET synchronous_commit",
+            "synchronous_commit = off, not")
     hostile = tuple({"options": f"-c {option}"} for option in (
         "default_transaction_isolation=serializable",
         "default_transaction_isolation=repeatable\\ read",
