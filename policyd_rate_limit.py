@@ -2164,7 +2164,7 @@ class Backend:
     placeholder = "%s"  # for a value, in the driver's statements
     text = "?"  # a value that is text
     joins = True  # may statements go out together?
-    encoding = "UTF8"  # of all text: see PostgreSQL
+    encoding = "UTF8"  # of the database
     waits_for_ever = False  # does the driver, where no answer comes?
     clock = ""  # the server's time in epoch seconds; "": it is this host's
     begin = begin_reading = "BEGIN"
@@ -2184,7 +2184,8 @@ class Backend:
             " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
             ", last = excluded.last, client = excluded.client")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
-           " (id, value) DO UPDATE SET date = excluded.date")
+           " (id, value) DO UPDATE SET date = excluded.date"
+           " WHERE mail_value.date < excluded.date")  # it never goes back
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -2202,6 +2203,10 @@ class Backend:
         """Connect; no answer may take longer than timeout, in seconds."""
         raise NotImplementedError
 
+    def close(self, connection: Connection) -> None:
+        """Close a connection, also one that leads nowhere."""
+        connection.close()
+
     def connect_to_read(self) -> Connection:
         """Connect to read only, a large table for as long as it takes."""
         return self.connect(PATIENCE)
@@ -2211,6 +2216,9 @@ class Backend:
 
     def set_up_file(self, transaction: Transaction) -> None:
         """Run what has to come first before anything is written."""
+
+    def note_files(self, transaction: Transaction) -> None:
+        """Remember which files were opened, where there are any."""
 
     def cut(self, connection: Connection) -> None:
         """End what waits for ever for an answer on a connection."""
@@ -2267,13 +2275,24 @@ class Backend:
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
         if self.encoding != "UTF8":
-            log.warning("the database is in %s: what that cannot hold is"
-                        " counted under a hash", self.encoding)
+            log.warning("the database is in %s: a name that is not ASCII is"
+                        " counted under its hash", self.encoding)
         return f"{version}, through {self.driver.__name__}"
+
+
+SQLITE_FILES = ("", "-wal", "-shm")  # the database, its log and their index
+SHARED_BYTES = (0x40000002, 510)  # who has the database open has locked these
+INDEX_BYTES = (128, 1)  # who has the index open has locked this
+FileIdentities = list[Optional[tuple[int, int]]]  # device and inode of each
+NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or kept in memory
+REPLACED = ("%s was replaced while in use, and its user has not noticed yet:"
+            " try again in a minute, or stop it")
 
 
 class SQLite(Backend):
     """SQLite: one file, one host."""
+
+    _opened = NOTHING_OPENED  # the path, and what was there
 
     name = "SQLite"
     drivers = (("sqlite3", "libpython3-stdlib"),)
@@ -2295,15 +2314,20 @@ class SQLite(Backend):
 
     def connect(self, timeout: int) -> Connection:
         """Open the file."""
-        connection = self.driver.connect(**self.config)
-        self._file = self._identify()
-        return connection
+        self._check_log()
+        return self.driver.connect(**self.config)
 
     def set_up_file(self, transaction: Transaction) -> None:
         """Let a commit outlive a power cut, and bound the log."""
         self._use_log(transaction)
         transaction.run("PRAGMA synchronous = FULL")
         transaction.run(f"PRAGMA journal_size_limit = {2**24}")
+        transaction.run("PRAGMA schema_version")  # this makes -wal and -shm
+
+    def note_files(self, transaction: Transaction) -> None:
+        """Remember which files were opened, for is_stale()."""
+        [[_, _, path]] = transaction.run("PRAGMA database_list").fetchall()
+        self._opened = path, identify_files(path)
 
     def _use_log(self, transaction: Transaction) -> None:
         """Have SQLite keep a log; where many start at once, it is locked.
@@ -2322,6 +2346,7 @@ class SQLite(Backend):
 
     def connect_to_read(self) -> Connection:
         """Open the file to read; a missing one is not made."""
+        self._check_log()
         path = database_path(self.config)
         if path is None:
             raise PolicydError("the daemon alone can read what it keeps in"
@@ -2333,8 +2358,26 @@ class SQLite(Backend):
         return self.driver.connect(**self.config)
 
     def is_stale(self) -> bool:
-        """Say whether the file is no longer the one that was opened."""
-        return self._identify() != self._file
+        """Say whether the files are no longer those that were opened."""
+        path, files = self._opened
+        return identify_files(path) != files
+
+    def close(self, connection: Connection) -> None:
+        """Close the file; what has taken its place stays as it is."""
+        (path, old), self._opened = self._opened, NOTHING_OPENED
+        new = identify_files(path)
+        if new == old:
+            connection.close()
+            return
+        lost = new[0] != old[0] or are_foreign(new, old)
+        log.error("%s, or its -wal or -shm, was replaced or removed while in"
+                  " use%s; stop the daemon before you do that", path,
+                  ": mails counted last may be forgotten" if lost else "")
+        if new[0] != old[0]:
+            leave_moved(connection, path, new, old)
+        elif are_foreign(new, old):
+            leave_logged(connection, path)
+        connection.close()
 
     def describe_for_check(
             self, examine: Callable[[Transaction], None]) -> str:
@@ -2359,14 +2402,93 @@ class SQLite(Backend):
         """Return the text of an error with the file."""
         return printable(f"{self.config.get('database')}: {error}")
 
-    def _identify(self) -> tuple[int, int]:
-        """Return what tells this file from another of its name."""
+    def _check_log(self) -> None:
+        """Raise OSError if -wal is in use for another file than this one.
+
+        SQLite would take it for this one's, and ruin the file with it.
+        """
         path = database_path(self.config)
+        if path is None or self._opened[0]:
+            return  # to close a file here would drop SQLite's locks on it
+        with contextlib.suppress(FileNotFoundError), open(
+                path, "rb") as file, open(f"{path}-shm", "rb") as index:
+            if (is_locked(index.fileno(), *INDEX_BYTES)
+                    and not is_locked(file.fileno(), *SHARED_BYTES)):
+                raise OSError(REPLACED % path)
+
+
+def identify_files(path: str) -> FileIdentities:
+    """Return what tells a database's files from others of their names."""
+    found: FileIdentities = []
+    for suffix in SQLITE_FILES if path else ():
         try:
-            status = os.stat(path or "")
+            status = os.stat(path + suffix)
         except OSError:
-            return -1, -1
-        return status.st_dev, status.st_ino
+            found.append(None)
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found
+
+
+def are_foreign(new: FileIdentities, old: FileIdentities) -> bool:
+    """Say whether there is a -wal or -shm that is another's."""
+    return any(now and now != then for now, then in zip(new[1:], old[1:]))
+
+
+def leave_moved(connection: Connection, path: str, new: FileIdentities,
+                old: FileIdentities) -> None:
+    """Finish a database that is elsewhere; take its log out of the way.
+
+    To close it, SQLite does neither, and takes the log for the new one's.
+    """
+    with contextlib.suppress(Exception):
+        connection.execute("PRAGMA wal_checkpoint")
+    for suffix, now, then in zip(SQLITE_FILES[1:], new[1:], old[1:]):
+        if now and now == then:
+            os.unlink(path + suffix)
+
+
+def leave_logged(connection: Connection, path: str) -> None:
+    """Close a database that others have changed by way of another log.
+
+    SQLite would write our log into it, and remove theirs by name.  A lock
+    like that of another process keeps it from both.
+    """
+    with open(path, "rb") as file:
+        with contextlib.suppress(AttributeError, OSError):  # not Linux's
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK,
+                        flock(fcntl.F_RDLCK, *SHARED_BYTES))
+        connection.close()
+
+
+def is_locked(file: int, start: int, length: int) -> bool:
+    """Say whether another process has locked bytes of a file."""
+    with contextlib.suppress(AttributeError):  # not Linux's
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK,
+                            flock(fcntl.F_WRLCK, start, length))
+        return found != flock(fcntl.F_UNLCK, start, length)
+    return False
+
+
+def flock(kind: int, start: int, length: int) -> bytes:
+    """Return what describes a lock to Linux."""
+    return struct.pack("hhqqi", kind, os.SEEK_SET, start, length, 0)
+
+
+# What an upsert wanted to insert: MySQL has deprecated VALUES(), MariaDB has
+# no alias.  Each reads what is marked for it, the rest is a comment to it.
+UPSERT = "/*!80020 AS new */ ON DUPLICATE KEY UPDATE"
+NEW = "/*!80020 new.{0} */ /*M! VALUE({0}) */"
+SESSION = (  # what counting needs, whatever init_command or the server set
+    "SET autocommit = 0, completion_type = 'NO_CHAIN',"
+    " sql_mode = 'STRICT_ALL_TABLES',"  # an empty text is a text
+    f" sql_select_limit = {2**64 - 1}, sql_big_selects = 1,"
+    " sql_safe_updates = 0, default_storage_engine = InnoDB,"
+    " lock_wait_timeout = {0}, innodb_lock_wait_timeout = {0}",
+    # Its snapshot is taken by the first SELECT, thus after the turn.
+    "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ WRITE",
+    "SET NAMES utf8mb4 COLLATE utf8mb4_bin",
+)
 
 
 def database_path(config: Mapping[str, Any]) -> str | None:
@@ -2416,13 +2538,14 @@ class MySQL(Backend):
          "SELECT @@innodb_flush_log_at_trx_commit", ("1", "3")),)
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON DUPLICATE KEY UPDATE turn = turn + 1")
-    note = (f"{REFUSED} ON DUPLICATE KEY UPDATE mails = VALUES(mails),"
-            " hits = hits + VALUES(hits), last = VALUES(last),"
-            " client = VALUES(client)")
-    see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
-           " ON DUPLICATE KEY UPDATE date = VALUES(date)")
-    # Changed since it was read; deadlock; a table that another host alters.
-    conflicts = (1020, 1213, 1412)
+    note = (f"{REFUSED} {UPSERT} mails = {NEW.format('mails')},"
+            f" hits = mail_refused.hits + {NEW.format('hits')},"
+            f" last = {NEW.format('last')}, client = {NEW.format('client')}")
+    see = (f"INSERT INTO mail_value (id, value, date) VALUES {{}} {UPSERT}"
+           f" date = GREATEST(mail_value.date, {NEW.format('date')})")
+    # Changed since it was read; deadlock; a table that another host alters;
+    # a table, a column or an index that another host made first.
+    conflicts = (1020, 1213, 1412, 1050, 1060, 1061)
     clock = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
              " / 1000000")
     text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
@@ -2432,7 +2555,9 @@ class MySQL(Backend):
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(); no other charset holds all."""
-        return {**settings.mysql_config, "charset": "utf8mb4"}
+        renamed = {"db": "database", "passwd": "password"}  # by PyMySQL 1.2
+        return {**{renamed.get(name, name): value for name, value
+                   in settings.mysql_config.items()}, "charset": "utf8mb4"}
 
     def connect(self, timeout: int) -> Connection:
         """Connect with a bound on each answer."""
@@ -2441,8 +2566,9 @@ class MySQL(Backend):
             "write_timeout": timeout, **self.config, "client_flag":
             (self.config.get("client_flag") or 0) | MULTI_STATEMENTS})
         connection.autocommit(False)
-        with contextlib.closing(connection.cursor()) as cursor:  # an empty
-            cursor.execute("SET sql_mode = 'STRICT_ALL_TABLES'")  # text is one
+        with contextlib.closing(connection.cursor()) as cursor:
+            for statement in SESSION:  # a lock is awaited for less than that
+                cursor.execute(statement.format(max(1, timeout - 1)))
         return connection
 
 
@@ -2467,7 +2593,9 @@ class PostgreSQL(Backend):
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = (  # serialization failure, deadlock, lock_timeout
-        "40001", "40P01", "55P03")
+        "40001", "40P01", "55P03",
+        # another host was first: table, column, index; in the catalogue
+        "42P07", "42701", "42710", "23505")
 
     def choose(self, settings: Settings) -> dict[str, Any]:
         """Return the arguments of connect(), whose dbname has two names."""
@@ -2486,8 +2614,15 @@ class PostgreSQL(Backend):
         return connection
 
     def set_up(self, transaction: Transaction, timeout: int) -> None:
-        """Bound the wait for a lock, or each cut leaves one that waits on."""
-        transaction.run(f"SET lock_timeout = {timeout * 900}")
+        """Set what counting needs.
+
+        The wait for a lock is bounded, or each cut leaves one that waits on.
+        """
+        transaction.run(  # whatever options or the role have set
+            "SET default_transaction_isolation = 'read committed';"
+            " SET default_transaction_read_only = off;"
+            " SET standard_conforming_strings = on; SET statement_timeout = 0;"
+            f" SET lock_timeout = {timeout * 900}")
 
     def cut(self, connection: Connection) -> None:
         """Shut the line down; the driver takes the server for gone."""
@@ -2496,10 +2631,10 @@ class PostgreSQL(Backend):
             line.shutdown(socket.SHUT_RDWR)
 
     def fit(self, values: Sequence[object]) -> Sequence[object]:
-        """Return values with a hash for what the encoding cannot hold."""
+        """Return values; unless all of Unicode fits, some as a hash."""
         if self.encoding == "UTF8":
             return values
-        return [hashed(value, self.encoding) if isinstance(value, str)
+        return [hashed(value) if isinstance(value, str)
                 and not value.isascii() else value for value in values]
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
@@ -2508,13 +2643,8 @@ class PostgreSQL(Backend):
             super().skip_results(cursor, count)
 
 
-def hashed(text: str, encoding: str) -> str:
-    """Return a text if an encoding of PostgreSQL's holds it, else its hash."""
-    if encoding == "SQL_ASCII":  # any bytes, each counted as a character
-        encoding = "UTF8"
-    with contextlib.suppress(LookupError, UnicodeEncodeError):
-        if len(text.encode(encoding.replace("WIN", "cp"))) <= MAX_IDENTITY:
-            return text
+def hashed(text: str) -> str:
+    """Return the hash of a text, after as much of it as is ASCII."""
     return (text.encode("ascii", "ignore").decode()[:100] + "#"
             + hashlib.sha256(text.encode()).hexdigest())
 
@@ -2727,6 +2857,7 @@ class Database:
             transaction = self.begin("", deadline)
             self.backend.set_up(transaction, self.backend.timeout)
             self.backend.set_up_file(transaction)
+            self.backend.note_files(transaction)
             self._prepare(self, deadline)
         except Exception:
             self._roll_back(keep=False)  # leave no connection half made
@@ -2750,7 +2881,7 @@ class Database:
         if not keep:
             self._connection = None
             with contextlib.suppress(Exception):  # there may be none
-                connection.close()
+                self.backend.close(connection)
         return undone
 
 
@@ -2797,12 +2928,13 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 # ---------------------------------------------------------------------------
 
 LARGE = 10_000  # rows whose totals take longer than a mail should wait
+MAX_TRIES = 50  # at an update: for each conflict, another daemon got on
 
 
 def prepare_tables(database: Database, deadline: float) -> None:
     """See that the tables are there, as an update makes them."""
     backend = database.backend
-    for is_last in (False, False, True):
+    for tries in range(MAX_TRIES):
         looking = database.begin(backend.begin_reading, deadline)
         present = are_complete(looking)
         if (backend.wants_rate_limits
@@ -2815,8 +2947,8 @@ def prepare_tables(database: Database, deadline: float) -> None:
             return
         try:
             update_with_patience(backend)
-        except Exception:
-            if is_last:  # else another daemon may have been first
+        except Exception as error:
+            if not backend.is_conflict(error) or tries == MAX_TRIES - 1:
                 raise
         deadline = time.monotonic() + backend.timeout
 

@@ -794,7 +794,7 @@ class MariaDB(Server):
     """One MariaDB server."""
 
     package = "mariadb-server"
-    programs = ("mariadbd", "mariadb-install-db", "mariadb")
+    programs: tuple[str, ...] = ("mariadbd", "mariadb-install-db", "mariadb")
     user = "mysql"
     backend = 1
     config_name = "mysql_config"
@@ -806,6 +806,9 @@ class MariaDB(Server):
     hurry = "SET GLOBAL wait_timeout = 1"
     relax = "SET GLOBAL wait_timeout = DEFAULT"
     grant = "GRANT SELECT, INSERT, UPDATE, DELETE ON test.* TO weak"
+    users = ("CREATE USER test IDENTIFIED BY 'secret';"
+             " CREATE USER weak IDENTIFIED BY 'secret';"
+             " GRANT ALL ON test.* TO test; CREATE DATABASE test")
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -830,9 +833,45 @@ class MariaDB(Server):
                  "--auth-root-authentication-method=normal",
                  "--innodb-log-file-size=8M")
         self.start()
-        self.sql("CREATE USER test IDENTIFIED BY 'secret';"
-                 " CREATE USER weak IDENTIFIED BY 'secret';"
-                 " GRANT ALL ON test.* TO test; CREATE DATABASE test")
+        self.sql(self.users)
+
+
+class MySQL(MariaDB):
+    """One server of MySQL itself; Debian has it in sid alone."""
+
+    package = "mysql-server-core"
+    programs = ("mysqld", "mysql")
+    user = "nobody"  # the package makes none
+    connected = ("SELECT count(*) FROM performance_schema.processlist"
+                 " WHERE user = 'test'")
+    disconnect = ("SELECT concat('KILL ', max(id)) INTO @kill FROM"
+                  " performance_schema.processlist WHERE user = 'test';"
+                  " PREPARE kill_it FROM @kill; EXECUTE kill_it")
+
+    @classmethod
+    def missing(cls) -> str:
+        """Return the package that is not installed, or nothing."""
+        if super().missing():
+            return cls.package
+        version = subprocess.run(
+            ["mysqld", "--version"], env=SERVER_ENV, check=True,
+            capture_output=True, text=True).stdout
+        return cls.package if "MariaDB" in version else ""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.client[0] = "mysql"
+        self.command = [
+            "mysqld", *[option for option in self.command[1:]
+                        if "log-file-size" not in option],
+            "--mysqlx=OFF", "--secure-file-priv=NULL",
+            "--log-error-verbosity=3", "--innodb-redo-log-capacity=16M"]
+
+    def create(self) -> None:
+        self.run("mysqld", "--no-defaults", "--initialize-insecure",
+                 f"--datadir={self.data}")
+        self.start()
+        self.sql(self.users)
 
 
 class PostgreSQL(Server):
@@ -2926,6 +2965,16 @@ class StoreContract:
         self.assertTrue(passes("a"))
         self.assertEqual(passes("b"), False)
 
+    def test_the_date_of_a_value_never_goes_back(self) -> None:
+        ledger = self.open()
+        see = ledger.database.backend.see
+        for rows in ([("key", "a", 1000), ("key", "b", 1001)],
+                     [("key", "a", 999), ("key", "b", 1002)]):
+            ledger.database.transact(prl.Transaction.write, see, rows)
+        self.assertEqual(self.execute(
+            ledger, "SELECT value, date FROM mail_value ORDER BY value"),
+            [("a", 1000), ("b", 1002)])
+
     def test_a_value_s_date_heeds_other_hosts_and_a_wrong_clock(self) -> None:
         one, other = self.open(), self.open()
 
@@ -3785,6 +3834,103 @@ class SQLiteTest(StoreContract, FolderTest):
             self.assertEqual(backend.config["timeout"], timeout)
 
 
+class SQLiteFilesTest(NetTest):
+    """What becomes of SQLite's files if they are replaced while in use."""
+
+    def setUp(self) -> None:
+        """Start a daemon, copy its database, and count some more mails."""
+        super().setUp()
+        self.restart("daemon")
+
+    def restart(self, name: str) -> None:
+        """Start a daemon with new files."""
+        self.host = self.daemon("limits: [[1000, 3600]]\ndebug: False\n",
+                                name=name)
+        self.database = self.host.database
+        self.copy = self.database + ".copy"
+        for _ in range(2):  # the copy's pages are in another order
+            flood([self.host], numbered(200, sasl_username="old") + [
+                {"sasl_username": f"user{n}"} for n in range(300)])
+        with contextlib.closing(sqlite3.connect(self.database)) as there:
+            there.execute("VACUUM INTO ?", [self.copy])
+            there.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.closing(sqlite3.connect(self.copy)) as copy:
+            copy.execute("PRAGMA journal_mode = WAL")
+            copy.execute("DELETE FROM mail_count WHERE id LIKE 'user%'")
+            copy.commit()
+            copy.execute("VACUUM")
+        flood([self.host], numbered(30, sasl_username="old"))
+
+    def replace(self) -> None:
+        """Put the copy in the place of the database."""
+        os.replace(self.copy, self.database)
+
+    def replace_all(self) -> None:
+        """Put the copy there with a -wal and a -shm of its own."""
+        one = sqlite3.connect(self.copy)
+        self.addCleanup(one.close)
+        one.execute("DELETE FROM mail_count WHERE id = 'user1'")
+        one.commit()
+        for suffix in prl.SQLITE_FILES:
+            os.replace(self.copy + suffix, self.database + suffix)
+
+    def remove(self, *suffixes: str) -> None:
+        """Remove some of the files."""
+        for suffix in suffixes:
+            os.unlink(self.database + suffix)
+
+    def passes_ann(self, times: int) -> None:
+        """Check that so many mails of ann pass."""
+        for _ in range(times):
+            self.assertEqual(self.host.ask(sasl_username="ann"), PASS)
+
+    def block(self, *others: int) -> None:
+        """Block joe; the status may be one of some others than success."""
+        done = run("--block", "joe", *self.host.options)
+        self.assertIn(done.returncode, (0, *others), done.stderr)
+
+    def check(self, old: int | None) -> None:
+        """Check what is told, that joe is blocked and all else is on disk."""
+        self.assertEqual(self.host.ask(sasl_username="joe"), REFUSED)
+        self.host.wait_log("was replaced or removed while in use")
+        self.host.stop(signal.SIGKILL)
+        with contextlib.closing(sqlite3.connect(self.database)) as there:
+            self.assertEqual(
+                there.execute("PRAGMA integrity_check").fetchall(), [("ok",)])
+        rows = counted(self.database)
+        self.assertEqual((rows.get("old"), rows["ann"]), (old, 20))
+
+    def harm(self) -> Iterator[tuple[str, Callable[[], None], int | None]]:
+        """Yield what is done to the files, and what is left of 430 mails."""
+        for what, harm, left in (
+                ("replace", self.replace, 400),
+                ("replace all", self.replace_all, 400),
+                ("remove all", lambda: self.remove(*prl.SQLITE_FILES), None),
+                ("log, index", lambda: self.remove("-wal", "-shm"), 430),
+                ("log", lambda: self.remove("-wal"), 430),
+                ("index", lambda: self.remove("-shm"), 430)):
+            yield what, harm, left
+            self.restart(uuid.uuid4().hex)
+
+    def test_a_mail_is_the_first_to_meet_replaced_files(self) -> None:
+        for what, harm, left in self.harm():
+            with self.subTest(what):
+                harm()
+                self.passes_ann(10)
+                self.block()
+                self.passes_ann(10)
+                self.check(left)
+
+    def test_a_command_is_the_first_to_meet_replaced_files(self) -> None:
+        for what, harm, left in self.harm():
+            with self.subTest(what):
+                harm()
+                self.block(6)  # or it says that it failed
+                self.passes_ann(20)
+                self.block()
+                self.check(400 if what.startswith("log") else left)
+
+
 class DatabaseTest(FolderTest):
     """A test with a server, which its class starts, and an empty database."""
 
@@ -3892,6 +4038,8 @@ class DatabaseTest(FolderTest):
 class DriverTest(StoreContract, DatabaseTest):
     """What every driver keeps to; the contract of the store first."""
 
+    hostile: tuple[dict[str, Any], ...]  # what could upset a session
+
     def open(self, query: str | None = None) -> prl.Ledger:
         ledger = prl.open_ledger(prl.Settings(
             **self.settings(sql_limits_by_id=query)))
@@ -3904,6 +4052,28 @@ class DriverTest(StoreContract, DatabaseTest):
         self.assertEqual(len(answers), 1000)
         self.assert_exact(answers, 100)
         self.assertEqual(self.counted(), 100)
+
+    def test_no_variable_of_a_session_changes_what_is_counted(self) -> None:
+        for number, hostile in enumerate(self.hostile):
+            with self.subTest(**hostile):
+                self.server.sql(self.server.empty)
+                host = self.host(
+                    str(number), **self.connecting(**hostile), quotas=[
+                        {"by": "server", "limits": [[60, 3600]]}])
+                mails = numbered(120, sasl_username="jos\u00e9")
+                self.assert_exact(flood([host], mails), 60)
+                self.assertEqual(self.counted("jos\u00e9"), 60)
+
+    @slow
+    def test_daemons_that_start_at_once_make_the_tables_together(self) -> None:
+        query = "SELECT limits FROM rate_limits WHERE id = 1 AND %s = 'joe'"
+        for _ in range(25):
+            self.server.sql(self.server.empty)
+            databases = [self.open(query).database
+                         for query in (None, query) * 3]
+            at_once(lambda one: one.transact(lambda _: None), databases)
+            for one in databases:
+                one.close()
 
     @slow
     def test_a_request_on_a_dead_connection_is_counted(self) -> None:
@@ -4033,6 +4203,7 @@ class HostsTest(DriverTest):
     """What several mail hosts on one database keep to."""
 
     original: tuple[str, ...]  # how it made its tables
+    weak: tuple[str, str, str]  # what lets commits be lost, undoes it; is told
 
     @slow
     def test_hosts_share_many_limits_exactly(self) -> None:
@@ -4286,6 +4457,16 @@ class HostsTest(DriverTest):
             self.execute(ledger, "SELECT id FROM mail_turn"), [("joe",)])
 
     @slow
+    def test_check_tells_that_a_crash_may_lose_mails(self) -> None:
+        weak, usual, message = self.weak
+        self.addCleanup(self.server.sql, usual)
+        for statement, said in ((weak, [message]), (usual, [])):
+            self.server.sql(statement)
+            done = self.command("--check")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(re.findall(r"\w+ = \w+, not", done.stderr), said)
+
+    @slow
     def test_hosts_far_from_the_server_share_a_limit(self) -> None:
         relay = Relay(self.server.port, 0.001)
         self.addCleanup(relay.close)
@@ -4310,13 +4491,26 @@ class MySQLdbTest(HostsTest):
         "CREATE UNIQUE INDEX limit_report_index ON limit_report (id, delta)")
 
     analyze = ("ANALYZE TABLE mail_count",)
+    weak = ("SET GLOBAL innodb_flush_log_at_trx_commit = 2",
+            "SET GLOBAL innodb_flush_log_at_trx_commit = 1",
+            "innodb_flush_log_at_trx_commit = 2, not")
+    hostile = tuple({"init_command": f"SET {variable}"} for variable in (
+        "sql_select_limit = 1", "autocommit = 1, completion_type = 'CHAIN'",
+        "sql_safe_updates = 1, max_join_size = 1, sql_big_selects = 0",
+        "sql_mode = 'ANSI,NO_BACKSLASH_ESCAPES'", "NAMES latin1",
+        "SESSION TRANSACTION READ ONLY", "default_storage_engine = MyISAM",
+        "SESSION TRANSACTION ISOLATION LEVEL READ UNCOMMITTED",
+        "SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE"))
+    modes: tuple[str, ...] = (
+        "ORACLE", "EMPTY_STRING_IS_NULL", "ANSI,NO_ZERO_DATE")
 
     def assert_indexed(self, plan: list[str]) -> None:
         """Check that all look-ups are by id (and date)."""
         using = [line for line in plan if " mail_count " in line]
         self.assertEqual(len(using), 4, plan)
         for line in using:
-            self.assertRegex(line, " mail_count (ref|range) .*_total")
+            self.assertRegex(  # MySQL tells a partition, too
+                line, " mail_count (None )?(ref|range) .*_total")
 
     @slow
     def test_the_first_start_needs_no_rights_but_those_in_readme(self) -> None:
@@ -4346,7 +4540,7 @@ class MySQLdbTest(HostsTest):
         self.addCleanup(self.server.sql, f"SET GLOBAL {name} = DEFAULT")
 
     def test_the_server_s_sql_mode_changes_nothing(self) -> None:
-        for mode in ("ORACLE", "EMPTY_STRING_IS_NULL", "ANSI,NO_ZERO_DATE"):
+        for mode in self.modes:
             with self.subTest(mode):
                 self.server.sql(self.server.empty)
                 self.setting("sql_mode", f"'{mode}'")
@@ -4355,7 +4549,8 @@ class MySQLdbTest(HostsTest):
 
     @slow
     def test_clean_works_where_snapshots_are_isolated(self) -> None:
-        self.setting("innodb_snapshot_isolation", "ON")
+        if self.kind is MariaDB:
+            self.setting("innodb_snapshot_isolation", "ON")
         hosts = self.hosts({"limits": [[10**6, 60]]})
         ledger, enough = self.open(), threading.Event()
 
@@ -4379,6 +4574,7 @@ class PyMySQLTest(DriverTest):
 
     kind = MariaDB
     analyze = MySQLdbTest.analyze
+    hostile = MySQLdbTest.hostile
     assert_indexed = MySQLdbTest.assert_indexed
     driver = "pymysql"
     before = ("MySQLdb",)
@@ -4387,6 +4583,35 @@ class PyMySQLTest(DriverTest):
         host = self.host(**self.connecting(charset="latin1"))
         self.assertEqual(host.ask(sasl_username="дима😀"), PASS)
         self.assertEqual(self.counted("дима😀"), 1)
+
+
+class MySQLByMySQLdbTest(MySQLdbTest):
+    """MySQL itself through MySQLdb."""
+
+    kind = MySQL
+    explain = "EXPLAIN FORMAT = TRADITIONAL "
+    modes = ("ANSI,NO_BACKSLASH_ESCAPES", "PAD_CHAR_TO_FULL_LENGTH")
+
+    def test_nothing_that_mysql_has_deprecated_is_used(self) -> None:
+        host = self.host(quotas=[{"by": "server", "count": "helo_name",
+                                  "limits": [[3, 3600]]}])
+        flood([host], numbered(120))  # refusals are noted, too
+        self.assertEqual(self.server.sql(
+            "SELECT error_name FROM performance_schema"
+            ".events_errors_summary_by_user_by_error WHERE user = 'test'"
+            " AND error_name LIKE '%DEPRECATED%' AND sum_error_raised > 0"),
+            "")
+
+
+class MySQLByPyMySQLTest(PyMySQLTest):
+    """MySQL itself through pymysql."""
+
+    kind = MySQL
+    explain = MySQLByMySQLdbTest.explain
+
+
+if NO_SKIP and MySQL.missing():  # where it is, CI runs them by name
+    del MySQLByMySQLdbTest, MySQLByPyMySQLTest
 
 
 class Psycopg2Test(HostsTest):
@@ -4398,6 +4623,14 @@ class Psycopg2Test(HostsTest):
                      for statement in MySQLdbTest.original)
 
     analyze = ("ANALYZE mail_count",)
+    weak = ("ALTER ROLE test SET synchronous_commit = off",
+            "ALTER ROLE test RESET synchronous_commit",
+            "synchronous_commit = off, not")
+    hostile = tuple({"options": f"-c {option}"} for option in (
+        "default_transaction_isolation=serializable",
+        "default_transaction_isolation=repeatable\\ read",
+        "default_transaction_read_only=on", "statement_timeout=1",
+        "standard_conforming_strings=off", "client_encoding=LATIN1"))
 
     def assert_indexed(self, plan: list[str]) -> None:
         """Check that all look-ups are by id (and date)."""
@@ -4486,7 +4719,7 @@ class Psycopg2Test(HostsTest):
             self.assertEqual(done.stderr.count("warning: fsync is off"), told)
             self.assertEqual(done.returncode, 0)
 
-    def test_a_name_that_the_encoding_cannot_hold_is_counted(self) -> None:
+    def test_a_name_is_counted_whatever_the_encoding(self) -> None:
         names = ("jos\u00e9", "\u20ac", "\U0001f600" * 47,
                  "\U0001f600" * 190, "joe")
         for encoding in ("LATIN1", "SQL_ASCII", "WIN1252", "EUC_JP"):
@@ -4506,6 +4739,11 @@ class Psycopg2Test(HostsTest):
                 for who in names:
                     self.assert_exact([one for one in answers if one[0][
                         "sasl_username"] == who], 3)
+                stored = subprocess.run(
+                    [*self.server.client, "SELECT DISTINCT id FROM mail_count",
+                     "-d", name], env=SERVER_ENV, check=True, text=True,
+                    capture_output=True).stdout.split()
+                self.assertTrue(all(map(str.isascii, stored)), stored)
                 done = self.command("--check", **there)
                 self.assertEqual(done.returncode, 0)
                 self.assertIn(f"is in {encoding}", done.stderr)
@@ -4516,11 +4754,12 @@ class PsycopgTest(DriverTest):
 
     test_a_pooler_whose_server_is_away_holds_nobody_up = (
         Psycopg2Test.test_a_pooler_whose_server_is_away_holds_nobody_up)
-    test_a_name_that_the_encoding_cannot_hold_is_counted = (
-        Psycopg2Test.test_a_name_that_the_encoding_cannot_hold_is_counted)
+    test_a_name_is_counted_whatever_the_encoding = (
+        Psycopg2Test.test_a_name_is_counted_whatever_the_encoding)
 
     kind = PostgreSQL
     analyze = Psycopg2Test.analyze
+    hostile = Psycopg2Test.hostile
     assert_indexed = Psycopg2Test.assert_indexed
     driver = "psycopg"
     before = ("psycopg2",)
@@ -4565,6 +4804,26 @@ class GaleraTest(DatabaseTest):
         self.assertEqual(dict(self.execute_all(
             "SELECT id, CAST(SUM(recipient_count) AS SIGNED) FROM mail_count"
             " GROUP BY id")), dict(passed))
+
+    @slow
+    def test_a_quota_of_600_identities_is_exact_on_all_nodes(self) -> None:
+        names = [f"user{n}" for n in range(600)]
+        mails = [{"instance": f"{name}.{n}", "sasl_username": name}
+                 for n in range(3) for name in names]
+        random.Random(7).shuffle(mails)
+        answers = flood(self.hosts(*[
+            {"mysql_config": node.config, "limits": [[2, 3600]],
+             "db_timeout": 80,
+             "quotas": [{"by": "server", "limits": [[1000, 3600]]}]}
+            for node in self.servers.nodes if node.process]), mails)
+        self.assert_exact(answers, 1000)
+        passed = collections.Counter(
+            mail["sasl_username"] for mail, action in answers
+            if action == PASS)
+        self.assertLessEqual(max(passed.values()), 2)
+        self.assertEqual(dict(self.execute_all(
+            "SELECT id, CAST(SUM(recipient_count) AS SIGNED) FROM mail_count"
+            " GROUP BY id")), {**passed, "server=all": 1000})
 
     @slow
     def test_when_a_node_is_killed_the_others_go_on(self) -> None:
