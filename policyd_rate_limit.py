@@ -4500,11 +4500,10 @@ def read_postfix() -> Postfix:
     program = shutil.which("postconf", path=path)
     if program is None:
         raise PolicydError("there is no postconf on this host")
-    needed = ("queue_directory", "config_directory", "mail_owner",
-              "smtpd_delay_reject", "compatibility_level")
-    given = run_postconf(program, "-nx")
-    return parse_postfix(given + run_postconf(program, "-x", *needed),
-                         run_postconf(program, "-M"),
+    main = run_postconf(program, "-nx") + run_postconf(
+        program, "-x", "queue_directory", "config_directory", "mail_owner",
+        "smtpd_delay_reject", "compatibility_level")
+    return parse_postfix(main, run_postconf(program, "-M"),
                          run_postconf(program, "-Px"))
 
 
@@ -4522,11 +4521,11 @@ def run_postconf(program: str, *options: str) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def parse_postfix(parameters: str, services: str, overrides: str) -> Postfix:
+def parse_postfix(main_cf: str, services: str, overrides: str) -> Postfix:
     """Parse the output of postconf -nx, postconf -M and postconf -Px."""
-    given = parse_parameters(parameters)
+    main = parse_parameters(main_cf)
     own = parse_parameters(overrides)
-    level = given.get("compatibility_level", "0").partition(".")[0]
+    level = main.get("compatibility_level", "0").partition(".")[0]
     chroot_by_default = not level.isdigit() or int(level) < 1
     found = []
     for line in unfold(services).splitlines():
@@ -4537,8 +4536,8 @@ def parse_postfix(parameters: str, services: str, overrides: str) -> Postfix:
         ours = {full.rpartition("/")[2]: value for full, value in own.items()
                 if full.rpartition("/")[0] == name}
         chroot = columns[4] == "y" or columns[4] == "-" and chroot_by_default
-        found.append(Smtpd(name, chroot, {**given, **ours}, ours))
-    return Postfix(given, found)
+        found.append(Smtpd(name, chroot, {**main, **ours}, ours))
+    return Postfix(main, found)
 
 
 def parse_parameters(text: str) -> dict[str, str]:

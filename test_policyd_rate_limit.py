@@ -8043,7 +8043,8 @@ class PostfixCheckTest(FolderTest):
                  smtp inet n - - - - smtpd
                      -o { smtpd_data_restrictions = permit_mynetworks,
                           $mine }
-                 submission inet n - y - - smtpd -o mine=permit_mynetworks
+                 submission inet n - y - - smtpd
+                     -o mine=permit_auth_destination
                      -o smtpd_data_restrictions=$limits
                  """, "mine = CHECK\nlimits = permit_mynetworks, $mine CHECK\n"
                  "smtpd_data_restrictions = CHECK")):
