@@ -4457,15 +4457,6 @@ class HostsTest(DriverTest):
             self.execute(ledger, "SELECT id FROM mail_turn"), [("joe",)])
 
     @slow
-    def test_check_tells_that_a_crash_may_lose_mails(self) -> None:
-        weak, usual, message = self.weak
-        self.addCleanup(self.server.sql, usual)
-        for statement, said in ((weak, [message]), (usual, [])):
-            self.server.sql(statement)
-            done = self.command("--check")
-            self.assertEqual(done.returncode, 0, done.stderr)
-            self.assertEqual(re.findall(r"\w+ = \w+, not", done.stderr), said)
-
     @slow
     def test_hosts_far_from_the_server_share_a_limit(self) -> None:
         relay = Relay(self.server.port, 0.001)
