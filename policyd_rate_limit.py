@@ -1438,6 +1438,7 @@ class SQLite(Backend):
         path = str(self.config["database"])
         there = os.path.exists(path)
         try:
+            self._check_log()
             with contextlib.closing(self.driver.connect(**{
                     **self.config, "database": path if there else ":memory:",
                     })) as connection:
