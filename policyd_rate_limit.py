@@ -1362,8 +1362,8 @@ SHARED_BYTES = (0x40000002, 510)  # who has the database open has locked these
 INDEX_BYTES = (128, 1)  # who has the index open has locked this
 FileIdentities = list[Optional[tuple[int, int]]]  # device and inode of each
 NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or kept in memory
-REPLACED = ("%s was replaced while in use, and its user has not noticed yet:"
-            " try again in a minute, or stop it")
+REPLACED = ("the file was replaced, which the daemon has yet to notice: try"
+            " again in a minute, or restart it")
 
 
 class SQLite(Backend):
@@ -1457,14 +1457,15 @@ class SQLite(Backend):
 
         SQLite would take it for this one's, and ruin the file with it.
         """
-        path = str(self.config["database"])
+        path, other = str(self.config["database"]), False
         if self._opened[0]:  # to close a file drops SQLite's locks on it
             return
-        with contextlib.suppress(FileNotFoundError), open(
-                path, "rb") as file, open(f"{path}-shm", "rb") as index:
-            if (is_locked(index.fileno(), *INDEX_BYTES)
-                    and not is_locked(file.fileno(), *SHARED_BYTES)):
-                raise OSError(REPLACED % path)
+        with contextlib.suppress(OSError), open(path, "rb") as file, open(
+                f"{path}-shm", "rb") as index:
+            other = (is_locked(index.fileno(), *INDEX_BYTES)
+                     and not is_locked(file.fileno(), *SHARED_BYTES))
+        if other:
+            raise OSError(REPLACED)
 
 
 def identify_files(path: str) -> FileIdentities:

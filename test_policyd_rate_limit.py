@@ -3076,6 +3076,16 @@ class SQLiteFilesTest(NetTest):
         done = run("--block", "joe", *self.host.options)
         self.assertIn(done.returncode, (0, *others), done.stderr)
 
+    def test_commands_leave_a_log_alone_that_is_another_s(self) -> None:
+        self.replace()
+        before = prl.identify_files(self.database)
+        for option, exit_code in (
+                ("--status", 6), ("--check", 6), ("--clean", 8)):
+            done = run(option, *self.host.options)
+            self.assertEqual(done.returncode, exit_code, done)
+            self.assertIn("the file was replaced", done.stderr)
+        self.assertEqual(prl.identify_files(self.database), before)
+
     def check(self, old: int | None) -> None:
         """Check what is told, that joe is blocked and all else is on disk."""
         self.assertEqual(self.host.ask(sasl_username="joe"), REFUSED)
