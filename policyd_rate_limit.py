@@ -2162,7 +2162,7 @@ class Backend:
     name: str
     drivers: tuple[tuple[str, str], ...]  # modules with Debian's packages
     placeholder = "%s"  # for a value, in the driver's statements
-    text = "?"  # a value that is text
+    asks_singly = False  # has each row that is looked up to be its own query?
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of the database
     waits_for_ever = False  # does the driver, where no answer comes?
@@ -2285,8 +2285,8 @@ SHARED_BYTES = (0x40000002, 510)  # who has the database open has locked these
 INDEX_BYTES = (128, 1)  # who has the index open has locked this
 FileIdentities = list[Optional[tuple[int, int]]]  # device and inode of each
 NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or kept in memory
-REPLACED = ("%s was replaced while in use, and its user has not noticed yet:"
-            " try again in a minute, or stop it")
+REPLACED = ("the file was replaced, which the daemon has yet to notice: try"
+            " again in a minute, or restart it")
 
 
 class SQLite(Backend):
@@ -2388,6 +2388,7 @@ class SQLite(Backend):
         if missing and not only_existing:  # a start makes the file
             config["database"] = ":memory:"
         try:
+            self._check_log()
             with contextlib.closing(
                     self.driver.connect(**config)) as connection:
                 transaction = Transaction(self, connection, math.inf)
@@ -2407,14 +2408,15 @@ class SQLite(Backend):
 
         SQLite would take it for this one's, and ruin the file with it.
         """
-        path = database_path(self.config)
+        path, is_other = database_path(self.config), False
         if path is None or self._opened[0]:
             return  # to close a file here would drop SQLite's locks on it
-        with contextlib.suppress(FileNotFoundError), open(
-                path, "rb") as file, open(f"{path}-shm", "rb") as index:
-            if (is_locked(index.fileno(), *INDEX_BYTES)
-                    and not is_locked(file.fileno(), *SHARED_BYTES)):
-                raise OSError(REPLACED % path)
+        with contextlib.suppress(OSError), open(path, "rb") as file, open(
+                f"{path}-shm", "rb") as index:
+            is_other = (is_locked(index.fileno(), *INDEX_BYTES)
+                        and not is_locked(file.fileno(), *SHARED_BYTES))
+        if is_other:
+            raise OSError(REPLACED)
 
 
 def identify_files(path: str) -> FileIdentities:
@@ -2548,7 +2550,7 @@ class MySQL(Backend):
     conflicts = (1020, 1213, 1412, 1050, 1060, 1061)
     clock = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
              " / 1000000")
-    text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
+    asks_singly = True
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
     begin = begin_reading = ""
@@ -3281,13 +3283,12 @@ def ask_usage(transaction: Transaction, pages: Sequence[Page],
         values: list[object] = []
         for page in some:
             second = page.second
-            values.append(page.claim.identity)
+            values += page.claim.identity, second
             values += [second - seconds for seconds in page.windows]
             values += [second] * (width - len(page.windows))
         statement = usage_statement(
-            len(some), width, transaction.backend.text)
-        for place, *found in transaction.run(
-                statement, *values, some[0].second).fetchall():
+            len(some), width, transaction.backend.asks_singly)
+        for place, *found in transaction.run(statement, *values).fetchall():
             yield some[place], found
 
 
@@ -3358,27 +3359,37 @@ def read_values(transaction: Transaction, page: Page, now: float,
 
 
 @functools.cache
-def usage_statement(identities: int, windows: int, text: str = "?") -> str:
+def usage_statement(identities: int, windows: int, singly: bool = False,
+                    ) -> str:
     """Return the query for so many identities with so many windows each.
 
-    It takes identity and begin of each window, for each identity, then the
-    time.  It yields, for each, its place among them, the limits that --limit
-    set, date and total of the newest row, and the total ahead of the first
-    row of each window; NULL where there is none.
+    It takes, for each, identity, time, and begin of each window.  It yields,
+    for each, its place among them, the limits that --limit set, date and
+    total of the newest row, and the total ahead of the first row of each
+    window; NULL where there is none.
     """
     # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
-    # of the speed, MariaDB up to half.
+    # of the speed.  MariaDB and MySQL need a row of its own for each look-up:
+    # from a table of several rows, they read all rows of each identity.
     since = [f"since{n}" for n in range(windows)]
-    asked = " UNION ALL ".join(
-        f"SELECT {n}, {text}{', ?' * windows}" for n in range(identities))
-    own = "(SELECT limits FROM mail_limit WHERE id = who AND ends > ?)"
     newest = ("(SELECT {} FROM mail_count WHERE id = who"
               " ORDER BY date DESC, total DESC LIMIT 1)")
     before = ("(SELECT total - recipient_count FROM mail_count WHERE id = who"
               " AND date > {} ORDER BY date, total LIMIT 1)")
-    columns = ", ".join([own, newest.format("date"), newest.format("total"),
-                         *map(before.format, since)])
-    return (f"WITH asked ({', '.join(['n', 'who', *since])})"
+    columns = ", ".join([
+        "(SELECT limits FROM mail_limit WHERE id = who AND ends > at)",
+        newest.format("date"), newest.format("total"),
+        *map(before.format, since)])
+    if singly:
+        each = ", ".join(f"? AS {name}" for name in ("at", *since))
+        return " UNION ALL ".join(
+            f"SELECT n, {columns} FROM (SELECT {n} AS n,"
+            # else the cache of sub-queries takes é for e
+            f" ? COLLATE utf8mb4_bin AS who, {each}) AS asked{n}"
+            for n in range(identities))
+    asked = " UNION ALL ".join(
+        f"SELECT {n}, ?, ?{', ?' * windows}" for n in range(identities))
+    return (f"WITH asked ({', '.join(['n', 'who', 'at', *since])})"
             f" AS ({asked}) SELECT n, {columns} FROM asked")
 
 
