@@ -4538,18 +4538,10 @@ NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
-    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
-    logging.raiseExceptions = False  # a full disk under the log stops nothing
-    journal = sys.stderr is not None and os.environ.get(
-        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
-    for level, priority, label in (  # as sd-daemon(3) has it
-            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
-            (logging.WARNING, "<4>", "warning: "),
-            (logging.ERROR, "<3>", "error: ")):
-        logging.addLevelName(level, priority * journal + label)
     for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    log_to_stderr()
     try:
         options = parse_options(argv)
         with contextlib.ExitStack() as options.at_end:
@@ -4561,6 +4553,64 @@ def main(argv: list[str] | None = None) -> int:
         log.error("%s", error)
         return getattr(error, "exit_code", PolicydError.exit_code)
     return 0
+
+
+def log_to_stderr() -> None:
+    """Log to stderr, with priorities where that is the journal."""
+    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE,
+                        handlers=[stderr_handler()])
+    logging.raiseExceptions = False  # a full disk under the log stops nothing
+    logging._srcfile = None  # do not look for the caller (logging's HOWTO)
+    logging.setLogRecordFactory(LineRecord)
+    journal = sys.stderr is not None and os.environ.get(
+        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    for level, priority, label in (  # as sd-daemon(3) has it
+            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
+            (logging.WARNING, "<4>", "warning: "),
+            (logging.ERROR, "<3>", "error: ")):
+        logging.addLevelName(level, (priority if journal else "") + label)
+
+
+def stderr_handler() -> logging.Handler:
+    """Return what writes the log to stderr, also if that is no file."""
+    try:
+        return LineHandler(sys.stderr.fileno(), sys.stderr.encoding)
+    except (AttributeError, OSError):  # closed by the caller; replaced
+        return logging.StreamHandler()
+
+
+class LineRecord(logging.LogRecord):
+    """What a line of the log needs.
+
+    To find out the rest, such as the thread's name, takes longer than to
+    write the line.
+    """
+
+    def __init__(self, name: str, level: int, pathname: str, lineno: int,
+                 msg: object, args: Any, exc_info: Any, *_: object) -> None:
+        self.name, self.levelno, self.msg = name, level, str(msg)
+        self.levelname = logging.getLevelName(level)
+        self.args, self.exc_info = args, exc_info
+        self.exc_text = self.stack_info = None
+        self.created = time.time()
+
+
+class LineHandler(logging.Handler):
+    """Writes each line of the log to stderr with one call of the system."""
+
+    def __init__(self, descriptor: int, encoding: str) -> None:
+        """Take an open file."""
+        super().__init__()
+        self._descriptor, self._encoding = descriptor, encoding
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, one after the other; a slow reader is waited for."""
+        line = (self.format(record) if record.exc_info else
+                record.levelname + record.getMessage())
+        left = f"{line}\n".encode(self._encoding, "backslashreplace")
+        with contextlib.suppress(OSError):  # no reader, no room on the disk
+            while left:
+                left = left[os.write(self._descriptor, left):]
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

@@ -6145,6 +6145,24 @@ class ProcessTest(NetTest):
         self.assertNotIn("Traceback", daemon.log())
         self.assertLess(daemon.log().count("reloaded"), 1000)
 
+    def test_a_log_whose_reader_is_gone_stops_nothing(self) -> None:
+        reader, writer = os.pipe()
+        daemon = Daemon.__new__(Daemon)
+        daemon.folder = self.path("daemon")
+        daemon.socket = os.path.join(daemon.folder, "policy")
+        daemon.database = os.path.join(daemon.folder, "db.sqlite3")
+        with subprocess.Popen(
+                [sys.executable, COMPILED, "--standalone", daemon.folder],
+                stdout=subprocess.DEVNULL, stderr=writer) as process:
+            self.addCleanup(process.kill)
+            os.close(writer)
+            self.assertIn(b"listening on", os.read(reader, 4096))
+            os.close(reader)
+            wait_for(lambda: os.path.exists(daemon.database), "the ledger")
+            self.passes(daemon, "joe", "ann")
+            process.terminate()
+            self.assertEqual(process.wait(PATIENCE), 0)
+
     def test_a_start_with_closed_streams_ends_in_peace(self) -> None:
         good = f"--standalone {self.folder} "
         for arguments, status in (
