@@ -4578,6 +4578,27 @@ class HostileTest(NetTest):
             client.socket.sendall(b"request=smtpd_acc")
         self.passes(daemon)
 
+    def test_who_sends_byte_by_byte_is_closed_and_wakes_few(self) -> None:
+        daemon = self.daemon(WIDE)
+        clients = self.crowd(daemon, 1100)  # more than a quarter of the room
+        closed: set[int] = set()
+        used, start = cpu_seconds(daemon), time.monotonic()
+
+        def all_closed() -> bool:
+            for number, client in enumerate(clients):
+                try:
+                    client.socket.send(b"a", socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    pass  # more than it reads
+                except OSError:
+                    closed.add(number)
+            return len(closed) > 50
+
+        wait_for(all_closed, "the daemon to hang up")
+        self.assertGreater(time.monotonic() - start, 2)
+        self.passes(daemon)
+        self.assertLess(cpu_seconds(daemon) - used, 3)
+
     def test_500_idle_connections_take_under_64_mb(self) -> None:
         daemon = self.daemon(WIDE)
         clients = self.crowd(daemon, 500)
