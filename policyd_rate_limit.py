@@ -39,6 +39,11 @@ Try it by hand:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules load: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import bisect
@@ -48,6 +53,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import grp
 import hashlib
 import importlib
@@ -66,9 +72,9 @@ import random
 import re
 import reprlib
 import resource
+import select
 import shlex
 import shutil
-import signal
 import smtplib
 import socket
 import socketserver
@@ -89,7 +95,15 @@ from datetime import datetime
 from email.message import EmailMessage
 from email.utils import format_datetime, localtime, make_msgid, parseaddr
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import (
+    Any,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TextIO,
+    TypeVar,
+    Union,
+)
 
 T = TypeVar("T")
 
@@ -4072,7 +4086,7 @@ class Service:
         if claims:
             return self._decide(request, claims, settings, now, mail)
         if mail.was_asked_before(request):
-            return mail.action
+            return mail.go_on(request)
         log.info("%s: protocol_state=%s, not counted, action=%s",
                  queue_id_of(request), printable(request.protocol_state),
                  settings.success_action)
@@ -4082,6 +4096,11 @@ class Service:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self.ledger.query = settings.sql_limits_by_id
+
+    @property
+    def is_database_away(self) -> bool:
+        """Say whether mail is judged from memory now."""
+        return self._away
 
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
@@ -4174,7 +4193,7 @@ class MailSoFar:
     """
 
     charged: dict[str, int]  # what it was charged, by identity
-    action: str  # what was answered
+    action: str  # what was answered last
 
     def __init__(self) -> None:
         self._forget()
@@ -4195,6 +4214,11 @@ class MailSoFar:
             return False
         return (STATES.index(request.protocol_state)
                 > STATES.index(self._state))
+
+    def go_on(self, request: Request) -> str:
+        """Return what was answered before; it has now come to this state."""
+        self._state = request.protocol_state
+        return self.action
 
     def remember(self, request: Request, charged: Sequence[Claim],
                  settings: Settings, action: str) -> None:
@@ -4230,6 +4254,16 @@ def queue_id_of(request: Request) -> str:
 # ---------------------------------------------------------------------------
 
 PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait at no FIFO
+PIECE = 8192  # bytes to read at once; the largest real request has 6 kB
+FREE_PIECES = 3  # parts in which an honest request may come without a wait
+SLOW = 3  # seconds in which any honest client has sent its request
+SOCKET_PAUSE = 5  # seconds; a socket that is lost is back within ten
+# What marks a request of --ping or of the watchdog.  Postfix sends as
+# policy_context what main.cf says, never what a client chose.
+PING_PATIENCE = 10  # seconds; monitoring gives up sooner than Postfix does
+PING_CONTEXT = f"{PROGRAM} ping"
+PING = (f"request=smtpd_access_policy\nprotocol_state=VRFY\n"
+        f"policy_context={PING_CONTEXT}\n\n").encode()
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
@@ -4242,6 +4276,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Bound the time, and tell the server that this is open."""
         self.asked = False  # has a whole request come?
         self.active = time.monotonic()  # when it was last answered; inf: busy
+        self.pieces = 0  # small parts that have come of the next request
+        self.began = math.inf  # when the second of these was awaited
         self.patience = self.server.service.settings.delay_to_close
         for option, seconds in ((socket.SO_RCVTIMEO, self.patience),
                                 (socket.SO_SNDTIMEO, 2)):  # Postfix reads
@@ -4253,13 +4289,14 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Answer until the client has no more to ask."""
-        answer, mail = self.server.service.answer, MailSoFar()
+        mail = MailSoFar()
         try:
             for request in read_requests(self.receive):
                 self.asked, self.active = True, math.inf
-                action = answer(request, mail)
+                action = self.answer(request, mail)
                 self.request.sendall(f"action={action}\n\n".encode())
                 self.active = time.monotonic()
+                self.pieces, self.began = 0, math.inf
                 del request  # it may be large, and the next one far
         except BadRequest as error:
             log.warning("hung up on a client: %s", error, extra=SELDOM)
@@ -4268,11 +4305,42 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         finally:
             self.server.handlers.discard(self)
 
+    def answer(self, request: Request, mail: MailSoFar) -> str:
+        """Return the action for a request; a ping is not counted anywhere."""
+        service = self.server.service
+        if request.attributes.get("policy_context") == PING_CONTEXT:
+            return service.settings.success_action
+        return service.answer(request, mail)
+
     def receive(self) -> bytes:
         """Return some bytes, none at the end or when time is up."""
-        if time.monotonic() - self.active > 2 * self.patience:
+        now = time.monotonic()
+        if now - self.active > 2 * self.patience:
             return b""  # a request that comes byte by byte
-        return self.request.recv(8192)
+        if self.pieces > 0:
+            self.began = min(self.began, now)
+            if self.is_slow(now) and self.server.is_crowded():
+                return b""
+            self.let_bytes_gather()
+        data = self.request.recv(PIECE)
+        if len(data) < PIECE:
+            self.pieces += 1
+        return data
+
+    def is_slow(self, now: float) -> bool:
+        """Say whether this client has been sending one request for long."""
+        return now - self.began > SLOW
+
+    def let_bytes_gather(self) -> None:
+        """Wait, the longer the more pieces came, unless a side hangs up.
+
+        Else a thread would wake up for each byte that a client sends.
+        """
+        if self.pieces < FREE_PIECES:
+            return
+        end = select.poll()
+        end.register(self.request, select.POLLRDHUP)  # data does not wake it
+        end.poll(min(1000, 10 * 2 ** (self.pieces - FREE_PIECES)))
 
     def hang_up(self) -> None:
         """End it from another thread, once what has come is answered."""
@@ -4288,12 +4356,15 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 4096  # where it is full, Postfix is refused
     max_connections = 4000  # Postfix's default_process_limit is 100
     path: str | None = None  # of the unix socket, once it is ours
+    look_at = math.inf  # when to look whether that is still there
 
     def __init__(self, service: Service) -> None:
         """Bind and listen; raise AlreadyRunning, or OSError."""
         self.service = service
         self.handlers: set[PolicyHandler] = set()
-        address = service.settings.SOCKET
+        settings = service.settings  # a reload may bring others of no effect
+        self.address = address = settings.SOCKET
+        self.permission = settings.socket_permission
         self.address_family = (
             socket.AF_UNIX if isinstance(address, str) else
             socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
@@ -4303,20 +4374,22 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
-        settings = self.service.settings
-        if isinstance(settings.SOCKET, str):
-            remove_stale_socket(settings.SOCKET)
-        before = os.umask(0o777 & ~settings.socket_permission)
+        if isinstance(self.address, str):
+            remove_stale_socket(self.address)
+        before = os.umask(0o777 & ~self.permission)
         try:
             super().server_bind()
         except OSError as error:  # which does not name it
-            used = error.errno == errno.EADDRINUSE
-            raise (AlreadyRunning if used else PolicydError)(
-                f"{format_address(settings.SOCKET)}: {error}") from None
+            reason = f"{format_address(self.address)}: {error}"
+            if (error.errno == errno.EADDRINUSE
+                    and isinstance(self.address, str)):
+                raise AlreadyRunning(reason) from None
+            raise PolicydError(reason) from None  # a port may be free soon
         finally:
             os.umask(before)
-        if isinstance(settings.SOCKET, str):
-            self.path, self.made = settings.SOCKET, os.lstat(settings.SOCKET)
+        if isinstance(self.address, str):
+            self.path, self.made = self.address, os.lstat(self.address)
+            self.look_at = time.monotonic() + SOCKET_PAUSE
         else:  # each connection inherits it
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -4342,21 +4415,86 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 time.sleep(0.01)  # a thread that ended is not gone at once
         return self.shutdown_request(request)
 
+    def is_crowded(self) -> bool:
+        """Say whether there are so many connections that the slow must go."""
+        return len(self.handlers) > self.max_connections // 4
+
+    def service_actions(self) -> None:
+        """Look after the path; serve_forever() calls this all the time."""
+        now = time.monotonic()
+        if now < self.look_at:
+            return
+        if not self.has_path() and select.select([self.socket], [], [], 0)[0]:
+            return  # first accept who has connected to the old socket
+        self.look_at = now + SOCKET_PAUSE
+        if self.has_path():
+            return
+        try:
+            self.listen_again()
+        except (PolicydError, OSError) as error:
+            log.error("SOCKET is lost: Postfix cannot ask, and it cannot be"
+                      " created again: %s", error, extra=SELDOM)
+        else:
+            log.warning("SOCKET was lost, and has been created again: %s",
+                        self.path)
+
+    def has_path(self) -> bool:
+        """Say whether clients that open the path get to this server."""
+        if self.path is None:
+            return True  # it is not a unix socket
+        try:
+            return os.path.samestat(os.lstat(self.path), self.made)
+        except OSError:
+            return False
+
+    def listen_again(self) -> None:
+        """Listen at the path with a new socket in place of the old one.
+
+        Connections are sockets of their own: they go on.
+        """
+        assert self.path is not None
+        old, self.socket = self.socket, socket.socket(self.address_family)
+        new = self.socket
+        try:
+            with hold_lock(self.path):
+                self.server_bind()
+                self.server_activate()
+            os.dup2(new.fileno(), old.fileno())  # which serve_forever() polls
+        finally:
+            self.socket = old
+            new.close()
+
+    def answers_itself(self, patience: float) -> bool:
+        """Say whether a client that connects to SOCKET gets an answer."""
+        if not self.has_path():
+            return False
+        try:
+            answer = ask_at(self.server_address, PING,
+                            time.monotonic() + patience)
+        except PermissionError:
+            return True  # socket_permission shuts the daemon's user out
+        except OSError:
+            return False
+        return answer.startswith(b"action=")
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
         log.error("fault in a connection", exc_info=True, extra=SELDOM)
 
     def evict(self) -> bool:
-        """Hang up on who asked nothing for a second, else is idle longest.
+        """Close some connections, and say whether there is room now.
 
-        Never on who waits for an answer; say whether there is room now.
+        First those that take long to send a request, then those that have
+        sent none for a second, then the longest idle; never one that is
+        waiting for an answer.
         """
         log.warning("too many connections: idle ones are closed", extra=SELDOM)
-        recent = time.monotonic() - 1
+        now = time.monotonic()
         idle = [handler for handler in list(self.handlers)
                 if handler.active < math.inf]
         idle.sort(key=lambda handler: (
-            handler.asked or handler.active > recent, handler.active))
+            not handler.is_slow(now),
+            handler.asked or handler.active > now - 1, handler.active))
         for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
             handler.hang_up()
         if not idle:
@@ -4379,9 +4517,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def server_close(self) -> None:
         """Close the listening socket and remove its path, if still ours."""
         super().server_close()
-        with contextlib.suppress(OSError):
-            if self.path is not None and os.path.samestat(
-                    os.lstat(self.path), self.made):
+        if self.path is not None and self.has_path():
+            with contextlib.suppress(OSError):
                 os.unlink(self.path)
                 self.path = None  # what comes there is another daemon's
 
@@ -4392,8 +4529,7 @@ def hold_lock(path: str) -> Iterator[None]:
 
     Who may read a file may lock it: this one is for its owner alone.
     """
-    with open(path + ".lock", "w", opener=lambda name, flags: os.open(
-            name, flags | PLAIN, 0o600)) as file:
+    with open_own_file(path + ".lock", 0o600) as file:
         held = False  # stays so too while the one that had it ends
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4409,6 +4545,23 @@ def hold_lock(path: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
+
+
+@contextlib.contextmanager
+def open_own_file(path: str, mode: int) -> Iterator[TextIO]:
+    """Open a file to write it; refuse one that may be somebody else's.
+
+    Another account may have put a link there, to have root empty a file of
+    its choice and hand that to the daemon's user.
+    """
+    with open(path, "a", opener=lambda name, flags: os.open(
+            name, flags | PLAIN, mode)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OSError(errno.EEXIST, "is not a file, or has a second name"
+                          " (a hard link): remove it", path)
+        file.truncate(0)
+        yield file
 
 
 def check_socket(address: str | tuple[str, int]) -> None:
@@ -4438,6 +4591,64 @@ def remove_stale_socket(path: str) -> None:
         raise AlreadyRunning(f"{path}: another process listens there")
     elif error != errno.ENOENT:
         raise OSError(error, os.strerror(error), path)
+
+
+def ping(settings: Settings, patience: float) -> float:
+    """Return how many seconds the daemon at SOCKET took to answer.
+
+    Raise PolicydError with the reason if it does not within the patience.
+    """
+    address, began = settings.SOCKET, time.monotonic()
+    try:
+        line = ask_at(address, PING, began + patience)
+    except OSError as error:
+        reason = error.strerror or "no answer in time"
+        raise PolicydError(f"nobody answers at {format_address(address)}:"
+                           f" {reason}; is the daemon running?") from None
+    if not line.startswith(b"action="):
+        raise PolicydError(f"no policy server answers at"
+                           f" {format_address(address)}: got"
+                           f" {printable(repr(line[:MAX_TOLD]))}")
+    return time.monotonic() - began
+
+
+def ask_at(address: Any, request: bytes,
+           deadline: float) -> bytes:
+    """Send a request to an address; return the answer, or raise OSError."""
+    family = (socket.AF_UNIX if isinstance(address, str) else
+              socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    with socket.socket(family) as client:
+        connect_until(deadline, client, address)
+        client.settimeout(time_left(deadline))
+        client.sendall(request)
+        answer = b""
+        while b"\n\n" not in answer and len(answer) < PIECE:
+            client.settimeout(time_left(deadline))
+            data = client.recv(PIECE)
+            if not data:
+                raise ConnectionResetError(
+                    errno.ECONNRESET, "it hung up without an answer")
+            answer += data
+        return answer
+
+
+def connect_until(deadline: float, client: socket.socket,
+                  address: Any) -> None:
+    """Connect, as soon as there is room among those who wait for that."""
+    while True:
+        client.settimeout(time_left(deadline))
+        try:
+            return client.connect(address)
+        except BlockingIOError:  # unix(7): the backlog is full
+            time.sleep(0.05)
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline; raise a timeout after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout
+    return left
 
 
 # ---------------------------------------------------------------------------
@@ -6609,13 +6820,26 @@ CLEAN_PAUSE = 10  # seconds between two steps of the daemon's cleaning
 # What a reload cannot change, since it was used up at the start.
 FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
-FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
+COLLECT_PAUSE = 3600  # seconds between two looks at all objects; 50 ms each
+OLDEST_GENERATION = 2  # of the garbage collector; all objects
+STATUS_PAUSE = 10  # seconds between two lines for systemctl status
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Owner = Optional[pwd.struct_passwd]  # whom root becomes, None to stay
+
+
+class Folder(NamedTuple):
+    """How to make a folder that a start needs."""
+
+    mode: int
+    for_postfix: bool = False  # hand it to group postfix, if there is one
 
 
 def find_owner(settings: Settings, standalone: str | None) -> Owner:
     """Return the user, with the group of the settings; raise UnknownUser."""
-    if standalone or os.geteuid() != 0:
+    if os.geteuid() != 0:
+        return None
+    if standalone:
+        refuse_planted_links(settings)
         return None
     try:
         user = pwd.getpwnam(settings.user)
@@ -6626,6 +6850,25 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner:
             f" adduser --system --group --home /run/{PROGRAM}"
             f" --no-create-home {settings.user}") from None
     return pwd.struct_passwd((*user[:3], group.gr_gid, *user[4:]))
+
+
+def refuse_planted_links(settings: Settings) -> None:
+    """Raise PolicydError if root would write through a stranger's link.
+
+    With --standalone root stays root, in a folder that may be another's.
+    """
+    database = os.path.abspath(settings.sqlite_config["database"])
+    with contextlib.suppress(FileNotFoundError):
+        folder = os.stat(os.path.dirname(database))
+        if folder.st_uid == 0 and not folder.st_mode & 0o022:
+            return  # nobody else can put a link there
+    for path in (database + end for end in ("", "-wal", "-shm", "-journal")):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise PolicydError(
+                    f"{path}: is a link, in a folder that is not root's alone;"
+                    " remove it, or run this as the folder's owner")
 
 
 def drop_root(owner: Owner) -> None:
@@ -6642,38 +6885,44 @@ def drop_root(owner: Owner) -> None:
     os.environ["HOME"] = owner.pw_dir  # where database drivers look for files
 
 
-def folders(settings: Settings) -> Mapping[str, int]:
-    """Return the folders that a start needs, and the modes to make them."""
-    modes = {path: 0o755 for path in [settings.pidfile]
-             if path != os.devnull}
+def folders(settings: Settings) -> Mapping[str, Folder]:
+    """Return the folders that a start needs, and how to make them."""
+    needed = {}
+    if settings.pidfile != os.devnull:
+        needed[settings.pidfile] = Folder(0o755)
     database = database_path(settings.sqlite_config)
     if settings.backend == 0 and database is not None:
-        modes[database] = 0o750
+        needed[database] = Folder(0o750)
     if isinstance(settings.SOCKET, str):
-        modes[settings.SOCKET] = FOR_POSTFIX
-    return {os.path.dirname(os.path.abspath(path)): mode
-            for path, mode in modes.items()}
+        needed[settings.SOCKET] = Folder(0o711, for_postfix=True)
+    return {os.path.dirname(os.path.abspath(path)): folder
+            for path, folder in needed.items()}
 
 
 def make_folders(settings: Settings, owner: Owner) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
-    for folder, mode in folders(settings).items():
-        if not os.path.isdir(folder):
-            os.makedirs(folder, mode)
-        elif owner is None or not is_volume(folder):
+    for path, folder in folders(settings).items():
+        if not os.path.isdir(path):
+            os.makedirs(path, folder.mode)
+        elif owner is None or not is_volume(path):
             continue
         # The daemon's user may put a link there at any moment.
-        opened = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, opened)
-            if owner is not None:
-                os.fchown(opened, owner.pw_uid, owner.pw_gid)
-            if mode == FOR_POSTFIX:
-                stack.enter_context(
-                    contextlib.suppress(KeyError, PermissionError))
-                os.fchown(opened, -1, grp.getgrnam("postfix").gr_gid)
-                os.fchmod(opened, 0o750)
+        opened = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            hand_over(opened, folder, owner)
+        finally:
+            os.close(opened)
+
+
+def hand_over(opened: int, folder: Folder, owner: Owner) -> None:
+    """Give an open folder to its owner, and to Postfix if it is for that."""
+    if owner is not None:
+        os.fchown(opened, owner.pw_uid, owner.pw_gid)
+    if folder.for_postfix:
+        with contextlib.suppress(KeyError, PermissionError):
+            os.fchown(opened, -1, grp.getgrnam("postfix").gr_gid)
+            os.fchmod(opened, 0o750)
 
 
 def is_volume(folder: str) -> bool:
@@ -6691,8 +6940,7 @@ def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
         yield  # there is to be no pidfile
         return
     with hold_lock(path):  # else it is stale, whatever process has its id
-        with open(path, "w", opener=lambda name, flags: os.open(
-                name, flags | PLAIN, 0o644)) as file:
+        with open_own_file(path, 0o644) as file:
             file.write(f"{os.getpid()}\n")
             if owner is not None:
                 os.fchown(file.fileno(), owner.pw_uid, owner.pw_gid)
@@ -6713,30 +6961,31 @@ def serve(settings: Settings, owner: Owner,
     service = Service(settings, ledger, ledger.database.clock,
                       alarm.refused, alarm.outage)
     tally = Tally(settings.pidfile, service.counts)
-    ended: list[int] = []  # by which signals
-    with catch_signals() as signals, \
+    with contextlib.closing(Signals()) as signals, \
             contextlib.closing(ledger.database), \
             PolicyServer(service) as server, \
             hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
             os.lchown(server.path, owner.pw_uid, owner.pw_gid)
         drop_root(owner)
-        tell_command(settings)
+        warn_if_alert_command_missing(settings)
         keep_to_one_processor()
         server.max_connections = max(16, min(
             server.max_connections, raise_file_limit() - 64))
         housekeeping = Housekeeping(service)
-        housekeeping.do_step()  # opens the ledger, and says if it cannot
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
-            signal.signal(number, lambda number, _: ended.append(number))
+        gc.callbacks.append(freeze_survivors)
+        # Opens the ledger, and says if it cannot; with an old one, for hours.
+        signals.run(housekeeping.do_step)
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
         threading.Thread(target=alarm.send, daemon=True).start()
+        systemd = Systemd(server)
         announce(server.server_address)
-        notify("READY=1")
-        run_until_signal(signals, ended, service, housekeeping, tally,
-                         read)
+        notify(f"READY=1\n{systemd.status()}")
+        if "NOTIFY_SOCKET" in os.environ:
+            threading.Thread(target=systemd.inform, daemon=True).start()
+        run_until_signal(signals, service, housekeeping, tally, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.store_remembered(service.clock())
@@ -6744,20 +6993,54 @@ def serve(settings: Settings, owner: Owner,
             os.unlink(tally.path)
 
 
-def catch_signals() -> socket.socket:
-    """Return a socket from which signals' numbers come.
+class Signals:
+    """The signals that came; made before anybody could send one.
 
-    Whatever thread the kernel gives a signal to, this wakes the main one at
-    once; with a queue it would see it when the next cleaning is due.
+    Whatever thread the kernel gives a signal to, a socket wakes the main one
+    at once; with a queue it would see it when the next cleaning is due.
     """
-    signals, sender = socket.socketpair()
-    signals.settimeout(CLEAN_PAUSE)
-    sender.setblocking(False)
-    signal.set_wakeup_fd(  # open until the end; full: it wakes all the same
-        sender.detach(), warn_on_full_buffer=False)
-    for number in signal.SIGHUP, signal.SIGUSR2:
-        signal.signal(number, lambda *_: None)
-    return signals
+
+    def __init__(self) -> None:
+        """Catch signals from now on."""
+        self.ended = False  # by one of ENDING
+        self._interrupt = False  # whether that is to end what runs
+        self._numbers, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(  # open until the end; full: it wakes all the
+            sender.detach(), warn_on_full_buffer=False)  # same
+        for number in ENDING:
+            signal.signal(number, self._end)
+        for number in signal.SIGHUP, signal.SIGUSR2:
+            signal.signal(number, lambda *_: None)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._numbers.close()
+
+    def wait(self, seconds: float) -> bytes:
+        """Return the numbers of signals that came, none if time is up."""
+        self._numbers.settimeout(max(0.001, seconds))
+        try:
+            return self._numbers.recv(4096)  # a storm of them is one
+        except socket.timeout:
+            return b""
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do some work, which a signal that ends the daemon ends at once."""
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                self._interrupt = True
+                if not self.ended:
+                    work()
+            finally:
+                self._interrupt = False
+
+    def _end(self, *_: object) -> None:
+        """Note that the daemon is to end."""
+        self.ended = True
+        if self._interrupt:
+            self._interrupt = False  # the next one interrupts no clean-up
+            raise KeyboardInterrupt
 
 
 def keep_to_one_processor() -> None:
@@ -6779,24 +7062,38 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def run_until_signal(signals: socket.socket, ended: Sequence[int],
-                     service: Service, housekeeping: Housekeeping,
-                     tally: Tally,
+def freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
+    """Hide from the garbage collector what it has found to be in use.
+
+    It would stop all threads for 50 ms each time it went through 100,000
+    identities in memory.  Counting references still frees what is hidden.
+    """
+    if phase == "stop" and info["generation"] == OLDEST_GENERATION:
+        gc.freeze()
+
+
+def run_until_signal(signals: Signals, service: Service,
+                     housekeeping: Housekeeping, tally: Tally,
                      read: Callable[[], Settings]) -> None:
     """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
-    numbers = b""
-    while not ended:
-        tally.publish(asked=signal.SIGUSR2 in numbers)
-        numbers = b""
-        try:
-            numbers = signals.recv(4096)  # a storm of them is one
-        except socket.timeout:
-            housekeeping.do_step()
+    tally.publish()
+    due = time.monotonic() + CLEAN_PAUSE  # whatever signals come meanwhile
+    collect_at = time.monotonic() + COLLECT_PAUSE
+    while not signals.ended:
+        numbers = signals.wait(due - time.monotonic())
         if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
             reload(service, read)
             notify("READY=1")
+        if time.monotonic() >= due and not signals.ended:
+            housekeeping.do_step()
+            due = time.monotonic() + CLEAN_PAUSE
+        if time.monotonic() >= collect_at:
+            gc.unfreeze()
+            gc.collect()  # also cycles that were in use when hidden
+            collect_at = time.monotonic() + COLLECT_PAUSE
+        tally.publish(asked=signal.SIGUSR2 in numbers)
 
 
 def reload(service: Service, read: Callable[[], Settings]) -> None:
@@ -6804,22 +7101,77 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
     try:
         new = read()
     except PolicydError as error:
-        log.error("not reloaded, the old settings stay: %s", error)
+        log.error("reload failed, keeping the old settings: %s", error)
         return
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
-    tell_command(new)
+    warn_if_alert_command_missing(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
 
 
-def tell_command(settings: Settings) -> None:
+def warn_if_alert_command_missing(settings: Settings) -> None:
     """Warn if this user, no longer root, cannot run alert_command."""
-    for program in settings.alert_command[:settings.alert]:
+    if not settings.alert:
+        return
+    for program in settings.alert_command[:1]:
         if not shutil.which(program):
             log.warning("alert_command: %s: not there or not executable",
                         program)
+
+
+class Systemd:
+    """Tells systemd, time and again, that and what the daemon works.
+
+    From a thread of its own: the main one may wait for the database, and that
+    is no reason to start the daemon again.
+    """
+
+    def __init__(self, server: PolicyServer) -> None:
+        """Take the server that is to answer; it may not run yet."""
+        self._server, self._service = server, server.service
+        seconds = watchdog_seconds()
+        self._watched = seconds is not None
+        # Four tries before systemd's patience is over.
+        self._pause = min(STATUS_PAUSE, (seconds or math.inf) / 4)
+        self._hour = deque([dict(self._service.counts)],
+                           math.ceil(3600 / self._pause))  # oldest first
+
+    def inform(self) -> None:
+        """Tell systemd for ever."""
+        told = ""
+        while True:
+            time.sleep(self._pause)
+            self._hour.append(dict(self._service.counts))
+            status = self.status()
+            if status != told:
+                notify(status)
+                told = status
+            if self._watched and self._server.answers_itself(self._pause):
+                notify("WATCHDOG=1")
+
+    def status(self) -> str:
+        """Return the line that systemctl status shows."""
+        counts, before = self._hour[-1], self._hour[0]
+        new = {name: counts[name] - before[name] for name in counts}
+        mails = new["passed"] + new["refused"] + new["database_errors"]
+        database = ("away: mail is judged from memory"
+                    if self._service.is_database_away else "available")
+        return (f"STATUS={mails} mails in the last hour, {new['refused']} of"
+                f" them refused; the database is {database}")
+
+
+def watchdog_seconds() -> float | None:
+    """Return how long systemd waits for a keep-alive (sd_watchdog_enabled(3)).
+
+    None: it does not watch this process.
+    """
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    watched = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    if not microseconds.isdigit() or watched != str(os.getpid()):
+        return None
+    return int(microseconds) / 1_000_000
 
 
 def notify(state: str) -> None:
@@ -6847,25 +7199,10 @@ Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
 
 
 def is_running(settings: Settings) -> bool:
-    """Say whether the daemon runs: it listens, and has its pidfile."""
-    family = (socket.AF_UNIX if isinstance(settings.SOCKET, str) else
-              socket.AF_INET6 if ":" in settings.SOCKET[0] else socket.AF_INET)
-    with socket.socket(family) as client:
-        client.settimeout(CONNECT_PATIENCE)
-        try:
-            client.connect(settings.SOCKET)
-        except OSError:
-            return False
-    if settings.pidfile == os.devnull:
-        return True
+    """Say whether the daemon answers at SOCKET."""
     try:
-        with open(settings.pidfile, encoding="ascii",
-                  opener=lambda name, flags: os.open(
-                      name, flags | PLAIN)) as file:
-            os.kill(int(file.read(20)), 0)  # no signal: is there a process?
-    except PermissionError:  # there is, of another user
-        return True
-    except (OSError, OverflowError, ValueError):
+        ping(settings, CONNECT_PATIENCE)
+    except PolicydError:
         return False
     return True
 
@@ -7545,18 +7882,10 @@ def has_acl(path: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
-    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
-    logging.raiseExceptions = False  # a full disk under the log stops nothing
-    journal = sys.stderr is not None and os.environ.get(
-        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
-    for level, priority, label in (  # as sd-daemon(3) has it
-            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
-            (logging.WARNING, "<4>", "warning: "),
-            (logging.ERROR, "<3>", "error: ")):
-        logging.addLevelName(level, priority * journal + label)
     for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    log_to_stderr()
     try:
         options = parse_options(argv)
         with contextlib.ExitStack() as options.at_end:
@@ -7570,6 +7899,64 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def log_to_stderr() -> None:
+    """Log to stderr, with priorities where that is the journal."""
+    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE,
+                        handlers=[stderr_handler()])
+    logging.raiseExceptions = False  # a full disk under the log stops nothing
+    logging._srcfile = None  # do not look for the caller (logging's HOWTO)
+    logging.setLogRecordFactory(LineRecord)
+    journal = sys.stderr is not None and os.environ.get(
+        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    for level, priority, label in (  # as sd-daemon(3) has it
+            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
+            (logging.WARNING, "<4>", "warning: "),
+            (logging.ERROR, "<3>", "error: ")):
+        logging.addLevelName(level, (priority if journal else "") + label)
+
+
+def stderr_handler() -> logging.Handler:
+    """Return what writes the log to stderr, also if that is no file."""
+    try:
+        return LineHandler(sys.stderr.fileno(), sys.stderr.encoding)
+    except (AttributeError, OSError):  # closed by the caller; replaced
+        return logging.StreamHandler()
+
+
+class LineRecord(logging.LogRecord):
+    """What a line of the log needs.
+
+    To find out the rest, such as the thread's name, takes longer than to
+    write the line.
+    """
+
+    def __init__(self, name: str, level: int, pathname: str, lineno: int,
+                 msg: object, args: Any, exc_info: Any, *_: object) -> None:
+        self.name, self.levelno, self.msg = name, level, str(msg)
+        self.levelname = logging.getLevelName(level)
+        self.args, self.exc_info = args, exc_info
+        self.exc_text = self.stack_info = None
+        self.created = time.time()
+
+
+class LineHandler(logging.Handler):
+    """Writes each line of the log to stderr with one call of the system."""
+
+    def __init__(self, descriptor: int, encoding: str) -> None:
+        """Take an open file."""
+        super().__init__()
+        self._descriptor, self._encoding = descriptor, encoding
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, one after the other; a slow reader is waited for."""
+        line = (self.format(record) if record.exc_info else
+                record.levelname + record.getMessage())
+        left = f"{line}\n".encode(self._encoding, "backslashreplace")
+        with contextlib.suppress(OSError):  # no reader, no room on the disk
+            while left:
+                left = left[os.write(self._descriptor, left):]
+
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error ends with exit status 2."""
     parser = argparse.ArgumentParser(
@@ -7577,26 +7964,26 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         " send.  Without an option, run the daemon in the foreground.")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--clean", action="store_true",
-           help="clean old records from the database, and send the report")
+           help="clean old records from the database, send the report")
     one_of("--check", action="store_true",
            help="check the configuration, the folders and the database")
-    one_of("--prometheus", action="store_true", help="show who has used how"
-           " much, and what the daemon has counted, for node_exporter")
-    one_of("--get-config", metavar="PARAMETER_NAME",
-           help="return the value of a config parameter")
+    one_of("--prometheus", action="store_true",
+           help="show usage and the daemon's counters, for node_exporter")
+    one_of("--ping", action="store_true",
+           help="say how long the running daemon takes to answer")
     one_of("--status", metavar="ID", nargs="?", const="",
-           help="show who has used how much, or all about one identity")
+           help="show usage per identity, or all about one identity")
     one_of("--simulate", action="store_true", help="show what the limits, also"
            " those of -o, would have done to the mail that is recorded")
-    one_of("--reset", metavar="ID", help="forget what an identity has used")
+    one_of("--reset", metavar="ID", help="forget the mails of an identity")
     one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
            " identity other limits at once, such as 500/day or 10/min,90/h")
-    one_of("--block", metavar="ID", help="let no mail of an identity pass")
+    one_of("--block", metavar="ID", help="refuse all mail from an identity")
     one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
+    also("--get-config", metavar="NAME", help="print a setting's value")
     also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
-         " --limit or --block holds, such as 90s, 30m, 2h, 1d (default:"
-         " permanently)")
+         " --limit or --block holds: 90s, 30m, 2h, 1d; default: permanently")
     also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
@@ -7605,7 +7992,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
          help="run from a directory, without a configuration file and as"
          " whoever calls: socket, database and pidfile are in DIR")
     also("--version", action="version", version=f"{PROGRAM} {VERSION}")
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args([spell_out(word) for word in words])
     try:
         choose_command(options)
     except ValueError as error:
@@ -7621,12 +8009,30 @@ def parse_term(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+# Cron jobs abbreviate these, some by letters with which others begin now.
+ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
+
+
+def spell_out(word: str) -> str:
+    """Return what an abbreviation meant to the original, else the word."""
+    name, equals, value = word.partition("=")
+    for option in ORIGINAL_OPTIONS:
+        if len(name) > len("--") and option.startswith(name):
+            return option + equals + value
+    return word
+
+
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
+    chosen = [name for name in COMMANDS
+              if getattr(options, name) not in (None, False)]
+    if "get_config" in chosen:
+        if not {"get_config", "clean"}.issuperset(chosen):
+            raise ValueError("--get-config goes with no other command")
+        chosen = ["get_config"]  # the original then does not clean
     options.command = run_daemon
-    for name, command in COMMANDS.items():  # --json may stand alone
-        if getattr(options, name) not in (None, False):
-            options.command = command
+    for name in chosen:  # --json may stand alone
+        options.command = COMMANDS[name]
     if options.json and options.command not in (
             show_status, show_simulated):
         raise ValueError("--json goes with --status and --simulate")
@@ -7728,6 +8134,12 @@ def run_daemon(options: argparse.Namespace) -> None:
 
     serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
+
+
+def ping_daemon(options: argparse.Namespace) -> None:
+    """Say how long the running daemon takes to answer."""
+    seconds = ping(load_settings(options), PING_PATIENCE)
+    print(f"{PROGRAM} answered in {1000 * seconds:.1f} ms")
 
 
 def clean_all(options: argparse.Namespace) -> None:
@@ -7854,7 +8266,7 @@ def show_prometheus(options: argparse.Namespace) -> None:
     settings, database = open_as_owner(options, make=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    answered = bool(read_counters(settings.pidfile))
+    answered = is_running(settings)
     for line in show_metrics(database, settings, answered):
         print(line)
 
@@ -7916,7 +8328,7 @@ def check_start(options: argparse.Namespace) -> None:
     warn_of_strangers(settings)
     about_postfix = check_postfix(settings, owner, makeable)
     drop_root(owner)
-    tell_command(settings)
+    warn_if_alert_command_missing(settings)
     check_folders(settings, makeable, owner)
     if owner is not None:
         for obstacle in find_obstacles(settings, running):
@@ -7964,10 +8376,9 @@ def get_config(options: argparse.Namespace) -> None:
 
 COMMANDS = {"json": show_status, "clean": clean_all, "check": check_start,
             "status": show_status, "prometheus": show_prometheus,
-            "simulate": show_simulated,
-            "get_config": get_config, "reset": reset, "limit": set_limit,
-            "block": set_limit, "unlimit": unlimit}
+            "simulate": show_simulated, "ping": ping_daemon,
+            "get_config": get_config, "reset": reset,
+            "limit": set_limit, "block": set_limit, "unlimit": unlimit}
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main())
