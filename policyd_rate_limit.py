@@ -7445,6 +7445,10 @@ def read_postfix() -> Postfix:
     program = shutil.which("postconf", path=path)
     if program is None:
         raise PolicydError("there is no postconf on this host")
+    config = os.environ.get("MAIL_CONFIG")
+    if config and not os.path.exists(f"{config}/main.cf"):
+        # postconf would say so, too, but only after a second.
+        raise PolicydError(f"there is no {config}/main.cf")
     of_main_cf = run_postconf(program, "-nx") + run_postconf(
         program, "-x", "queue_directory", "config_directory", "mail_owner",
         "smtpd_delay_reject", "compatibility_level")
