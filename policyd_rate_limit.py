@@ -96,7 +96,6 @@ MAX_NUMBER = 2**31 - 1  # what a column of type int holds
 MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
 MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
-FOR_GOOD = 10**12  # seconds: the year 33658
 NOTICE = 25  # the log level of what is said even with debug: False
 SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
 log = logging.getLogger(PROGRAM)
@@ -1173,9 +1172,9 @@ def moment(date: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(date))
 
 
-def term(ends: int) -> str:
+def term(ends: int | None) -> str:
     """Return until when limits of --limit hold."""
-    return "for good" if ends >= FOR_GOOD else f"until {moment(ends)}"
+    return "permanently" if ends is None else f"until {moment(ends)}"
 
 
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
@@ -1244,6 +1243,9 @@ TABLES = {
                    " hits {number}, PRIMARY KEY (id, seconds, address)",
     "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
                   " ends {number}, made {number}",
+    "mail_window": "host {name}, seconds {number}, query {name},"
+                   " since {number}, date {number},"
+                   " PRIMARY KEY (host, seconds, query)",
 }
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
 MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
@@ -1255,6 +1257,8 @@ INDEX = ("CREATE INDEX mail_count_total"
          " ON mail_count (id, date, total, recipient_count)")
 REFUSED = ("INSERT INTO mail_refused"
            " (id, seconds, mails, hits, first, last, client) VALUES {}")
+STORE_WINDOW = ("INSERT INTO mail_window (host, seconds, query, since, date)"
+                " VALUES (?, ?, ?, ?, ?)")
 
 
 class Backend:
@@ -1282,6 +1286,9 @@ class Backend:
             ", last = excluded.last, client = excluded.client")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
            " (id, value) DO UPDATE SET date = excluded.date")
+    store_window = (f"{STORE_WINDOW} ON CONFLICT (host, seconds, query)"
+                    " DO UPDATE SET date = ?")
+    clock: str  # its time, in whole seconds since 1970
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -1350,6 +1357,7 @@ class SQLite(Backend):
     drivers = (("sqlite3", "libpython3-stdlib"),)
     placeholder = "?"
     joins = False
+    clock = "CAST(strftime('%s', 'now') AS integer)"
     first = (  # so that a commit outlives a power cut
         "PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL",
         f"PRAGMA journal_size_limit = {2**24}")  # else its log stays large
@@ -1436,6 +1444,8 @@ class MySQL(Backend):
             " client = VALUES(client)")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {}"
            " ON DUPLICATE KEY UPDATE date = VALUES(date)")
+    store_window = f"{STORE_WINDOW} ON DUPLICATE KEY UPDATE date = ?"
+    clock = "UNIX_TIMESTAMP()"
     # Changed since it was read; deadlock; a table that another host alters.
     conflicts = (1020, 1213, 1412)
     text = "? COLLATE utf8mb4_bin"  # or sub-queries' cache takes é for e
@@ -1473,6 +1483,7 @@ class PostgreSQL(Backend):
     try_total = Backend.add_total[0]  # it is rolled back
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
+    clock = "CAST(EXTRACT(EPOCH FROM CURRENT_TIMESTAMP) AS bigint)"
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03")
 
@@ -1630,8 +1641,10 @@ class Database:
         self._connection: Connection = None
 
     def transact(self, work: Callable[..., T], *given: Any,
-                 deadline: float | None = None) -> T:
+                 deadline: float | None = None, reading: bool = False) -> T:
         """Return work(transaction, *given), committed; raise LedgerError.
+
+        If it only reads, it waits for no other process, even on SQLite.
 
         The first statement is the ping: if it finds an old connection dead,
         all is done on another.  Where another host was first with an
@@ -1651,7 +1664,9 @@ class Database:
                     if self._connection is None or self.backend.is_stale():
                         self._connect()
                     transaction = Transaction(
-                        self.backend, self._connection, self.backend.begin)
+                        self.backend, self._connection,
+                        self.backend.begin_reading if reading
+                        else self.backend.begin)
                     result = work(transaction, *given)
                     transaction.run("COMMIT")
                     return result
@@ -1835,7 +1850,21 @@ def retotal(transaction: Transaction, identity: str, now: float) -> None:
 # ---------------------------------------------------------------------------
 
 QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
-Overrides = dict[str, tuple[Limits, int]]  # by identity, and until when
+PERMANENT = 10**12  # in the column ends, which cannot be NULL: year 33658
+
+
+class Override(NamedTuple):
+    """Limits of --limit or --block, which win over all others."""
+
+    limits: Limits
+    ends: int | None  # None: they are permanent
+
+    def holds_at(self, now: float) -> bool:
+        """Say whether they are in force at a time."""
+        return self.ends is None or self.ends > now
+
+
+Overrides = dict[str, Override]  # by identity
 
 
 def settle(transaction: Transaction, batch: Batch, query: str | None,
@@ -2089,10 +2118,15 @@ def read_refusals(transaction: Transaction, which: str = "", *values: object,
 
 def read_overrides(transaction: Transaction, now: int) -> Overrides:
     """Return all limits of --limit that are in force."""
-    return {identity: (limits, ends) for identity, text, ends in
-            transaction.run("SELECT id, limits, ends FROM mail_limit"
-                            " WHERE ends > ? ORDER BY id", now).fetchall()
-            if (limits := parse_override(text)) is not None}
+    overrides = {}
+    for identity, text, ends in transaction.run(
+            "SELECT id, limits, ends FROM mail_limit"
+            " WHERE ends > ? ORDER BY id", now).fetchall():
+        limits = parse_override(text)
+        if limits is not None:
+            overrides[identity] = Override(
+                limits, None if ends == PERMANENT else ends)
+    return overrides
 
 
 def parse_override(text: str) -> Limits | None:
@@ -2223,7 +2257,7 @@ class Standby:
                 if account.override is None:
                     self.overrides.pop(name, None)
                 elif account.override != limits:  # until it is looked up
-                    self.overrides[name] = account.override, FOR_GOOD
+                    self.overrides[name] = Override(account.override, None)
             while (len(self._accounts) > MAX_KEPT
                    or self._values > 5 * MAX_KEPT):
                 _, account = self._accounts.popitem(last=False)
@@ -2251,8 +2285,9 @@ class Standby:
             account = Variety(claim)
             account.seen = {**known.seen, **tab.new, **{
                 str(other.value): math.ceil(now) for other in flying}}
-        limits, ends = self.overrides.get(claim.identity, ((), 0))
-        own = limits if ends > now else known.own
+        override = self.overrides.get(claim.identity)
+        holds = override is not None and override.holds_at(now)
+        own = override.limits if override and holds else known.own
         account.limits = claim.limits if own is None else own
         account.now, account.date = math.floor(now), math.ceil(now)
         account.total = sum(other.cost for other in flying)
@@ -2760,143 +2795,310 @@ def remove_stale_socket(path: str) -> None:
 # Cleaning, and what an admin changes by hand: --limit, --block, --reset.
 # ---------------------------------------------------------------------------
 
-CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+CLEAN_STEP = 1000  # rows that a transaction reads or deletes: some 10 ms
+ASK_STEP = 20  # identities that one asks the query for: some 1 ms each
+STORED_FOR = 2 * 86400  # seconds for which a window that a host stored counts
+STORE_EVERY = 6 * 3600  # seconds; seven of these may fail
 
 
-def kept_for(longest: int) -> int:
-    """Return for how long rows are kept, longer than any clock is ahead."""
-    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
+class HostWindow(NamedTuple):
+    """The longest window of a host's limits, a row of mail_window."""
+
+    host: str
+    seconds: int
+    query: str  # the hash of its sql_limits_by_id, "" if it has none
+    since: int = 0  # when it was first stored, by the database's clock
+    date: int = 0  # and when it was last stored
 
 
-def clean_mails(transaction: Transaction, settings: Settings, after: str,
-                now: int) -> tuple[str | None, int]:
-    """Delete mails of identities after one that no limit sees.
+class Aging(NamedTuple):
+    """A table whose rows belong to identities and are deleted when old."""
 
-    Those stay that a limit of the query or of --limit may still see.
+    table: str
+    date: str  # the column
+    least: int  # seconds for which rows are kept, whatever the limits
+
+
+class Oldest(NamedTuple):
+    """What one step of reading saw of an identity."""
+
+    identity: str
+    date: int
+    rows: int
+
+
+class Found(NamedTuple):
+    """What a step of cleaning is to delete, and where the next one starts."""
+
+    until: Mapping[str, int]  # for each identity the newest date to delete
+    place: str | None  # the next identity is the one after it; None: no more
+
+
+AGING = (
+    Aging("mail_count", "date", 0), Aging("mail_value", "date", 0),
+    Aging("mail_refused", "last", 35 * 86400))  # for monthly reports
+
+
+def clean(database: Database, settings: Settings, now: int) -> Iterator[int]:
+    """Delete what nobody needs; after each step yield how many records.
+
+    No mail waits long for a step: it finds old rows by reading, which locks
+    nothing, and then locks only what it deletes.  It goes through a table
+    from identity to identity, up to the last that there was at the start, so
+    that it ends however many are added meanwhile.
     """
-    overrides, deleted, before = read_overrides(transaction, now), 0, after
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
-        last, oldest = transaction.run(
-            "SELECT id, date FROM mail_count WHERE id > ?"
-            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
-        if last is None:
-            break
-        if oldest <= now - keep:
-            limits = own_limits(
-                transaction, settings.sql_limits_by_id, last, overrides)
-            until = 0 if limits is None else now - max([keep, *(
+    own = own_window(settings)  # outside of transactions: there may be many
+    for aging in AGING:
+        yield from clean_aging(database, settings, aging, own, now)
+    yield from clean_turns(database)
+    database.transact(delete_ended_limits, now)
+    yield 0
+
+
+def clean_aging(database: Database, settings: Settings, aging: Aging,
+                own: HostWindow, now: int) -> Iterator[int]:
+    """Delete rows that no limit of any host can see, step by step."""
+    place: str | None = ""
+    end = database.transact(last_identity, aging.table, reading=True)
+    while place is not None and end is not None:
+        found = database.transact(
+            find_old, settings, aging, own, (place, end), now, reading=True)
+        deleted = 0
+        if found.until:
+            deleted = database.transact(delete_old, aging, found.until)
+        yield deleted
+        place = found.place
+
+
+def last_identity(transaction: Transaction, table: str) -> str | None:
+    """Return the last identity in a table, None if that is empty."""
+    [identity] = transaction.run(f"SELECT MAX(id) FROM {table}").fetchone()
+    return None if identity is None else str(identity)
+
+
+def find_old(transaction: Transaction, settings: Settings, aging: Aging,
+             own: HostWindow, between: tuple[str, str], now: int) -> Found:
+    """Find which of the next identities have rows that no limit sees."""
+    server_now = server_time(transaction)
+    now = min(now, server_now)  # if either clock is ahead, nothing is lost
+    hosts = read_windows(transaction, server_now)
+    if reason_to_wait(own, hosts, server_now):
+        return Found({}, None)
+    kept = max(aging.least, kept_for(max(
+        [own.seconds, *(host.seconds for host in hosts)])))
+    step = read_step(transaction, aging, between)
+    if not step:
+        return Found({}, None)
+    old = [row.identity for row in step if row.date <= now - kept]
+    place = step[-1].identity
+    if settings.sql_limits_by_id and len(old) > ASK_STEP:
+        old = old[:ASK_STEP]
+        place = old[-1]
+    overrides = read_limits_between(transaction, between[0], place)
+    until = {}
+    for identity in old:
+        limits = ask_own_limits(
+            transaction, settings.sql_limits_by_id, identity, overrides)
+        if limits is not None:
+            until[identity] = now - max([kept, *(
                 kept_for(limit.seconds) for limit in limits)])
-            step = transaction.run(
-                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
-                " ORDER BY date LIMIT 1 OFFSET ?",
-                last, until, CLEAN_STEP - 1).fetchone() or (until,)
-            deleted += transaction.run(
-                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
-                last, *step).rowcount
-            if deleted >= CLEAN_STEP:
-                last = before  # for this one may have more
-                break
-        before = last
-    more = transaction.backend.turn and clean_turns(transaction, after, last)
-    return after if more else last, deleted
+    if until and step[0].rows >= CLEAN_STEP:  # then there is no other
+        return find_first_old(transaction, aging, Found(until, place), between)
+    return Found(until, place)
 
 
-def own_limits(transaction: Transaction, query: str | None, identity: str,
-               overrides: Overrides) -> Limits | None:
-    """Return what query and --limit say of an identity; None: it fails."""
-    limits, _ = overrides.get(identity, ((), 0))
+def read_step(transaction: Transaction, aging: Aging,
+              between: tuple[str, str]) -> list[Oldest]:
+    """Read the next rows of a table; return their identities.
+
+    The last identity is left to the next step if this one may have only a
+    part of its rows; if it has more than a step can read, it stands alone.
+    """
+    step = [Oldest(*row) for row in transaction.run(
+        "SELECT id, MIN(date), COUNT(*) FROM"
+        f" (SELECT id, {aging.date} AS date FROM {aging.table}"
+        " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?) AS step"
+        " GROUP BY id ORDER BY id", *between, CLEAN_STEP).fetchall()]
+    if sum(row.rows for row in step) < CLEAN_STEP:
+        return step
+    if len(step) > 1:
+        return step[:-1]
+    [date] = transaction.run(
+        f"SELECT MIN({aging.date}) FROM {aging.table} WHERE id = ?",
+        step[0].identity).fetchone()
+    return [step[0]._replace(date=date)]
+
+
+def find_first_old(transaction: Transaction, aging: Aging, found: Found,
+                   between: tuple[str, str]) -> Found:
+    """Cut what was found of a large identity to as much as a step deletes."""
+    [(identity, until)] = found.until.items()
+    row = transaction.run(
+        f"SELECT {aging.date} FROM {aging.table} WHERE id = ?"
+        f" AND {aging.date} <= ? ORDER BY {aging.date} LIMIT 1 OFFSET ?",
+        identity, until, CLEAN_STEP - 1).fetchone()
+    if row is None:
+        return found
+    return Found({identity: row[0]}, between[0])  # the same identity again
+
+
+def delete_old(transaction: Transaction, aging: Aging,
+               until: Mapping[str, int]) -> int:
+    """Delete old rows of identities; return how many."""
+    by_date: dict[int, list[str]] = {}
+    for identity, date in until.items():
+        by_date.setdefault(date, []).append(identity)
+    deleted = 0
+    for date, identities in by_date.items():
+        for some in chunks(identities, 100):  # as long a list as all drivers
+            marks = ", ".join("?" * len(some))  # and servers take
+            deleted += int(transaction.run(
+                f"DELETE FROM {aging.table} WHERE id IN ({marks})"
+                f" AND {aging.date} <= ?", *some, date).rowcount)
+    return deleted
+
+
+def kept_for(window: int) -> int:
+    """Return for how long rows are kept, longer than any clock is ahead."""
+    return max(2 * window, window + CLOCK_SKEW)  # twice as the original
+
+
+def read_limits_between(transaction: Transaction, after: str, last: str,
+                        ) -> dict[str, Limits | None]:
+    """Return what --limit has set for some identities, even if it ended."""
+    return {identity: parse_override(text) for identity, text in
+            transaction.run("SELECT id, limits FROM mail_limit WHERE id > ?"
+                            " AND id <= ?", after, last).fetchall()}
+
+
+def ask_own_limits(transaction: Transaction, query: str | None, identity: str,
+                   overrides: Mapping[str, Limits | None]) -> Limits | None:
+    """Return what --limit and the query say; None if the query fails."""
+    limits = overrides.get(identity) or ()
     if not query:
         return limits
-    found = transaction.attempt(
+    answer = transaction.attempt(
         QUERY_FAILED, lambda *given: [ask_limits(*given)], query, identity)
-    return None if found is None else (*limits, *(found[0] or ()))
+    if answer is None:
+        return None
+    return (*limits, *(answer[0] or ()))
 
 
-def clean_turns(transaction: Transaction, after: str, last: str | None,
-                ) -> bool:
-    """Delete turns of no use between two names; say if more are left."""
-    between, names = "id > ?", [after]
-    if last is not None:
-        between, names = "id > ? AND id <= ?", [after, last]
-    useless = transaction.run(  # first, since a DELETE locks what it looks at
-        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
-        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
-        *names, CLEAN_STEP).fetchall()
-    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
-    return len(useless) == CLEAN_STEP
+def clean_turns(database: Database) -> Iterator[int]:
+    """Delete turns of identities of which nothing is left, step by step."""
+    place: str | None = ""
+    end = database.transact(last_identity, "mail_turn", reading=True)
+    while place is not None and end is not None:
+        unused, place = database.transact(
+            find_unused_turns, place, end, reading=True)
+        if unused:  # one that is used by now is only made again
+            database.transact(
+                Transaction.write, "DELETE FROM mail_turn WHERE id IN ({})",
+                [(identity,) for identity in unused])
+        yield 0
 
 
-def clean_values(transaction: Transaction, settings: Settings,
-                 after: tuple[str, str], now: int) -> tuple[Any, int]:
-    """Delete values that no limit sees, after an identity's value."""
-    overrides, deleted = read_overrides(transaction, now), 0
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):
-        identity, value = after or ("", "")
-        rest = "FROM mail_value WHERE id = ? AND value > ?"
-        [last] = transaction.run(
-            f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
-            identity, value, CLEAN_STEP - 1).fetchone() or (None,)
-        limits, _ = overrides.get(identity, ((), 0))
-        until = now - max([keep, *(
-            kept_for(limit.seconds) for limit in limits)])
-        if last is not None:
-            deleted += transaction.run(
-                f"DELETE {rest} AND value <= ? AND date <= ?",
-                identity, value, last, until).rowcount
-            return (identity, last), deleted
-        deleted += transaction.run(
-            f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
-        [identity] = transaction.run(
-            "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
-        if identity is None:
-            return None, deleted
-        after = identity, ""
-        if deleted >= CLEAN_STEP:
-            break
-    return after, deleted
+def find_unused_turns(transaction: Transaction, place: str, end: str,
+                      ) -> tuple[list[str], str | None]:
+    """Return which of the next turns are unused, and the last one seen."""
+    rows = transaction.run(
+        "SELECT id, EXISTS (SELECT 1 FROM mail_count WHERE id = step.id)"
+        " OR EXISTS (SELECT 1 FROM mail_value WHERE id = step.id)"
+        " FROM (SELECT id FROM mail_turn WHERE id > ? AND id <= ?"
+        " ORDER BY id LIMIT ?) AS step ORDER BY id",
+        place, end, CLEAN_STEP).fetchall()
+    last = rows[-1][0] if rows else None
+    return [identity for identity, used in rows if not used], last
 
 
-def clean_refusals(transaction: Transaction, settings: Settings, after: str,
-                   now: int) -> tuple[str | None, int]:
-    """Delete limits that ended, and old refusals that all were told of."""
-    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
-    rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
-                         f" LIMIT {CLEAN_STEP}", after)
-    last = rows[-1].identity if rows else ""
-    told = {(*key, to): hits for *key, to, hits in transaction.run(
-        "SELECT id, seconds, address, hits FROM report_told"
-        " WHERE id >= ? AND id <= ?", after, last).fetchall()}
-    keep = max(86400, 2 * settings.longest_window)
-    for row in rows:
-        key = row.identity, row.seconds
-        due = row.seconds in settings.noted_windows
-        if now - row.last < max(keep, row.seconds) or due and any(
-                told.get((*key, fold(to)), 0) < row.hits
-                for to in settings.report_to):
-            continue
-        transaction.later("DELETE FROM mail_refused WHERE id = ?"
-                          " AND seconds = ? AND hits = ?", *key, row.hits)
-        transaction.later(
-            "DELETE FROM report_told WHERE id = ? AND seconds = ?"
-            " AND NOT EXISTS (SELECT 1 FROM mail_refused r WHERE r.id ="
-            " report_told.id AND r.seconds = report_told.seconds)", *key)
-    more = len(rows) == CLEAN_STEP and last != after
-    return last if more else None, 0
+def delete_ended_limits(transaction: Transaction, now: int) -> None:
+    """Delete limits of --limit that ended by whatever host's clock."""
+    now = min(now, server_time(transaction))
+    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now - STORED_FOR)
 
 
-# Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
-# after what to go on, None if that was all, and how many it deleted.
-CLEANINGS: Sequence[Callable[..., tuple[Any, int]]] = (
-    clean_mails, clean_values, clean_refusals)
+def own_window(settings: Settings) -> HostWindow:
+    """Return what this host has to tell the others that share a database."""
+    query = " ".join((settings.sql_limits_by_id or "").split())
+    if query:
+        query = hashlib.sha256(query.encode()).hexdigest()
+    return HostWindow(
+        shorten(socket.gethostname()), settings.longest_window, query)
+
+
+def server_time(transaction: Transaction) -> int:
+    """Return the database's time, which is the same for all hosts."""
+    [now] = transaction.run(
+        f"SELECT {transaction.backend.clock}").fetchone()
+    return int(now)
+
+
+def store_window(transaction: Transaction, own: HostWindow) -> None:
+    """Store this host's longest window, and forget what no longer counts."""
+    now = server_time(transaction)
+    transaction.run("DELETE FROM mail_window WHERE date <= ? OR date > ?",
+                    now - STORED_FOR, now + STORED_FOR)
+    transaction.run(transaction.backend.store_window,
+                    *own._replace(since=now, date=now), now)
+
+
+def read_windows(transaction: Transaction, now: int) -> list[HostWindow]:
+    """Return the windows that hosts stored in time, the last stored last."""
+    return [HostWindow(*row) for row in transaction.run(
+        "SELECT host, seconds, query, since, date FROM mail_window"
+        " WHERE date > ? ORDER BY date, since", now - STORED_FOR).fetchall()]
+
+
+def reason_to_wait(own: HostWindow, hosts: Sequence[HostWindow],
+                   now: int) -> str:
+    """Return why nothing can be deleted yet, "" if it can.
+
+    After an upgrade, or when all hosts were down, each of them first needs
+    the time to store its window.
+    """
+    start = min((host.since for host in hosts), default=now) + STORED_FOR
+    if start > now:
+        return (f"nothing is deleted before {moment(start)}: until then each"
+                " host that shares this database can store its longest window")
+    for host in hosts:
+        if host.query not in ("", own.query):
+            return (f"nothing is deleted: {printable(host.host)} has had"
+                    " another sql_limits_by_id within two days, and only"
+                    " that query knows which mails it needs")
+    return ""
+
+
+def read_reason_to_wait(transaction: Transaction, own: HostWindow) -> str:
+    """Return the same, of the windows that are stored now."""
+    now = server_time(transaction)
+    return reason_to_wait(own, read_windows(transaction, now), now)
+
+
+def describe_difference(own: HostWindow, hosts: Sequence[HostWindow]) -> str:
+    """Return how the limits of other hosts differ, "" if they do not."""
+    newest = {host.host: host for host in hosts if host.host != own.host}
+    for host in newest.values():
+        if host.query not in ("", own.query):
+            return (f"sql_limits_by_id is not the same here and on"
+                    f" {printable(host.host)}: as long as that is so, no"
+                    " records are deleted by this host")
+        if host.seconds != own.seconds:
+            return ("hosts that share this database have different limits:"
+                    f" the longest window is {spell(own.seconds)} here and"
+                    f" {spell(host.seconds)} on {printable(host.host)};"
+                    " records are kept for the longest")
+    return ""
+
 
 class Housekeeping:
-    """What the daemon does between requests."""
+    """What the daemon does between requests, a step at a time."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._cleaned: list[Any] = [None] * len(CLEANINGS)  # up to what
+        self._settings: Settings | None = None  # whose window is stored
+        self._store_at = 0.0  # when it is due again (time.monotonic())
+        self._difference = ""  # between hosts, as it was last logged
+        self._cleaning: Iterator[int] = iter(())
 
     def do_step(self) -> None:
         """Write what memory holds; drop a few rows that no limit sees."""
@@ -2905,34 +3107,60 @@ class Housekeeping:
         if not ledger.is_open(now):
             return
         ledger.catch_up(now)
-        transact = ledger.database.transact
         try:
-            ledger.standby.overrides = transact(read_overrides, now)
-            for place, clean in enumerate(CLEANINGS):
-                self._cleaned[place], deleted = transact(
-                    clean, settings, self._cleaned[place] or "", now)
-                if deleted:
-                    log.info("%d old records deleted", deleted)
+            ledger.standby.overrides = ledger.database.transact(
+                read_overrides, now, reading=True)
+            if (settings is not self._settings
+                    or time.monotonic() >= self._store_at):
+                self._store_window(ledger.database, settings)
+            self._clean(ledger.database, settings, now)
         except LedgerError as error:
             service.log_outage(error)
 
+    def _store_window(self, database: Database, settings: Settings) -> None:
+        """Tell other hosts the longest window; log if theirs differ."""
+        own = own_window(settings)
+        database.transact(store_window, own)
+        hosts = database.transact(
+            lambda transaction: read_windows(
+                transaction, server_time(transaction)), reading=True)
+        difference = describe_difference(own, hosts)
+        if difference and difference != self._difference:
+            log.warning("%s", difference)
+        self._difference = difference
+        if settings is not self._settings:
+            self._settings = settings
+            self._cleaning = iter(())  # start anew, under these settings
+        self._store_at = time.monotonic() + STORE_EVERY
 
-def set_override(transaction: Transaction, identity: str, limits: Limits,
-                 ends: int, now: int) -> None:
+    def _clean(self, database: Database, settings: Settings, now: int) -> None:
+        """Do the next step of cleaning; after the last start again."""
+        deleted = next(self._cleaning, None)
+        if deleted is None:
+            self._cleaning = clean(database, settings, now)
+            deleted = next(self._cleaning)
+        if deleted:
+            log.info("%d old records deleted", deleted)
+
+
+def set_override(transaction: Transaction, identity: str, override: Override,
+                 now: int) -> None:
     """Give an identity other limits."""
+    ends = PERMANENT if override.ends is None else override.ends
     drop_override(transaction, identity)
-    transaction.run("INSERT INTO mail_limit (id, limits, ends, made) VALUES"
-                    " (?, ?, ?, ?)", identity, json.dumps(limits), ends, now)
+    transaction.run(
+        "INSERT INTO mail_limit (id, limits, ends, made) VALUES (?, ?, ?, ?)",
+        identity, json.dumps(override.limits), ends, now)
 
 
-def drop_override(transaction: Transaction, identity: str) -> bool:
-    """Give an identity its usual limits; say if it had others."""
-    return bool(transaction.run(
+def drop_override(transaction: Transaction, identity: str) -> int:
+    """Delete the other limits of an identity; return how many rows it had."""
+    return int(transaction.run(
         "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
 
 
 def forget(transaction: Transaction, identity: str) -> int:
-    """Forget the mails of an identity; return how many were recorded."""
+    """Delete the mails of an identity; return how many were recorded."""
     take_turns(transaction, [identity])
     [mails] = transaction.run(
         "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
@@ -3223,7 +3451,7 @@ class Standing(NamedTuple):
     identity: str
     last_mail: int  # 0: none that is recorded
     source: str  # where its limits come from
-    until: int  # when those of --limit end; 0: there are none
+    until: int | None  # when those of --limit end; None: they do not
     dry_run: bool  # are they only tried?
     limits: tuple[Window, ...]
     refusals: tuple[Refusal, ...]
@@ -3284,7 +3512,7 @@ def read_notes(transaction: Transaction, now: int, where: str,
 
 
 def limits_of(transaction: Transaction, settings: Settings, identity: str,
-              overrides: Overrides) -> tuple[Limits, str, int, bool]:
+              overrides: Overrides) -> tuple[Limits, str, int | None, bool]:
     """Return limits, where from, until when, and if they are only tried."""
     rule = rule_of(settings, identity)
     if identity in overrides:
@@ -3294,12 +3522,12 @@ def limits_of(transaction: Transaction, settings: Settings, identity: str,
     if query and not rule.by:
         own = transaction.attempt(QUERY_FAILED, ask_limits, query, identity)
     if own is not None:
-        return own, "sql_limits_by_id", 0, rule.dry_run
+        return own, "sql_limits_by_id", None, rule.dry_run
     own = rule.limits_by_id.find(
         identity.partition("=")[2] if rule.by else fold(identity))
     source = "limits" if own is None else "limits_by_id"
     return (rule.limits if own is None else own,
-            "quotas" if rule.by else source, 0, rule.dry_run)
+            "quotas" if rule.by else source, None, rule.dry_run)
 
 
 def room_at(transaction: Transaction, tables: Sequence[str], identity: str,
@@ -3369,7 +3597,7 @@ def read_counts(pidfile: str) -> dict[str, float]:
 def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
     """Yield the lines of --prometheus: of the daemon, then of identities."""
     counts, standings = read_counts(settings.pidfile), []
-    metrics: dict[str, dict[str, float]] = {
+    metrics: dict[str, dict[str, float | str]] = {
         "up": {"": int(bool(counts))},
         **{f"{name}_total": {"": value} for name, value in counts.items()},
         "used": {}, "limit": {}, "refusals_total": {}, "limit_ends": {},
@@ -3386,8 +3614,9 @@ def show_metrics(database: Database, settings: Settings) -> Iterator[str]:
         for row in standing.refusals:
             labels = labels_of(standing, row.seconds)
             metrics["refusals_total"][labels] = row.hits
-        if standing.until:
-            metrics["limit_ends"][labels_of(standing)] = standing.until
+        if standing.source == "--limit":
+            metrics["limit_ends"][labels_of(standing)] = (
+                "+Inf" if standing.until is None else standing.until)
         if standing.dry_run:
             metrics["dry_run"][labels_of(standing)] = 1
     for metric, values in metrics.items():
@@ -3411,7 +3640,7 @@ def urgency(standing: Standing, now: int) -> tuple[float, ...]:
                    if row.last + row.seconds > now), default=0)
     fullest = max([(window.used / (window.mails or 1), window.used)
                    for window in standing.limits], default=(0, 0))
-    return refused, bool(standing.until), *fullest
+    return refused, standing.source == "--limit", *fullest
 
 
 def show_most(standings: Sequence[Standing], now: int) -> Iterator[str]:
@@ -3437,8 +3666,10 @@ def show_rows(standing: Standing, now: int) -> Iterator[tuple[str, ...]]:
     hits = sum(row.hits for row in standing.refusals)
     last = max((row.last for row in standing.refusals), default=0)
     first = [str(hits or ""), short(last, now)]
-    until = (short(standing.until, now)
-             or ("dry_run" if standing.dry_run else ""))
+    until = "dry_run" if standing.dry_run else ""
+    if standing.source == "--limit":
+        until = ("permanent" if standing.until is None
+                 else short(standing.until, now))
     name = printable(standing.identity)
     for window in standing.limits or [None]:
         yield (name, *(show_window(window) if window else ("", "", "")),
@@ -3454,7 +3685,7 @@ def show_one(standing: Standing, places: Mapping[tuple[str, ...], str],
     yield f"last mail: {moment(last) if last else 'none'}"
     found = [names for names in places if names[:1] == (standing.source,)
              and fold(names[-1]) in (standing.source, standing.identity)]
-    where = (term(standing.until) if standing.until else
+    where = (term(standing.until) if standing.source == "--limit" else
              places[max(found, key=len)] if found else "the default")
     yield (f"limits, from {standing.source} ({where})"
            f"{', only tried' if standing.dry_run else ''}:")
@@ -3479,8 +3710,8 @@ def show_window(window: Window) -> tuple[str, str, str]:
 
 def short(date: int | None, now: int) -> str:
     """Return a time as a table shows it: of today the time, else the date."""
-    if not date or date >= FOR_GOOD:
-        return term(date) if date else ""
+    if not date:
+        return ""
     day, today = time.localtime(date), time.localtime(now)
     return time.strftime("%H:%M" if day[:3] == today[:3] else "%Y-%m-%d", day)
 
@@ -4336,20 +4567,21 @@ def run_daemon(options: argparse.Namespace) -> None:
 def clean_all(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
     settings, database = open_as_owner(options)
-    deleted = 0
+    own, deleted = own_window(settings), 0
     try:
-        for clean in CLEANINGS:
-            after: Any = ""
-            while after is not None:
-                after, some = database.transact(
-                    clean, settings, after, int(time.time()))
-                deleted += some
+        database.transact(store_window, own)
+        reason = database.transact(read_reason_to_wait, own, reading=True)
+        for some in clean(database, settings, int(time.time())):
+            deleted += some
+            if some:
                 time.sleep(0.005)  # the daemon's turn
         if settings.report:
             database.transact(take_over, int(time.time()))
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
+    if reason:
+        print(reason)
     if settings.report:
         tell_doubts(settings, strict=False)
         send_reports(database, settings)
@@ -4413,10 +4645,10 @@ def set_limit(options: argparse.Namespace) -> None:
     settings, database = open_as_owner(options)
     identity, limits = options.limit or (options.block, BLOCKED)
     key, now = key_of(settings, identity), int(time.time())
-    ends = now + options.term if options.term else FOR_GOOD
+    ends = now + options.term if options.term else None
     if check_known(settings, database, key).dry_run:
         log.warning("%s: dry_run: no mail of it is refused", printable(key))
-    database.transact(set_override, key, limits, ends, now)
+    database.transact(set_override, key, Override(limits, ends), now)
     given = ", ".join(map(ratio, limits)) or "no limits"
     print(f"{printable(key)}: {given} {term(ends)}")
 
