@@ -2140,6 +2140,9 @@ TABLES = {
                     " PRIMARY KEY (id, seconds)",
     "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
                   " ends {number}, made {number}",
+    "mail_window": "host {name}, seconds {number}, query {name},"
+                   " since {number}, date {number},"
+                   " PRIMARY KEY (host, seconds, query)",
 }
 
 
@@ -2168,6 +2171,8 @@ REFUSED = ("INSERT INTO mail_refused"
            " (id, seconds, mails, hits, first, last, client, told) VALUES {}")
 ADD_TOLD = ("ALTER TABLE mail_refused"
             " ADD COLUMN told bigint NOT NULL DEFAULT 0")
+STORE_WINDOW = ("INSERT INTO mail_window (host, seconds, query, since, date)"
+                " VALUES (?, ?, ?, ?, ?)")
 
 
 class Backend:
@@ -2200,6 +2205,8 @@ class Backend:
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
            " (id, value) DO UPDATE SET date = excluded.date"
            " WHERE mail_value.date < excluded.date")  # it never goes back
+    store_window = (f"{STORE_WINDOW} ON CONFLICT (host, seconds, query)"
+                    " DO UPDATE SET date = ?")
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -2565,6 +2572,7 @@ class MySQL(Backend):
     clock = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
              " / 1000000")
     asks_singly = True
+    store_window = f"{STORE_WINDOW} ON DUPLICATE KEY UPDATE date = ?"
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
     begin = begin_reading = ""
@@ -2608,6 +2616,7 @@ class PostgreSQL(Backend):
         ("fsync", "SELECT current_setting('fsync')", ("on",)))
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
+    clock = "CAST(EXTRACT(EPOCH FROM CURRENT_TIMESTAMP) AS bigint)"
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03",
         # another host was first: table, column, index; in the catalogue
@@ -4658,136 +4667,316 @@ def time_left(deadline: float) -> float:
 # limits tried on the mail that is recorded: --simulate.
 # ---------------------------------------------------------------------------
 
-CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+CLEAN_STEP = 1000  # rows that a transaction reads or deletes: some 10 ms
+ASK_STEP = 20  # identities that one asks the query for: some 1 ms each
+STORED_FOR = 2 * 86400  # seconds for which a window that a host stored counts
+STORE_EVERY = 6 * 3600  # seconds; seven of these may fail
 
 
-def kept_for(longest: int) -> int:
-    """Return for how long rows are kept, longer than any clock is ahead."""
-    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
+class HostWindow(NamedTuple):
+    """The longest window of a host's limits, a row of mail_window."""
+
+    host: str
+    seconds: int
+    query: str  # the hash of its sql_limits_by_id, "" if it has none
+    since: int = 0  # when it was first stored, by the database's clock
+    date: int = 0  # and when it was last stored
 
 
-def clean_mails(transaction: Transaction, settings: Settings, after: str,
-                now: int) -> tuple[str | None, int]:
-    """Delete mails of identities after one that no limit sees.
+class Aging(NamedTuple):
+    """A table whose rows belong to identities and are deleted when old."""
 
-    Those stay that a limit of the query or of --limit may still see.
+    table: str
+    date: str  # the column
+    least: int  # seconds for which rows are kept, whatever the limits
+
+
+class Oldest(NamedTuple):
+    """What one step of reading saw of an identity."""
+
+    identity: str
+    date: int
+    rows: int
+
+
+class Found(NamedTuple):
+    """What a step of cleaning is to delete, and where the next one starts."""
+
+    until: Mapping[str, int]  # for each identity the newest date to delete
+    place: str | None  # the next identity is the one after it; None: no more
+
+
+AGING = (
+    Aging("mail_count", "date", 0), Aging("mail_value", "date", 0),
+    Aging("mail_refused", "last", 35 * 86400))  # for monthly reports
+
+
+def clean(database: Database, settings: Settings, now: int) -> Iterator[int]:
+    """Delete what nobody needs; after each step yield how many records.
+
+    No mail waits long for a step: it finds old rows by reading, which locks
+    nothing, and then locks only what it deletes.  It goes through a table
+    from identity to identity, up to the last that there was at the start, so
+    that it ends however many are added meanwhile.
     """
-    overrides, deleted, before = read_overrides(transaction, now), 0, after
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
-        last, oldest = transaction.run(
-            "SELECT id, date FROM mail_count WHERE id > ?"
-            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
-        if last is None:
-            break
-        if oldest <= now - keep:
-            limits = own_limits(
-                transaction, settings.sql_limits_by_id, last, overrides)
-            until = 0 if limits is None else now - max([keep, *(
+    own = own_window(settings)  # outside of transactions: there may be many
+    for aging in AGING:
+        yield from clean_aging(database, settings, aging, own, now)
+    yield from clean_turns(database)
+    database.transact(delete_ended_limits, now)
+    yield 0
+
+
+def clean_aging(database: Database, settings: Settings, aging: Aging,
+                own: HostWindow, now: int) -> Iterator[int]:
+    """Delete rows that no limit of any host can see, step by step."""
+    place: str | None = ""
+    end = database.transact(last_identity, aging.table, reading=True)
+    while place is not None and end is not None:
+        found = database.transact(
+            find_old, settings, aging, own, (place, end), now, reading=True)
+        deleted = 0
+        if found.until:
+            deleted = database.transact(delete_old, aging, found.until)
+        yield deleted
+        place = found.place
+
+
+def last_identity(transaction: Transaction, table: str) -> str | None:
+    """Return the last identity in a table, None if that is empty."""
+    [identity] = transaction.run(f"SELECT MAX(id) FROM {table}").fetchone()
+    return None if identity is None else str(identity)
+
+
+def find_old(transaction: Transaction, settings: Settings, aging: Aging,
+             own: HostWindow, between: tuple[str, str], now: int) -> Found:
+    """Find which of the next identities have rows that no limit sees."""
+    server_now = server_time(transaction)
+    now = min(now, server_now)  # if either clock is ahead, nothing is lost
+    hosts = read_windows(transaction, server_now)
+    if reason_to_wait(own, hosts, server_now):
+        return Found({}, None)
+    kept = max(aging.least, kept_for(max(
+        [own.seconds, *(host.seconds for host in hosts)])))
+    step = read_step(transaction, aging, between)
+    if not step:
+        return Found({}, None)
+    old = [row.identity for row in step if row.date <= now - kept]
+    place = step[-1].identity
+    if settings.sql_limits_by_id and len(old) > ASK_STEP:
+        old = old[:ASK_STEP]
+        place = old[-1]
+    overrides = read_limits_between(transaction, between[0], place)
+    until = {}
+    for identity in old:
+        limits = ask_own_limits(
+            transaction, settings.sql_limits_by_id, identity, overrides)
+        if limits is not None:
+            until[identity] = now - max([kept, *(
                 kept_for(limit.seconds) for limit in limits)])
-            step = transaction.run(
-                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
-                " ORDER BY date LIMIT 1 OFFSET ?",
-                last, until, CLEAN_STEP - 1).fetchone() or (until,)
-            deleted += transaction.run(
-                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
-                last, *step).rowcount
-            if deleted >= CLEAN_STEP:
-                last = before  # for this one may have more
-                break
-        before = last
-    more = transaction.backend.turn and clean_turns(transaction, after, last)
-    return after if more else last, deleted
+    if until and step[0].rows >= CLEAN_STEP:  # then there is no other
+        return find_first_old(transaction, aging, Found(until, place), between)
+    return Found(until, place)
 
 
-def own_limits(transaction: Transaction, query: str | None, identity: str,
-               overrides: Overrides) -> Limits | None:
-    """Return what query and --limit say of an identity; None: it fails."""
-    override = overrides.get(identity)
-    limits: Limits = () if override is None else override.limits
+def read_step(transaction: Transaction, aging: Aging,
+              between: tuple[str, str]) -> list[Oldest]:
+    """Read the next rows of a table; return their identities.
+
+    The last identity is left to the next step if this one may have only a
+    part of its rows; if it has more than a step can read, it stands alone.
+    """
+    step = [Oldest(*row) for row in transaction.run(
+        "SELECT id, MIN(date), COUNT(*) FROM"
+        f" (SELECT id, {aging.date} AS date FROM {aging.table}"
+        " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?) AS step"
+        " GROUP BY id ORDER BY id", *between, CLEAN_STEP).fetchall()]
+    if sum(row.rows for row in step) < CLEAN_STEP:
+        return step
+    if len(step) > 1:
+        return step[:-1]
+    [date] = transaction.run(
+        f"SELECT MIN({aging.date}) FROM {aging.table} WHERE id = ?",
+        step[0].identity).fetchone()
+    return [step[0]._replace(date=date)]
+
+
+def find_first_old(transaction: Transaction, aging: Aging, found: Found,
+                   between: tuple[str, str]) -> Found:
+    """Cut what was found of a large identity to as much as a step deletes."""
+    [(identity, until)] = found.until.items()
+    row = transaction.run(
+        f"SELECT {aging.date} FROM {aging.table} WHERE id = ?"
+        f" AND {aging.date} <= ? ORDER BY {aging.date} LIMIT 1 OFFSET ?",
+        identity, until, CLEAN_STEP - 1).fetchone()
+    if row is None:
+        return found
+    return Found({identity: row[0]}, between[0])  # the same identity again
+
+
+def delete_old(transaction: Transaction, aging: Aging,
+               until: Mapping[str, int]) -> int:
+    """Delete old rows of identities; return how many."""
+    by_date: dict[int, list[str]] = {}
+    for identity, date in until.items():
+        by_date.setdefault(date, []).append(identity)
+    deleted = 0
+    for date, identities in by_date.items():
+        for some in chunks(identities, 100):  # as long a list as all drivers
+            marks = ", ".join("?" * len(some))  # and servers take
+            deleted += int(transaction.run(
+                f"DELETE FROM {aging.table} WHERE id IN ({marks})"
+                f" AND {aging.date} <= ?", *some, date).rowcount)
+    return deleted
+
+
+def kept_for(window: int) -> int:
+    """Return for how long rows are kept, longer than any clock is ahead."""
+    return max(2 * window, window + CLOCK_SKEW)  # twice as the original
+
+
+def read_limits_between(transaction: Transaction, after: str, last: str,
+                        ) -> dict[str, Limits | None]:
+    """Return what --limit has set for some identities, even if it ended."""
+    found: dict[str, Limits | None] = {}
+    for identity, text, ends, made in transaction.run(
+            "SELECT id, limits, ends, made FROM mail_limit WHERE id > ?"
+            " AND id <= ?", after, last).fetchall():
+        override = parse_override(text, ends, made)
+        found[identity] = None if override is None else override.limits
+    return found
+
+
+def ask_own_limits(transaction: Transaction, query: str | None, identity: str,
+                   overrides: Mapping[str, Limits | None]) -> Limits | None:
+    """Return what --limit and the query say; None if the query fails."""
+    limits = overrides.get(identity) or ()
     if not query:
         return limits
-    found = transaction.attempt(
+    answer = transaction.attempt(
         QUERY_FAILED, lambda *given: [ask_limits(*given)], query, identity)
-    return None if found is None else (*limits, *(found[0] or ()))
+    if answer is None:
+        return None
+    return (*limits, *(answer[0] or ()))
 
 
-def clean_turns(transaction: Transaction, after: str, last: str | None,
-                ) -> bool:
-    """Delete turns of no use between two names; say if more are left."""
-    between, names = "id > ?", [after]
-    if last is not None:
-        between, names = "id > ? AND id <= ?", [after, last]
-    useless = transaction.run(  # first, since a DELETE locks what it looks at
-        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
-        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
-        *names, CLEAN_STEP).fetchall()
-    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
-    return len(useless) == CLEAN_STEP
+def clean_turns(database: Database) -> Iterator[int]:
+    """Delete turns of identities of which nothing is left, step by step."""
+    place: str | None = ""
+    end = database.transact(last_identity, "mail_turn", reading=True)
+    while place is not None and end is not None:
+        unused, place = database.transact(
+            find_unused_turns, place, end, reading=True)
+        if unused:  # one that is used by now is only made again
+            database.transact(
+                Transaction.write, "DELETE FROM mail_turn WHERE id IN ({})",
+                [(identity,) for identity in unused])
+        yield 0
 
 
-def clean_values(transaction: Transaction, settings: Settings,
-                 after: tuple[str, str], now: int) -> tuple[Any, int]:
-    """Delete values that no limit sees, after an identity's value."""
-    overrides, deleted = read_overrides(transaction, now), 0
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):
-        identity, value = after or ("", "")
-        rest = "FROM mail_value WHERE id = ? AND value > ?"
-        [last] = transaction.run(
-            f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
-            identity, value, CLEAN_STEP - 1).fetchone() or (None,)
-        limits = overrides.get(identity, Override((), None)).limits
-        until = now - max([keep, *(
-            kept_for(limit.seconds) for limit in limits)])
-        if last is not None:
-            deleted += transaction.run(
-                f"DELETE {rest} AND value <= ? AND date <= ?",
-                identity, value, last, until).rowcount
-            return (identity, last), deleted
-        deleted += transaction.run(
-            f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
-        [identity] = transaction.run(
-            "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
-        if identity is None:
-            return None, deleted
-        after = identity, ""
-        if deleted >= CLEAN_STEP:
-            break
-    return after, deleted
+def find_unused_turns(transaction: Transaction, place: str, end: str,
+                      ) -> tuple[list[str], str | None]:
+    """Return which of the next turns are unused, and the last one seen."""
+    rows = transaction.run(
+        "SELECT id, EXISTS (SELECT 1 FROM mail_count WHERE id = step.id)"
+        " OR EXISTS (SELECT 1 FROM mail_value WHERE id = step.id)"
+        " FROM (SELECT id FROM mail_turn WHERE id > ? AND id <= ?"
+        " ORDER BY id LIMIT ?) AS step ORDER BY id",
+        place, end, CLEAN_STEP).fetchall()
+    last = rows[-1][0] if rows else None
+    return [identity for identity, used in rows if not used], last
 
 
-def clean_refusals(transaction: Transaction, settings: Settings, after: str,
-                   now: int) -> tuple[str | None, int]:
-    """Delete limits that ended, and old refusals that all were told of."""
-    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
-    rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
-                         f" LIMIT {CLEAN_STEP}", after)
-    last = rows[-1].identity if rows else ""
-    keep = max(86400, 2 * settings.longest_window)
-    for row in rows:
-        due = row.seconds in settings.noted_windows and settings.report_to
-        if now - row.last < max(keep, row.seconds) or (
-                due and row.told < row.hits):
-            continue
-        transaction.later("DELETE FROM mail_refused WHERE id = ?"
-                          " AND seconds = ? AND hits = ?",
-                          row.identity, row.seconds, row.hits)
-    more = len(rows) == CLEAN_STEP and last != after
-    return last if more else None, 0
+def delete_ended_limits(transaction: Transaction, now: int) -> None:
+    """Delete limits of --limit that ended by whatever host's clock."""
+    now = min(now, server_time(transaction))
+    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now - STORED_FOR)
 
 
-# Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
-# after what to go on, None if that was all, and how many it deleted.
-CLEANINGS: Sequence[Callable[..., tuple[Any, int]]] = (
-    clean_mails, clean_values, clean_refusals)
+def own_window(settings: Settings) -> HostWindow:
+    """Return what this host has to tell the others that share a database."""
+    query = " ".join((settings.sql_limits_by_id or "").split())
+    if query:
+        query = hashlib.sha256(query.encode()).hexdigest()
+    return HostWindow(
+        shorten(socket.gethostname()), settings.longest_window, query)
+
+
+def server_time(transaction: Transaction) -> int:
+    """Return the database's time, which is the same for all hosts."""
+    if not transaction.backend.clock:
+        return int(time.time())
+    [now] = transaction.run(
+        f"SELECT {transaction.backend.clock}").fetchone()
+    return int(now)
+
+
+def store_window(transaction: Transaction, own: HostWindow) -> None:
+    """Store this host's longest window, and forget what no longer counts."""
+    now = server_time(transaction)
+    transaction.run("DELETE FROM mail_window WHERE date <= ? OR date > ?",
+                    now - STORED_FOR, now + STORED_FOR)
+    transaction.run(transaction.backend.store_window,
+                    *own._replace(since=now, date=now), now)
+
+
+def read_windows(transaction: Transaction, now: int) -> list[HostWindow]:
+    """Return the windows that hosts stored in time, the last stored last."""
+    return [HostWindow(*row) for row in transaction.run(
+        "SELECT host, seconds, query, since, date FROM mail_window"
+        " WHERE date > ? ORDER BY date, since", now - STORED_FOR).fetchall()]
+
+
+def reason_to_wait(own: HostWindow, hosts: Sequence[HostWindow],
+                   now: int) -> str:
+    """Return why nothing can be deleted yet, "" if it can.
+
+    After an upgrade, or when all hosts were down, each of them first needs
+    the time to store its window.
+    """
+    start = min((host.since for host in hosts), default=now) + STORED_FOR
+    if start > now:
+        return (f"nothing is deleted before {moment(start)}: until then each"
+                " host that shares this database can store its longest window")
+    for host in hosts:
+        if host.query not in ("", own.query):
+            return (f"nothing is deleted: {printable(host.host)} has had"
+                    " another sql_limits_by_id within two days, and only"
+                    " that query knows which mails it needs")
+    return ""
+
+
+def read_reason_to_wait(transaction: Transaction, own: HostWindow) -> str:
+    """Return the same, of the windows that are stored now."""
+    now = server_time(transaction)
+    return reason_to_wait(own, read_windows(transaction, now), now)
+
+
+def describe_difference(own: HostWindow, hosts: Sequence[HostWindow]) -> str:
+    """Return how the limits of other hosts differ, "" if they do not."""
+    newest = {host.host: host for host in hosts if host.host != own.host}
+    for host in newest.values():
+        if host.query not in ("", own.query):
+            return (f"sql_limits_by_id is not the same here and on"
+                    f" {printable(host.host)}: as long as that is so, no"
+                    " records are deleted by this host")
+        if host.seconds != own.seconds:
+            return ("hosts that share this database have different limits:"
+                    f" the longest window is {spell(own.seconds)} here and"
+                    f" {spell(host.seconds)} on {printable(host.host)};"
+                    " records are kept for the longest")
+    return ""
+
 
 class Housekeeping:
-    """What the daemon does between requests."""
+    """What the daemon does between requests, a step at a time."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._cleaned: list[Any] = [None] * len(CLEANINGS)  # up to what
+        self._settings: Settings | None = None  # whose window is stored
+        self._store_at = 0.0  # when it is due again (time.monotonic())
+        self._difference = ""  # between hosts, as it was last logged
+        self._cleaning: Iterator[int] = iter(())
 
     def do_step(self) -> None:
         """Write what memory holds; drop a few rows that no limit sees."""
@@ -4797,21 +4986,45 @@ class Housekeeping:
         if ledger.is_in_outage():
             return
         ledger.store_remembered(now)
-        transact = ledger.database.transact
         try:
             ledger.database.compare_clocks()
-            ledger.memory.overrides = transact(read_overrides, now)
-            for place, clean in enumerate(CLEANINGS):
-                self._cleaned[place], deleted = transact(
-                    clean, settings, self._cleaned[place] or "", now)
-                if deleted:
-                    log.info("%d old records deleted", deleted)
+            ledger.memory.overrides = ledger.database.transact(
+                read_overrides, now, reading=True)
+            if (settings is not self._settings
+                    or time.monotonic() >= self._store_at):
+                self._store_window(ledger.database, settings)
+            self._clean(ledger.database, settings, now)
         except LedgerError as error:
             service.log_outage(error)
 
+    def _store_window(self, database: Database, settings: Settings) -> None:
+        """Tell other hosts the longest window; log if theirs differ."""
+        own = own_window(settings)
+        database.transact(store_window, own)
+        hosts = database.transact(
+            lambda transaction: read_windows(
+                transaction, server_time(transaction)), reading=True)
+        difference = describe_difference(own, hosts)
+        if difference and difference != self._difference:
+            log.warning("%s", difference)
+        self._difference = difference
+        if settings is not self._settings:
+            self._settings = settings
+            self._cleaning = iter(())  # start anew, under these settings
+        self._store_at = time.monotonic() + STORE_EVERY
+
+    def _clean(self, database: Database, settings: Settings, now: int) -> None:
+        """Do the next step of cleaning; after the last start again."""
+        deleted = next(self._cleaning, None)
+        if deleted is None:
+            self._cleaning = clean(database, settings, now)
+            deleted = next(self._cleaning)
+        if deleted:
+            log.info("%d old records deleted", deleted)
+
 
 def forget(transaction: Transaction, identity: str) -> int:
-    """Forget the mails of an identity; return how many were recorded."""
+    """Delete the mails of an identity; return how many were recorded."""
     take_turns(transaction, [identity])
     [mails] = transaction.run(
         "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
@@ -4945,7 +5158,7 @@ def read_mails(transaction: Transaction, columns: Sequence[str],
     place, done = Place(), 0
     while True:
         with brief_read(transaction):
-            rows = read_step(transaction, columns, place)
+            rows = read_mails_from(transaction, columns, place)
         mails = [PastMail(spell_id(identity), date, cost)
                  for identity, date, cost in rows]
         yield from mails
@@ -4961,7 +5174,7 @@ def read_mails(transaction: Transaction, columns: Sequence[str],
         place = Place(rows[-1][0], last.date, skip)
 
 
-def read_step(transaction: Transaction, columns: Sequence[str],
+def read_mails_from(transaction: Transaction, columns: Sequence[str],
               place: Place) -> list[Row]:
     """Read the next rows, in the order of the index mail_count_total."""
     cost = "1"  # the first versions of the original had no other
@@ -8149,20 +8362,21 @@ def ping_daemon(options: argparse.Namespace) -> None:
 def clean_all(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
     settings, database = open_as_owner(options)
-    deleted = 0
+    own, deleted = own_window(settings), 0
     try:
-        for clean in CLEANINGS:
-            after: Any = ""
-            while after is not None:
-                after, some = database.transact(
-                    clean, settings, after, int(time.time()))
-                deleted += some
+        database.transact(store_window, own)
+        reason = database.transact(read_reason_to_wait, own, reading=True)
+        for some in clean(database, settings, int(time.time())):
+            deleted += some
+            if some:
                 time.sleep(0.005)  # the daemon's turn
         if settings.report:
             database.transact(import_old_refusals, int(time.time()))
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
+    if reason:
+        print(reason)
     if settings.report:
         log_doubts(options, doubt_reports(settings))
         send_reports(database, settings)

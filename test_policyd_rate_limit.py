@@ -277,6 +277,17 @@ def request(**attributes: object) -> prl.Request:
     return requests_in(request_text(**attributes))[0]
 
 
+def clean(database: prl.Database, settings: prl.Settings, now: int,
+          ) -> list[int]:
+    """Clean as the only host, there for long; return what each step did."""
+    with database.lock:
+        database.transact(prl.Transaction.run, "DELETE FROM mail_window")
+        database.transact(prl.store_window, prl.own_window(settings))
+        database.transact(
+            prl.Transaction.run, "UPDATE mail_window SET since = 0")
+        return list(prl.clean(database, settings, now))
+
+
 class Client:
     """A connection to the daemon, as Postfix holds it."""
 
@@ -505,6 +516,13 @@ def locked(path: str, timeout: float = 30) -> Iterator[None]:
         connection.execute("BEGIN EXCLUSIVE")
         yield
         connection.execute("ROLLBACK")
+
+
+def let_clean(path: str) -> None:
+    """Have hosts on a SQLite database stored their windows for long."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE mail_window SET since = 0")
+        database.commit()
 
 
 @contextlib.contextmanager
@@ -3325,17 +3343,56 @@ class StoreContract:
         mark = ledger.database.backend.placeholder
         limits = "[[100, 20000]]"
         works = f"SELECT '{limits}' WHERE {mark} <> ''"
-        self.passes(ledger, 1000)
+        for query, now, left in (
+                (f"SELECT nothing, {mark} FROM nowhere", 90000,
+                 ["ann", "joe"]),
+                (works, 40999, ["ann", "joe"]), (works, 41000, ["joe"]),
+                ("", 50999, ["joe"]), ("", 51000, [])):
+            with self.subTest(query, now=now), quiet():
+                if query and now < 41000 or now == 90000:
+                    self.fill_tables(ledger, "ann", "joe")
+                    self.override(ledger, "joe", prl.Limit(9, 25000),
+                                  ends=2000)
+                clean(ledger.database, dataclasses.replace(
+                    self.SHORT, sql_limits_by_id=query), now)
+                for table in ("mail_count", "mail_value"):
+                    self.assertEqual(self.names(ledger, table), left)
+
+    def test_refusals_stay_for_five_weeks_or_twice_the_window(self) -> None:
+        ledger, day = self.open(), 86400
+        for window, limits, now, left in (
+                (1, [], 1000 + 35 * day - 1, True),
+                (1, [], 1000 + 35 * day, False),
+                (20 * day, [], 1000 + 40 * day - 1, True),
+                (20 * day, [], 1000 + 40 * day, False),
+                (1, [prl.Limit(9, 30 * day)], 1000 + 60 * day - 1, True),
+                (1, [prl.Limit(9, 30 * day)], 1000 + 60 * day, False)):
+            with self.subTest(window=window, now=now):
+                self.fill_tables(ledger, "joe")
+                self.override(ledger, "joe", *limits)
+                clean(ledger.database, prl.Settings(
+                    limits=(prl.Limit(1, window),), report=True,
+                    report_to=("a@x.org",)), now)  # it may never be told
+                self.assertEqual(
+                    self.names(ledger, "mail_refused"), ["joe"] * left)
+
+    def fill_tables(self, ledger: prl.Ledger, *names: str) -> None:
+        """Have one row of time 1000 for each name, in each table."""
+        for table in ("mail_count", "mail_value", "mail_refused"):
+            self.execute(ledger, f"DELETE FROM {table}")
+        ledger.database.transact(prl.Transaction.write, prl.INSERT, [
+            (name, 1000, 1, "", "DATA", 1) for name in names])
         ledger.database.transact(
-            prl.set_override, "joe",
-            prl.Override((prl.Limit(0, 60),), 10**6))
-        for query, kept in ((f"SELECT nothing, {mark} FROM nowhere", True),
-                            (works, True), (works.replace("2", "1"), False)):
-            with self.subTest(query), quiet():
-                ledger.database.transact(
-                    prl.clean_mails, dataclasses.replace(
-                        self.SHORT, sql_limits_by_id=query), "", 30000)
-                self.assertEqual(self.used(ledger, 1000) > 0, kept)
+            prl.Transaction.write, ledger.database.backend.see,
+            [(name, "x", 1000) for name in names])
+        ledger.database.transact(
+            prl.Transaction.write, ledger.database.backend.note,
+            [(name, 60, 9, 1, 1000, 1000, "", 0) for name in names])
+
+    def names(self, ledger: prl.Ledger, table: str) -> list[str]:
+        """Return the identities in a table."""
+        return [name for [name] in self.execute(
+            ledger, f"SELECT DISTINCT id FROM {table} ORDER BY id")]
 
     def test_cleaning_forgets_nothing_that_a_limit_sees(self) -> None:
         ledger = self.open()
@@ -3343,13 +3400,7 @@ class StoreContract:
             for identity in ("ann", "bob", "eve"):
                 self.passes(ledger, now, identity, limits=(
                     prl.Limit(1000, 60),))
-        after: str | None = ""
-        deleted = 0
-        while after is not None:
-            after, some = ledger.database.transact(
-                prl.clean_mails, self.SHORT, after, 1650)
-            deleted += some
-        self.assertEqual(deleted, 150)
+        self.assertEqual(sum(clean(ledger.database, self.SHORT, 1650)), 150)
         self.assertEqual(self.execute(
             ledger, "SELECT min(date), count(*) FROM mail_count"),
             [(1050, 150)])
@@ -3358,46 +3409,163 @@ class StoreContract:
                 identity, 9, (prl.Limit(0, 60),))], 1109))
             self.assertEqual(verdict.usage[0].used, 50)
 
-    def test_what_comes_after_the_last_counted_identity_is_cleaned(
-            self) -> None:
+    def test_cleaning_keeps_what_another_host_can_see(self) -> None:
+        ledger, now = self.open(), int(time.time())
+        other = prl.HostWindow("other", 86400, "")
+        for age, left in ((0, True), (prl.STORED_FOR - 99, True),
+                          (prl.STORED_FOR + 1, False)):
+            with self.subTest(age=age):
+                self.fill_tables(ledger, "joe")
+                self.execute(ledger, "DELETE FROM mail_window")
+                for host in (other, prl.own_window(self.SHORT)):
+                    ledger.database.transact(prl.store_window, host)
+                self.execute(ledger, "UPDATE mail_window SET since = 0")
+                self.execute(ledger, "UPDATE mail_window SET date = ?"
+                             " WHERE host = 'other'", now - age)
+                for clock in (87400, 3000):  # twice the window
+                    list(prl.clean(ledger.database, self.SHORT, clock))
+                    self.assertEqual(self.names(ledger, "mail_count"),
+                                     ["joe"] * left)
+                    self.assertEqual(self.names(ledger, "mail_value"),
+                                     ["joe"] * left)
+                self.assertEqual(self.passes(ledger, 87399, limits=(
+                    prl.Limit(1, 86400),)), not left)
+
+    def test_two_hosts_on_one_database_keep_what_the_other_sees(self) -> None:
+        narrow, wide = self.open(), self.open()
+        limits = prl.Limit(2, 60), prl.Limit(5, 86400)
+        services = [prl.Service(prl.Settings(limits=some), ledger,
+                                lambda: 9000) for some, ledger in (
+                                    (limits[:1], narrow), (limits[1:], wide))]
+        keepers = [prl.Housekeeping(service) for service in services]
+        for keeper in keepers:
+            keeper.do_step()
+        self.execute(narrow, "UPDATE mail_window SET since = 0")
+        self.assertEqual([self.passes(wide, 1000, limits=limits[1:])
+                          for _ in range(6)], [True] * 5 + [False])
+        for _ in range(9):
+            keepers[0].do_step()
+        self.assertEqual(self.passes(wide, 9000, limits=limits[1:]), False)
+
+    def test_hosts_that_differ_are_told_once(self) -> None:
         ledger = self.open()
-        self.passes(ledger, 9000, "ann")
-        self.passes(ledger, 1000, "zoe", limits=(prl.Limit(0, 60),))
-        ledger.database.transact(prl.clean_mails, self.SHORT, "", 9000)
+        for other, told in (
+                (prl.HostWindow("mx2", 2 * 86400, ""), "the longest window is"
+                 " 1 day here and 2 days on mx2; records are kept for the"
+                 " longest"),
+                (prl.HostWindow("mx2", 86400, "x"), "sql_limits_by_id is not"
+                 " the same here and on mx2: as long as that is so, no records"
+                 " are deleted by this host"),
+                (prl.HostWindow("mx2", 86400, ""), None)):
+            with self.subTest(other), quiet() as said:
+                self.execute(ledger, "DELETE FROM mail_window")
+                ledger.database.transact(prl.store_window, other)
+                service = prl.Service(prl.Settings(), ledger, lambda: 9000)
+                keeper = prl.Housekeeping(service)
+                for _ in range(3):  # each reload looks again
+                    service.reload(prl.Settings())
+                    keeper.do_step()
+                self.assertEqual(len(said), told is not None)
+                self.assertIn(told or "", "".join(said))
+
+    def test_nothing_is_deleted_until_each_host_had_time_to_store(
+            self) -> None:
+        ledger, now = self.open(), int(time.time())
+        self.fill_tables(ledger, "joe")
+        for since, date, left in (
+                (0, 0, True), (now, now, True),  # after an upgrade
+                (0, now - prl.STORED_FOR - 99, True),  # all were down
+                (now + 10**9, now + 10**9, True),  # the server's clock was off
+                (now - prl.STORED_FOR + 99, now, True),
+                (now - prl.STORED_FOR - 1, now, False)):
+            with self.subTest(since=since, date=date):
+                self.execute(ledger, "DELETE FROM mail_window")
+                own = prl.own_window(self.SHORT)
+                if since:
+                    self.execute(ledger, f"{prl.STORE_WINDOW}".replace(
+                        "VALUES (?, ?, ?", "VALUES ('" + own.host + "', 1, ''"
+                        ), since, date)
+                for _ in range(2):
+                    list(prl.clean(ledger.database, self.SHORT, now))
+                    self.assertEqual(
+                        self.names(ledger, "mail_count"), ["joe"] * left)
+                    ledger.database.transact(prl.store_window, own)
+
+    def test_a_clock_that_is_ahead_deletes_nothing(self) -> None:
+        ledger, now = self.open(), int(time.time())
+        self.passes(ledger, now)
+        self.override(ledger, "joe", prl.Limit(0, 60), ends=now + 60)
+        clean(ledger.database, self.SHORT, now + 10**8)
+        for table in ("mail_count", "mail_limit"):
+            self.assertEqual(self.names(ledger, table), ["joe"])
+
+    def test_only_who_knows_the_query_of_all_hosts_cleans(self) -> None:
+        ledger = self.open()
+        mark = ledger.database.backend.placeholder
+        query = f"SELECT '[]' WHERE {mark} = 'joe'"
+        for others, own, left in (
+                ((query,), "", True), (("SELECT 1", ""), query, True),
+                (("", query.replace(" ", "\n ")), query, False)):
+            with self.subTest(others=others, own=own):
+                self.fill_tables(ledger, "ann")
+                settings = dataclasses.replace(
+                    self.SHORT, sql_limits_by_id=own)
+                self.execute(ledger, "DELETE FROM mail_window")
+                for each in (own, *others):
+                    ledger.database.transact(
+                        prl.store_window, prl.own_window(dataclasses.replace(
+                            self.SHORT, sql_limits_by_id=each)))
+                self.execute(ledger, "UPDATE mail_window SET since = 0")
+                list(prl.clean(ledger.database, settings, 99999))
+                self.assertEqual(
+                    self.names(ledger, "mail_count"), ["ann"] * left)
+
+    def test_a_shorter_window_counts_two_days_after_a_reload(self) -> None:
+        ledger = self.open()
+        service = prl.Service(prl.Settings(), ledger, lambda: 9000)
+        keeper = prl.Housekeeping(service)
+        for settings in (prl.Settings(), self.SHORT, self.SHORT):
+            service.reload(settings)
+            keeper.do_step()
         self.assertEqual(self.execute(
-            ledger, "SELECT id FROM mail_turn WHERE id <> 'ann'"), [])
+            ledger, "SELECT seconds FROM mail_window ORDER BY seconds"),
+            [(1,), (86400,)])
+        self.execute(ledger, "UPDATE mail_window SET date = date - ?"
+                     " WHERE seconds > 1", prl.STORED_FOR + 1)
+        prl.Housekeeping(service).do_step()  # of another start
+        self.assertEqual(self.execute(
+            ledger, "SELECT seconds FROM mail_window"), [(1,)])
+
+    def test_unused_turns_are_deleted(self) -> None:
+        ledger = self.open()
+        self.execute(ledger, "INSERT INTO mail_value (id, value, date)"
+                     " VALUES ('k=x', 'v', 9000)")
+        self.passes(ledger, 9000, "ann")
+        turns = sorted([f"{first}{n}" for first in "az"
+                        for n in range(prl.CLEAN_STEP)] + ["ann", "k=x"])
+        self.execute(ledger, "DELETE FROM mail_turn")
+        ledger.database.transact(
+            prl.Transaction.write, "INSERT INTO mail_turn (id, turn)"
+            " VALUES {}", [(name, 1) for name in turns])
+        clean(ledger.database, self.SHORT, 9000)
+        self.assertEqual(self.names(ledger, "mail_turn"), ["ann", "k=x"])
 
     def test_many_values_are_cleaned_in_small_steps(self) -> None:
-        ledger = self.open()
-        values = [(f"k{key}", f"v{n:04}", 1000 + n % 2) for key, count in
-                  enumerate((700, 3, 0, 400)) for n in range(count)]
+        ledger, step = self.open(), prl.CLEAN_STEP
+        values = [(f"k{key}", f"v{n:05}", 1000 + n % 2) for key, count in
+                  enumerate((5 * step, 3, 0, step, step // 2, step // 3))
+                  for n in range(count)]
         ledger.database.transact(
             prl.Transaction.write, ledger.database.backend.see, values)
-        left = [len(values)]
-        after: Any = ""
-        with patch.object(prl, "CLEAN_STEP", 200):
-            while after is not None:
-                after, deleted = ledger.database.transact(
-                    prl.clean_values, self.SHORT, after, 1601)
-                left += self.execute(
-                    ledger, "SELECT count(*) FROM mail_value")[0]
-                self.assertEqual(left[-2] - left[-1], deleted)
-        self.assertLessEqual(max(
-            more - fewer for more, fewer in zip(left, left[1:])), 200)
+        steps = clean(ledger.database, self.SHORT, 1601)
+        self.assertEqual(sum(steps), len(values) // 2 + 1)
+        self.assertLessEqual(max(steps), 2.5 * step)  # of one second
         self.assertEqual(self.execute(
             ledger, "SELECT id, min(date), count(*) FROM mail_value"
             " GROUP BY id ORDER BY id"), [
-                ("k0", 1001, 350), ("k1", 1001, 1), ("k3", 1001, 200)])
-
-    def test_values_under_limits_set_by_hand_are_cleaned(self) -> None:
-        ledger = self.open()
-        self.override(ledger, "places=joe", prl.Limit(9, 5000))
-        ledger.database.transact(
-            prl.Transaction.write, ledger.database.backend.see,
-            [("places=joe", f"{date}", date) for date in (1000, 9000, 19000)])
-        ledger.database.transact(prl.clean_values, self.SHORT, "", 19000)
-        self.assertEqual(
-            self.execute(ledger, "SELECT date FROM mail_value"), [(19000,)])
+                ("k0", 1001, 5 * step // 2), ("k1", 1001, 1),
+                ("k3", 1001, step // 2), ("k4", 1001, step // 4),
+                ("k5", 1001, step // 6)])
 
     def test_many_rows_of_an_identity_are_cleaned_in_small_steps(self) -> None:
         ledger, step = self.open(), prl.CLEAN_STEP
@@ -3406,31 +3574,28 @@ class StoreContract:
                 ("joe", 1000 + n, 1, "", "DATA", n + 1)
                 for n in range(begin, begin + 500)])
         self.passes(ledger, 9000, "zoe")
-        steps: list[int] = []
-        after: str | None = ""
-        while after is not None:
-            after, some = ledger.database.transact(
-                prl.clean_mails, prl.Settings(limits=(prl.Limit(1, 2500),)),
-                after, 9000)
-            steps.append(some)
-        self.assertEqual(steps, [step, step, step, 1])
+        steps = clean(ledger.database, prl.Settings(
+            limits=(prl.Limit(1, 2500),)), 9000)
+        self.assertEqual(steps[:4], [step, step, step, 1])
+        self.assertEqual(sum(steps), 3 * step + 1)
         self.assertEqual(self.execute(
             ledger, "SELECT min(date) FROM mail_count"), [(4001,)])
 
     def test_many_identities_are_cleaned_in_small_steps(self) -> None:
         ledger = self.open()
-        charges = [prl.Mail([prl.Claim(f"u{i:05}", 1, self.LIMITS)], 1000)
-                   for i in range(500)]
-        settled(ledger, charges)
-        steps: list[int] = []
-        after: str | None = ""
-        with patch.object(prl, "CLEAN_STEP", 200):
-            while after is not None:
-                after, some = ledger.database.transact(
-                    prl.clean_mails, self.SHORT, after, 9999)
-                steps.append(some)
-        self.assertEqual(sum(steps), 500)
-        self.assertLessEqual(max(steps), 201)
+        ledger.database.transact(prl.Transaction.write, prl.INSERT, [
+            (f"u{n:05}", 1000, 1, "", "DATA", 1) for n in range(2500)])
+        steps = clean(ledger.database, self.SHORT, 9999)
+        self.assertEqual(sum(steps), 2500)
+        self.assertLessEqual(max(steps), prl.CLEAN_STEP)
+
+    def test_cleaning_ends_however_many_identities_are_added(self) -> None:
+        ledger = self.open()
+        self.fill_tables(ledger, "m")
+        steps = prl.clean(ledger.database, self.SHORT, 99999)
+        for step, _ in enumerate(steps):
+            self.assertLess(step, 99)
+            self.passes(ledger, 99999, f"n{step:03}")
 
     def test_refusals_are_summed_up_by_identity_and_window(self) -> None:
         ledger = self.open()
@@ -3448,43 +3613,6 @@ class StoreContract:
              ("joe", 900, 0, 2, 1000, 1001, "::1001", 0),
              ("joé", 60, 0, 2, 1000, 1001, "::1001", 0)])
         self.assertEqual(self.used(ledger, 1003), 0)
-
-    def test_refusals_stay_until_they_are_old_and_told(self) -> None:
-        ledger, day = self.open(), 86400
-        transact = ledger.database.transact
-        for who, window in (("ann", 60), ("bob", 61), ("joe", 60),
-                            ("tom", 9 * day)):
-            self.passes(ledger, 1000, who, limits=(prl.Limit(0, window),))
-        self.passes(ledger, 2000, "new", limits=(prl.Limit(0, 61),))
-        transact(prl.record_told, [
-            row for row in transact(prl.read_refusals)
-            if row.identity == "ann"])
-        told = prl.Settings(report=True, report_to=("a@x.org", "B@x.org"),
-                            report_limits=(60,), limits=())
-        for settings, now, left in (
-                (told, 999 + 2 * day, "ann bob joe new tom"),
-                (told, 1000 + 2 * day, "joe new tom"),
-                (told, 1000 + 9 * day, "joe"), (told, 99 * day, "joe"),
-                (prl.Settings(), 99 * day, "")):
-            after: str | None = ""
-            with patch.object(prl, "CLEAN_STEP", 2):
-                while after is not None:
-                    after, _ = transact(
-                        prl.clean_refusals, settings, after, now)
-            rows = transact(prl.read_refusals)
-            self.assertEqual(
-                " ".join(sorted(row.identity for row in rows)), left)
-
-    def test_cleaning_ends_however_many_windows_an_identity_has(self) -> None:
-        ledger = self.open()
-        for window in range(60, 65):
-            self.passes(ledger, 1000, limits=(prl.Limit(0, window),))
-        places: list[str | None] = [""]
-        with patch.object(prl, "CLEAN_STEP", 2):
-            while places[-1] is not None and len(places) < 9:
-                places.append(ledger.database.transact(
-                    prl.clean_refusals, self.SHORT, places[-1], 1000)[0])
-        self.assertEqual(places, ["", "joe", None])
 
     def override(self, ledger: prl.Ledger, identity: str, *limits: prl.Limit,
                  ends: int | None = None) -> None:
@@ -3576,25 +3704,17 @@ class StoreContract:
         with quiet() as said:
             self.assertEqual([self.passes(ledger, 1000) for _ in range(11)],
                              [True] * 10 + [False])
-            ledger.database.transact(
-                prl.clean_mails, self.SHORT, "", 9999)
+            clean(ledger.database, self.SHORT, 9999)
         self.assertEqual(len(said), 1)
 
-    def test_cleaning_minds_limits_set_by_hand(self) -> None:
-        ledger = self.open()
-        for who in ("ann", "joe"):
-            self.passes(ledger, 1000, who)
-            self.override(ledger, who, prl.Limit(9, 5000),
-                          ends=2000 if who == "ann" else 9000)
-            self.execute(ledger, "INSERT INTO mail_value (id, value, date)"
-                         " VALUES (?, 'x', 1000)", who)
-        for now in (3000, 9000):
-            for clean in prl.CLEANINGS:
-                ledger.database.transact(clean, self.SHORT, "", now)
-            for table in ("mail_count", "mail_limit", "mail_value"):
-                self.assertEqual(self.execute(
-                    ledger, f"SELECT id FROM {table}"),
-                    [("joe",)] * (now == 3000))
+    def test_limits_set_by_hand_are_deleted_two_days_after_they_end(
+            self) -> None:
+        ledger, end = self.open(), 2000 + prl.STORED_FOR
+        for who, ends in (("ann", 2000), ("joe", None)):
+            self.override(ledger, who, prl.Limit(9, 60), ends=ends)
+        for now, left in ((end - 1, ["ann", "joe"]), (end, ["joe"])):
+            clean(ledger.database, self.SHORT, now)
+            self.assertEqual(self.names(ledger, "mail_limit"), left)
 
     def test_the_refusals_of_the_original_are_imported(self) -> None:
         old = self.open()
@@ -3764,9 +3884,8 @@ class StoreContract:
             if fits:
                 sent.append((at, cost))
             if step % 97 == 0:
-                ledgers[0].database.transact(
-                    prl.clean_mails, prl.Settings(
-                        limits=(prl.Limit(1, 600),)), "", at)
+                clean(ledgers[0].database, prl.Settings(
+                    limits=(prl.Limit(1, 600),)), at)
 
     def test_a_simulation_agrees_with_a_naive_model(self) -> None:
         ledger = self.open()
@@ -4457,6 +4576,7 @@ class HostsTest(DriverTest):
             self.execute(ledger, "INSERT INTO mail_count (id, date, total)"
                          " VALUES " + ", ".join(
                              [f"('ann', {now - age}, 1)"] * count * 1000))
+        self.execute(ledger, "UPDATE mail_window SET since = 0")
         done = self.command("--clean", limits=[[100, 60]])
         self.assertEqual((done.returncode, done.stdout, done.stderr),
                          (0, "7000 records deleted\n", ""))
@@ -4967,8 +5087,8 @@ class RandomTest(FolderTest):
             elif what < .1:
                 keep = chance.choice((1200, 4000))
                 model.clean(int(now), keep)
-                database.transact(prl.clean_mails, prl.Settings(
-                    limits=(prl.Limit(1, keep // 2),)), "", int(now))
+                clean(database, prl.Settings(
+                    limits=(prl.Limit(1, keep // 2),)), int(now))
             else:
                 self.charge(chance, ledger, settings, model, now, [
                     (chance.choice(users), chance.choice((1, 1, 2, 3, 10)))
@@ -5668,6 +5788,7 @@ class DaemonTest(NetTest):
         with contextlib.closing(sqlite3.connect(daemon.database)) as other:
             other.executemany(prl.INSERT.format("(?, ?, ?, ?, ?, ?)"), rows)
             other.commit()
+        let_clean(daemon.database)
         wait_for(lambda: "old1999" not in counted(daemon.database),
                  "the last to be cleaned")
         self.assertEqual(len(counted(daemon.database)), 2 * prl.CLEAN_STEP)
@@ -9394,6 +9515,11 @@ sys.exit(policyd_rate_limit.main())
                 path = self.database(*rows)
                 clean = ("--clean", "-f", self.write("test.yaml", config),
                          "--standalone", self.folder)
+                status, out, err = command(*clean)
+                self.assertEqual((status, err), (0, ""))
+                self.assertRegex(out, "0 records deleted\nnothing is deleted"
+                                 " before 20.*: until then each host")
+                let_clean(path)
                 self.assertEqual(command(*clean), (
                     0, f"{deleted} records deleted\n", ""))
                 self.assertEqual(command(*clean)[1], "0 records deleted\n")
@@ -9411,6 +9537,7 @@ sys.exit(policyd_rate_limit.main())
                 "INSERT INTO mail_count (id, date) VALUES (?, ?)",
                 [(f"user{n}", now - 1000) for n in range(5000)])
             database.commit()
+        let_clean(daemon.database)
         cleaner = subprocess.Popen(
             [sys.executable, PROGRAM, "--clean", *daemon.options],
             stdout=subprocess.PIPE, text=True)
@@ -9544,9 +9671,9 @@ sys.exit(policyd_rate_limit.main())
         here = here_as_ourselves(self)
         for option in "--c", "--cl", "--cle", "--clea", "--clean":
             with self.subTest(option):
-                self.assertEqual(
-                    command("--f", path, option, *here)[:2],
-                    (0, "0 records deleted\n"))
+                status, out, _ = command("--f", path, option, *here)
+                self.assertEqual(status, 0)
+                self.assertIn("0 records deleted\n", out)
         self.assertEqual(command("--h")[:2], command("--help")[:2])
 
     def test_unknown_user_ends_with_2_after_the_file(self) -> None:
