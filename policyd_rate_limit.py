@@ -75,10 +75,8 @@ import resource
 import select
 import shlex
 import shutil
-import smtplib
 import socket
 import socketserver
-import ssl
 import stat
 import string
 import struct
@@ -92,10 +90,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from email.message import EmailMessage
-from email.utils import format_datetime, localtime, make_msgid, parseaddr
 from types import MappingProxyType
 from typing import (
+    TYPE_CHECKING,
     Any,
     NamedTuple,
     NoReturn,
@@ -104,6 +101,10 @@ from typing import (
     TypeVar,
     Union,
 )
+
+if TYPE_CHECKING:
+    import smtplib
+    from email.message import EmailMessage
 
 T = TypeVar("T")
 
@@ -124,6 +125,7 @@ MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 MAX_ADDRESS = 45  # characters of an IP address: IPv6 with IPv4 in the end
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
 NOTICE = 25  # the log level of what is said even with debug: False
+MAX_SAID = 1000  # messages of which is known when they were logged last
 SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
 log = logging.getLogger(PROGRAM)
 
@@ -185,7 +187,7 @@ class BadRequest(PolicydError):
 class Seldom(logging.Filter):
     """Lets each message that is marked SELDOM through once a minute."""
 
-    said: dict[str, float] = {}  # when each was let through
+    said: dict[str, float] = {}  # when each was let through; the last ones
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether to let a record through."""
@@ -193,7 +195,10 @@ class Seldom(logging.Filter):
         if seldom and 0 <= record.created - self.said.get(record.msg, 0) < 60:
             return False
         if seldom:
+            self.said.pop(record.msg, None)
             self.said[record.msg] = record.created
+            if len(self.said) > MAX_SAID:
+                del self.said[next(iter(self.said))]
         return True
 
 
@@ -1801,6 +1806,8 @@ def is_own_report(request: Request, settings: Settings) -> bool:
 def is_report_sender(sender: str, report_from: str | None) -> bool:
     """Say whether a folded sender is that of reports."""
     if report_from:
+        from email.utils import parseaddr
+
         return sender == fold(parseaddr(report_from)[1])
     return sender.startswith(f"{PROGRAM}@")  # the rest is up to the DNS
 
@@ -3078,8 +3085,8 @@ def retotal(transaction: Transaction, identity: str, now: int) -> None:
 # never go back in time, whatever the clocks do.
 # ---------------------------------------------------------------------------
 
-QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 BLOCKED: Limits = (Limit(0, 86400),)  # one alert a day, not one a mail
+QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 PERMANENT = 10**12  # in the column ends, which cannot be NULL: year 33658
 
 
@@ -3259,18 +3266,40 @@ def find_own_limits(transaction: Transaction, pages: Mapping[str, Page],
             page.known_override = overrides[name]
             page.add_windows(page.known_override.limits)
         if query and not page.claim.rule.by:  # no quota's
-            page.queried = transaction.attempt(
-                QUERY_FAILED, ask_limits, query, name)
+            page.queried = query_limits(transaction, query, name)
             page.add_windows(page.queried or ())
+
+
+def query_limits(transaction: Transaction, query: str, identity: str,
+                 ) -> Limits | None:
+    """Return the limits that sql_limits_by_id has; warn where it fails."""
+    text = transaction.attempt(QUERY_FAILED, ask_query, query, identity)
+    if text is None:
+        return None
+    try:
+        return parse_limits(text)
+    except ValueError as error:
+        # Each identity whose row is wrong is named once a minute.
+        named = printable(identity).replace("%", "%%")
+        log.warning(f"sql_limits_by_id: {named}: %s; the file's limits hold",
+                    error, extra=SELDOM)
+        return None
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
                ) -> Limits | None:
-    """Return the limits that the query sql_limits_by_id has, or None."""
+    """Return the limits that sql_limits_by_id has; raise what fails."""
+    text = ask_query(transaction, query, identity)
+    return None if text is None else parse_limits(text)
+
+
+def ask_query(transaction: Transaction, query: str, identity: str,
+              ) -> str | None:
+    """Return what the query sql_limits_by_id has of an identity, if at all."""
     transaction.flush()
     transaction.cursor.execute(query, transaction.backend.fit((identity,)))
     row = transaction.cursor.fetchone()
-    return None if row is None or row[0] is None else parse_limits(row[0])
+    return None if row is None or row[0] is None else str(row[0])
 
 
 def read_pages(transaction: Transaction, pages: Mapping[str, Page],
@@ -3539,18 +3568,29 @@ def with_room(transaction: Transaction, verdict: Verdict,
 
 
 def next_free(transaction: Transaction, full: Usage, page: Page) -> int:
-    """Return when a limit that is full has room again."""
-    claim, (mails, seconds) = full.claim, full.limit
+    """Return when a limit that is full has room for a claim again."""
+    claim, limit, used = full
+    over = used + claim.cost - limit.mails
     if isinstance(page.account, DistinctValues):
         dates = sorted(date for value, date in page.account.seen.items()
                        if value != claim.value)
-        return dates[-mails] + seconds
-    [date] = transaction.run(  # reads no more rows than have to leave
+        return dates[-limit.mails] + limit.seconds
+    date = find_last_to_leave(transaction, claim.identity, page.second
+                              - limit.seconds, page.total - used + over)
+    return (page.date if date is None else date) + limit.seconds
+
+
+def find_last_to_leave(transaction: Transaction, identity: str, since: int,
+                       total: int) -> int | None:
+    """Return the date of the row with which a total has left a window.
+
+    since: the date after which the window begins.
+    """
+    row = transaction.run(
         "SELECT date FROM mail_count WHERE id = ? AND date > ?"
-        " AND total >= ? ORDER BY date, total LIMIT 1", claim.identity,
-        page.second - seconds, page.total + claim.cost - mails,
-        ).fetchone() or [page.date]
-    return int(date) + seconds
+        " AND total >= ? ORDER BY date, total LIMIT 1",
+        identity, since, total).fetchone()
+    return None if row is None else int(row[0])
 
 
 def read_refusals(transaction: Transaction, which: str = "", *values: object,
@@ -5482,7 +5522,9 @@ def quantity(count: int, noun: str) -> str:
 # ---------------------------------------------------------------------------
 # 13. Reports and alerts
 #
-# What people are told.  No answer to Postfix waits for any of it.
+# What people are told.  No answer to Postfix waits for any of it.  What only
+# this section needs of the standard library is imported here when it is used:
+# it would take a sixth of the time of a start.
 # ---------------------------------------------------------------------------
 
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
@@ -5556,6 +5598,8 @@ def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
     Postfix tells a policy service the recipient only if there is just one,
     and is_own_report() has to see it.
     """
+    import smtplib
+
     addresses = {fold(address): address for address in settings.report_to}
     try:
         message = compose(settings, subject, text)
@@ -5573,6 +5617,9 @@ def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
 
 def compose(settings: Settings, subject: str, text: str) -> EmailMessage:
     """Return a message to all of report_to."""
+    from email.message import EmailMessage
+    from email.utils import format_datetime, localtime, make_msgid
+
     host = socket.getfqdn()
     message = EmailMessage()
     message["From"] = settings.report_from or f"{PROGRAM}@{host}"
@@ -5605,6 +5652,8 @@ def failures(failed: Mapping[str, str]) -> str:
 
 def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
     """Encrypt and log in as the settings say; no password in the clear."""
+    import ssl
+
     assert smtp.sock is not None
     peer = parse_address(smtp.sock.getpeername()[0].partition("%")[0])
     local = peer is not None and peer.is_loopback
@@ -5624,8 +5673,9 @@ def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
 def smtp_reason(error: Exception) -> str:
     """Return in one line why a mail was not taken."""
     text: Any = getattr(error, "smtp_error", "") or str(error) or repr(error)
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        [(_, text), *_] = error.recipients.values()
+    recipients = getattr(error, "recipients", None)
+    if recipients:  # SMTPRecipientsRefused has the answer to each
+        [(_, text), *_] = recipients.values()
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     return printable(" ".join(text.split()))
@@ -5898,9 +5948,10 @@ class Surveyor:
             table for table in (
                 "mail_count", "mail_value", "mail_refused", "mail_limit")
             if columns_of(transaction, table)]
-        cost = "1"
-        if "recipient_count" in columns_of(transaction, "mail_count"):
+        cost, columns = "1", columns_of(transaction, "mail_count")
+        if "recipient_count" in columns:
             cost = "COALESCE(recipient_count, 1)"
+        self._has_totals = "total" in columns
         self._mails = f"(SELECT id, date, {cost} AS cost FROM mail_count) AS m"
         self._values = ""
         if "mail_value" in self._tables:
@@ -5964,8 +6015,7 @@ class Surveyor:
             return Judged(None, (), "")
         query = self._settings.sql_limits_by_id
         if query and not rule.by:
-            queried = self._transaction.attempt(
-                QUERY_FAILED, ask_limits, query, name)
+            queried = query_limits(self._transaction, query, name)
             if queried is not None:
                 return Judged(rule, queried, "sql_limits_by_id")
         limits = limits_under(rule, *named_by(self._settings, rule, name))
@@ -6026,16 +6076,25 @@ class Surveyor:
 
     def _room_at(self, table: str, name: str, limit: Limit, used: int,
                  ) -> int | None:
-        """Return when a mail for one recipient passes a limit that is full."""
-        over = used + 1 - limit.mails
-        for date, freed in self._transaction.run(
-                f"SELECT date, cost FROM {table} WHERE id = ? AND date > ?"
-                " ORDER BY date LIMIT ?", name, self._now - limit.seconds,
-                over).fetchall():
-            over -= freed
-            if over <= 0:
-                return int(date) + limit.seconds
-        return None
+        """Return when a mail for one recipient passes a limit that is full.
+
+        None: that is not known, of tables that only the original has used.
+        """
+        over, since = used + 1 - limit.mails, self._now - limit.seconds
+        if table == self._values:
+            [date] = self._transaction.run(
+                "SELECT date FROM mail_value WHERE id = ? AND date > ?"
+                " ORDER BY date LIMIT 1 OFFSET ?",
+                name, since, over - 1).fetchone() or [None]
+        elif not self._has_totals:
+            return None
+        else:
+            [total] = self._transaction.run(
+                "SELECT total FROM mail_count WHERE id = ?"
+                " ORDER BY date DESC, total DESC LIMIT 1", name).fetchone()
+            date = None if total is None else find_last_to_leave(
+                self._transaction, name, since, total - used + over)
+        return None if date is None else int(date) + limit.seconds
 
     def _start_anew(self) -> None:
         """End the transaction and begin another."""
