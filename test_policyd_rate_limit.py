@@ -10167,6 +10167,45 @@ class PostfixTest(FolderTest):
             "bob@y.example": 1, "sasl_domain=x.example": 3,
             "sasl_domain=y.example": 1})
 
+    def test_a_stolen_password_is_blocked_until_it_is_unlimited(self) -> None:
+        """README's recipe: many places, and block_for."""
+        postfix = self.start("""
+            limits: [[100, 3600]]
+            block_for: 86400
+            quotas:
+                - name: many_places
+                  by: sasl_username
+                  count: client_network
+                  limits: [[2, 3600]]
+                  block_for: 86400
+            """)
+        for n in 1, 2, 1, 2:
+            self.assertEqual([250, 250], postfix.send(
+                "joe", address=f"192.0.{n}.7"))
+        self.assertEqual([250, 450], postfix.send("joe", address="192.0.3.7"))
+        self.assertEqual([250, 450], postfix.send("joe", address="192.0.1.7"))
+        self.assertEqual([250, 250], postfix.send("ann", address="192.0.3.7"))
+        postfix.wait_log("Sending is blocked, contact your postmaster")
+        shown = run(*self.policy.options, "--status", "joe").stdout
+        self.assertRegex(shown, r"\nmany_places=joe\n(.*\n)*limits, from"
+                         r" --limit \(until .*, since .*, for exceeding"
+                         r" 2/3600s\):\n +1d .* blocked\n")
+        self.assertEqual(run(*self.policy.options, "--unlimit",
+                             "many_places=joe").returncode, 0)
+        self.assertEqual([250, 250], postfix.send("joe", address="192.0.1.7"))
+
+    def test_data_charges_recipients_that_were_permitted_before(self) -> None:
+        config = "limits: [[10, 3600]]"
+        postfix = self.start(config, "data", smtpd_recipient_restrictions=(
+            "check_recipient_access regexp:{ {/^r[2-9]/ OK} },"
+            f" check_policy_service unix:{self.path('mx-daemon/policy')}"))
+        self.assertEqual([250] * 10, postfix.send("joe", 9))
+        log = self.policy.log()
+        self.assertEqual([log.count(f"identity=<joe>, cost={cost}, ")
+                          for cost in (1, 7, 9)], [2, 1, 0], log)
+        self.assertEqual(counted(self.policy.database), {"joe": 9})
+        self.assertIn(450, postfix.send("joe", 9))
+
     def test_a_full_limit_silences_no_alert_or_report(self) -> None:
         to = ("r0@b.test", "r1@b.test")
         for stage in "recipient", "data", "end_of_data":
