@@ -10198,7 +10198,8 @@ class PostfixTest(FolderTest):
         config = "limits: [[10, 3600]]"
         postfix = self.start(config, "data", smtpd_recipient_restrictions=(
             "check_recipient_access regexp:{ {/^r[2-9]/ OK} },"
-            f" check_policy_service unix:{self.path('mx-daemon/policy')}"))
+            " check_policy_service { unix:"
+            f"{self.path('mx-daemon/policy')}, default_action=DUNNO }}"))
         self.assertEqual([250] * 10, postfix.send("joe", 9))
         log = self.policy.log()
         self.assertEqual([log.count(f"identity=<joe>, cost={cost}, ")
