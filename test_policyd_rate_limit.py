@@ -4050,7 +4050,7 @@ class SQLiteFilesTest(NetTest):
 
     def check(self, old: int | None) -> None:
         """Check what is told, that joe is blocked and all else is on disk."""
-        self.assertEqual(self.host.ask(sasl_username="joe"), REFUSED)
+        self.assertEqual(self.host.ask(sasl_username="joe"), BLOCKED)
         self.host.wait_log("was replaced or removed while in use")
         self.host.stop(signal.SIGKILL)
         with contextlib.closing(sqlite3.connect(self.database)) as there:
