@@ -2865,6 +2865,7 @@ class StoreContract:
     assertIn: Any
     assertIsNone: Any
     assertAlmostEqual: Any
+    assertRaises: Any
     assertIsNotNone: Any
     assertTrue: Any
     assertNotIn: Any
@@ -3800,6 +3801,22 @@ class StoreContract:
                           for _ in range(2)], [7, 0])
         self.assertEqual([self.used(ledger, 1000, who)
                           for who in ("joe", "ann")], [0, 1])
+
+    def test_a_conflict_past_the_deadline_is_an_error(self) -> None:
+        ledger = self.open()
+        faults, tries = Faults(ledger), []
+        self.passes(ledger, 1000)  # so that the connection is an old one
+        deadline = time.monotonic() + 0.05
+        faults.plan("SELECT 2", faults.conflict, before=lambda: wait_for(
+            lambda: time.monotonic() > deadline, "the deadline"))
+
+        def work(transaction: prl.Transaction) -> None:
+            tries.append(transaction)
+            transaction.run("SELECT 2")
+
+        with self.assertRaises(prl.LedgerError):
+            ledger.database.transact(work, deadline=deadline)
+        self.assertEqual(len(tries), 1)
 
     def test_hosts_go_by_the_clock_of_the_server(self) -> None:
         real = time.time
