@@ -219,7 +219,7 @@ def fold(identity: str) -> str:
 def fold_any(identity: str) -> str:
     """Fold an identity of any length."""
     folded = identity.lower()
-    if not folded.isascii() and len(folded) <= 512:  # it takes the square
+    if not folded.isascii() and len(folded) <= 512:  # normalize() is quadratic
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
     if "@" in folded:  # mail for example.org. goes to example.org
@@ -1431,7 +1431,7 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
 def parse_request(head: bytes) -> Request:
     """Parse the lines name=value of a request, or raise BadRequest."""
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
-        raise BadRequest("too many attributes, or binary rubbish")
+        raise BadRequest("too many attributes, or a NUL byte")
     lines = head.decode("utf-8", "backslashreplace").split("\n")
     try:
         given = dict([line.split("=", 1) for line in lines])
@@ -7659,7 +7659,9 @@ def check_counting(transaction: Transaction, query: str | None) -> None:
         if columns_of(transaction, table):  # may its rows be changed?
             transaction.run(f"INSERT INTO {table} SELECT * FROM {table}"
                             " WHERE 1 = 0")
-            transaction.run(f"UPDATE {table} SET id = id WHERE 1 = 0")
+            column, *_ = TABLES[table].split()
+            transaction.run(
+                f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
             transaction.run(f"DELETE FROM {table} WHERE 1 = 0")
     if present and "total" not in present and backend.try_total:
         transaction.run(backend.try_total)
