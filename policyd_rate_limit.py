@@ -2886,8 +2886,8 @@ class Database:
             warn_if_clocks_differ(difference)
 
     def close(self) -> None:
-        """Close the connection; the next use opens another."""
-        if self.lock.acquire(timeout=self.backend.timeout):
+        """Close the connection unless it is in use; the next use opens one."""
+        if self.lock.acquire(timeout=min(2, self.backend.timeout)):
             try:
                 self._roll_back(keep=False)
             finally:
@@ -7266,6 +7266,8 @@ def serve(settings: Settings, owner: Owner,
         gc.callbacks.append(freeze_survivors)
         # Opens the ledger, and says if it cannot; with an old one, for hours.
         signals.run(housekeeping.do_step)
+        if signals.ended:
+            return
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
@@ -7293,7 +7295,6 @@ class Signals:
     def __init__(self) -> None:
         """Catch signals from now on."""
         self.ended = False  # by one of ENDING
-        self._interrupt = False  # whether that is to end what runs
         self._numbers, sender = socket.socketpair()
         sender.setblocking(False)
         signal.set_wakeup_fd(  # open until the end; full: it wakes all the
@@ -7316,21 +7317,28 @@ class Signals:
             return b""
 
     def run(self, work: Callable[[], object]) -> None:
-        """Do some work, which a signal that ends the daemon ends at once."""
-        with contextlib.suppress(KeyboardInterrupt):
+        """Do some work, until it is done or a signal ends the daemon.
+
+        It gets a thread of its own: what waits for SQLite sees no signal.
+        """
+        failures: list[Exception] = []
+
+        def attempt() -> None:
             try:
-                self._interrupt = True
-                if not self.ended:
-                    work()
-            finally:
-                self._interrupt = False
+                work()
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        while thread.is_alive() and not self.ended:
+            thread.join(0.05)
+        if failures:
+            raise failures[0]
 
     def _end(self, *_: object) -> None:
         """Note that the daemon is to end."""
         self.ended = True
-        if self._interrupt:
-            self._interrupt = False  # the next one interrupts no clean-up
-            raise KeyboardInterrupt
 
 
 def keep_to_one_processor() -> None:
