@@ -143,7 +143,7 @@ class PolicydError(Exception):
 
 
 class UnknownSetting(PolicydError):
-    """--get-config was asked for a setting that there is not."""
+    """--get-config was asked for a setting that does not exist."""
     exit_code = 1
 
 
@@ -2191,7 +2191,7 @@ class Backend:
     name: str
     drivers: tuple[tuple[str, str], ...]  # modules with Debian's packages
     placeholder = "%s"  # for a value, in the driver's statements
-    asks_singly = False  # has each row that is looked up to be its own query?
+    asks_singly = False  # must each row be looked up by a query of its own?
     joins = True  # may statements go out together?
     encoding = "UTF8"  # of the database
     waits_for_ever = False  # does the driver, where no answer comes?
@@ -2283,9 +2283,9 @@ class Backend:
 
     def is_conflict(self, error: Exception) -> bool:
         """Say whether another transaction was first, so try again."""
-        codes = {*error.args[:1], getattr(error, "pgcode", None),
-                 getattr(error, "sqlstate", None)}
-        return bool(codes.intersection(self.conflicts))
+        codes = (*error.args[:1], getattr(error, "pgcode", None),
+                 getattr(error, "sqlstate", None))
+        return any(code in self.conflicts for code in codes)
 
     def explain(self, error: Exception) -> str:
         """Return the text of an error in one line."""
@@ -2312,8 +2312,9 @@ class Backend:
 
 
 SQLITE_FILES = ("", "-wal", "-shm")  # the database, its log and their index
-SHARED_BYTES = (0x40000002, 510)  # who has the database open has locked these
-INDEX_BYTES = (128, 1)  # who has the index open has locked this
+# Whoever has the database open, or the index, holds a lock on these bytes.
+SHARED_BYTES = (0x40000002, 510)
+INDEX_BYTES = (128, 1)
 FileIdentities = list[Optional[tuple[int, int]]]  # device and inode of each
 NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or kept in memory
 REPLACED = ("the file was replaced, which the daemon has yet to notice: try"
@@ -2641,7 +2642,6 @@ class PostgreSQL(Backend):
         ("fsync", "SELECT current_setting('fsync')", ("on",)))
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
-    clock = "CAST(EXTRACT(EPOCH FROM CURRENT_TIMESTAMP) AS bigint)"
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03",
         # another host was first: table, column, index; in the catalogue
@@ -2791,7 +2791,7 @@ class Database:
     """One connection for all threads, reopened when it is dead."""
 
     def __init__(self, backend: Backend,
-                 prepare: Callable[[Database, float], None]) -> None:
+                 prepare: Callable[[Database, float], float]) -> None:
         """Take what prepares the tables by a deadline; open nothing yet."""
         self.backend = backend
         self.lock = threading.RLock()  # of the connection
@@ -2814,7 +2814,7 @@ class Database:
         If it only reads, it waits for no other process, even on SQLite.
 
         The first statement is the ping: if it finds an old connection dead,
-        all is done again on another.  All is done again, too, where another
+        everything is repeated on a new connection, as it is where another
         host was first with an identity, until the deadline
         (time.monotonic()).
         """
@@ -2838,7 +2838,7 @@ class Database:
             began = time.monotonic()
             was_open = self._connection is not None
             try:
-                self._connect(deadline)
+                deadline = self._connect(deadline)
                 transaction = self.begin(begin, deadline)
                 result = work(transaction, *given)
                 transaction.run("COMMIT")
@@ -2889,14 +2889,19 @@ class Database:
         """Close the connection unless it is in use; the next use opens one."""
         if self.lock.acquire(timeout=min(2, self.backend.timeout)):
             try:
+                with contextlib.suppress(Exception):  # there may be none
+                    self.begin("", time.monotonic() + 2)  # it may hang
                 self._roll_back(keep=False)
             finally:
                 self.lock.release()
 
-    def _connect(self, deadline: float) -> None:
-        """See that there is a connection, with tables that are prepared."""
+    def _connect(self, deadline: float) -> float:
+        """See that there is a connection, with tables that are prepared.
+
+        Return the deadline, which is later if the tables had to be updated.
+        """
         if self._connection is not None and not self.backend.is_stale():
-            return
+            return deadline
         self._roll_back(keep=False)
         connection = self._connection = self.backend.connect(
             self.backend.timeout)
@@ -2908,7 +2913,7 @@ class Database:
             self.backend.set_up(transaction, self.backend.timeout)
             self.backend.set_up_file(transaction)
             self.backend.note_files(transaction)
-            self._prepare(self, deadline)
+            return self._prepare(self, deadline)
         except Exception:
             self._roll_back(keep=False)  # leave no connection half made
             raise
@@ -2981,8 +2986,8 @@ LARGE = 10_000  # rows whose totals take longer than a mail should wait
 MAX_TRIES = 50  # at an update: for each conflict, another daemon got on
 
 
-def prepare_tables(database: Database, deadline: float) -> None:
-    """See that the tables are there, as an update makes them."""
+def prepare_tables(database: Database, deadline: float) -> float:
+    """See that the tables are there; return the deadline for what follows."""
     backend = database.backend
     for tries in range(MAX_TRIES):
         looking = database.begin(backend.begin_reading, deadline)
@@ -2994,13 +2999,14 @@ def prepare_tables(database: Database, deadline: float) -> None:
         looking.run("COMMIT")
         looking.extend(math.inf)  # nothing more of it is under way
         if present:
-            return
+            break
         try:
             update_with_patience(backend)
         except Exception as error:
             if not backend.is_conflict(error) or tries == MAX_TRIES - 1:
                 raise
         deadline = time.monotonic() + backend.timeout
+    return deadline
 
 
 def update_with_patience(backend: Backend) -> None:
@@ -3230,7 +3236,7 @@ def settle(transaction: Transaction, settlement: Settlement,
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
     write_refusals(transaction, mails, settlement.verdicts)
-    write_blocks(transaction, mails, settlement.verdicts)
+    write_blocks(transaction, mails, settlement.verdicts, pages)
     for place, verdict in enumerate(settlement.verdicts):
         if verdict.broken is not None:
             settlement.verdicts[place] = with_room(
@@ -3552,19 +3558,24 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
 
 
 def write_blocks(transaction: Transaction, mails: Sequence[Mail],
-                 verdicts: Sequence[Verdict]) -> None:
-    """Block who has exceeded a limit that has block_for."""
+                 verdicts: Sequence[Verdict], pages: Mapping[str, Page],
+                 ) -> None:
+    """Block who has exceeded a limit that has block_for.
+
+    Limits that an admin has set by --limit stay: they are no reason.
+    """
     for mail, verdict in zip(mails, verdicts):
-        if verdict.broken is None or verdict.block is not None:
+        if verdict.broken is None:
             continue
         claim, limit, _ = verdict.broken
-        if claim.rule.block_for:
-            now = int(mail.now)
-            transaction.attempt(
-                "an identity is not blocked: %s", set_override,
-                claim.identity, Override(
-                    BLOCKED, now + claim.rule.block_for, now,
-                    f"{limit.mails}/{limit.seconds}s"))
+        page, now = pages[claim.identity], int(mail.now)
+        if not claim.rule.block_for or page.override is not None:
+            continue
+        page.override = Override(
+            BLOCKED, now + claim.rule.block_for, now,
+            f"{limit.mails}/{limit.seconds}s")
+        transaction.attempt("an identity is not blocked: %s", set_override,
+                            claim.identity, page.override)
 
 
 def with_room(transaction: Transaction, verdict: Verdict,
@@ -3700,12 +3711,13 @@ class Record:
             assert isinstance(page.account, DistinctValues)
             self.size -= sum(map(value_size, self.values))
             self.values = page.account.seen
+            self.values.update(self.unstored_values)  # seen meanwhile
             self.size += sum(map(value_size, self.values))
 
     def add_mail(self, mail: MailRow | InDoubt) -> None:
         """Remember a mail that is not stored."""
         self.mails.append(mail)
-        self._dates.append(mail.date)
+        self._dates.append(max([mail.date, *self._dates[-1:]]))
         self._sums.append(self._sums[-1] + mail.cost)
         self.size += ENTRY_SIZE
 
@@ -3722,7 +3734,8 @@ class Record:
         """Put others, or none, in the place of the first mails."""
         self.size += ENTRY_SIZE * (len(mails) - count)
         self.mails[:count] = mails
-        self._dates = [mail.date for mail in self.mails]
+        self._dates = list(itertools.accumulate(
+            (mail.date for mail in self.mails), max))  # they never go back
         self._sums = [0, *itertools.accumulate(
             mail.cost for mail in self.mails)]
 
@@ -3764,7 +3777,7 @@ class Memory:
     """
 
     def __init__(self, most: int = MAX_MEMORY) -> None:
-        """Take how many bytes it may use; then who was away longest goes."""
+        """Take how many bytes it may use; then the longest unused goes."""
         self.lock = threading.RLock()
         self.overrides: Overrides = {}  # when they were last looked up
         self._most = most
@@ -3887,7 +3900,7 @@ class Memory:
         record = self._record(claim)
         count, before = 0, record.size
         if unstored is not None and record is unstored.record:
-            count = len(unstored.mails)  # else it had to be forgotten
+            count = len(unstored.mails)  # otherwise it was evicted meanwhile
         record.replace_first(count, mails)
         if mails:
             self._unstored[claim.identity] = record
@@ -3907,18 +3920,18 @@ class Memory:
         self._resized(record, before)
 
     def _record(self, claim: Claim) -> Record:
-        """Return the record of a claim's identity, which is used last now."""
+        """Return the record of an identity, now the one used last."""
         record = self._records.get(claim.identity)
         if record is None:
             record = self._records[claim.identity] = Record(claim)
-            self._size += record.size
+            self._resized(record, 0)
         self._records.move_to_end(claim.identity)
         return record
 
     def _resized(self, record: Record, before: int) -> None:
         """Keep within the bound, now that a record has another size."""
         self._size += record.size - before
-        while self._size > self._most:
+        while self._size > self._most and len(self._records) > 1:
             identity, oldest = self._records.popitem(last=False)
             self._unstored.pop(identity, None)
             self._size -= oldest.size
@@ -3995,7 +4008,7 @@ class Ledger:
             # Nobody else tries for as long as this may take.
             self._outage = outage._replace(
                 retry_at=time.monotonic() + 5 * timeout)
-        with contextlib.suppress(LedgerError):  # then the outage goes on
+        with contextlib.suppress(LedgerError):  # whoever comes next sees it
             self._store(self.memory.unstored_identities()[:STORE_STEP], now)
 
     def store_remembered(self, now: float) -> None:
@@ -4003,9 +4016,17 @@ class Ledger:
 
         What is left has to wait: for its next mail, or for the next call.
         """
-        with contextlib.suppress(LedgerError):
-            for some in chunks(self.memory.unstored_identities(), STORE_STEP):
+        left = deque(chunks(self.memory.unstored_identities(), STORE_STEP))
+        while left:
+            some = left.popleft()
+            try:
                 self._store(some, now)
+            except LedgerError as error:
+                if self._outage is not None or not error.undone:
+                    return
+                if len(some) > 1:
+                    # One identity's failure must not be any other's.
+                    left.extend([identity] for identity in some)
 
     def _decide_in_outage(self, mail: Mail) -> None:
         """Decide on a mail from memory, unless the outage is over."""
@@ -4053,19 +4074,36 @@ class Ledger:
                 self._accept(settlement)
 
     def _store(self, identities: Sequence[str], now: float) -> None:
-        """Store what memory has of identities, or raise LedgerError."""
+        """Store what memory has of identities, or raise LedgerError.
+
+        Nobody else may store the same between the copy and what is made of
+        it, so the database's lock is held for all of that.
+        """
         began = time.monotonic()
-        deadline = began + self.database.backend.timeout
-        settlement = Settlement((), self.memory.unstored(identities),
-                                self.memory.overrides, now)
+        timeout, lock = self.database.backend.timeout, self.database.lock
+        if not lock.acquire(timeout=timeout):
+            self._begin_outage(LedgerError(TOO_SLOW))
+            raise LedgerError(TOO_SLOW)
         try:
-            self.database.transact(
-                settle, settlement, self.query, deadline=deadline)
-        except LedgerError as error:
-            self._fall_back(
-                settlement, error, self._has_hung(began, deadline))
-            raise
-        self._accept(settlement)
+            settlement = Settlement((), self.memory.unstored(identities),
+                                    self.memory.overrides, now)
+            deadline = began + timeout
+            try:
+                self.database.transact(
+                    settle, settlement, self.query, deadline=deadline)
+            except LedgerError as error:
+                self._fall_back(
+                    settlement, error, self._has_hung(began, deadline))
+                raise
+            self._accept(settlement)
+        finally:
+            lock.release()
+
+    def _begin_outage(self, error: LedgerError) -> None:
+        """Let all mail be decided from memory until the next try."""
+        retry_at = time.monotonic() + self.database.backend.timeout
+        with self.memory.lock:
+            self._outage = Outage(error, retry_at)
 
     def _prepare(self, mails: Sequence[Mail]) -> Settlement:
         """Return what is known of mails ahead of their transaction."""
@@ -4217,7 +4255,7 @@ class Service:
                 self.counts["judged_in_memory"] += 1
 
     def _notice_outage(self, mail: Mail, verdict: Verdict) -> None:
-        """Log the begin of an outage, or its end once a mail is written."""
+        """Log the beginning of an outage, or its end once a mail is written."""
         if mail.error is not None:
             self.log_outage(mail.error)
         elif self._away and verdict.usage and verdict.broken is None:
@@ -5046,8 +5084,10 @@ class Housekeeping:
         ledger.store_remembered(now)
         try:
             ledger.database.compare_clocks()
-            ledger.memory.overrides = ledger.database.transact(
+            overrides = ledger.database.transact(
                 read_overrides, now, reading=True)
+            with ledger.memory.lock:
+                ledger.memory.overrides = overrides
             if (settings is not self._settings
                     or time.monotonic() >= self._store_at):
                 self._store_window(ledger.database, settings)

@@ -3242,6 +3242,27 @@ class StoreContract:
             ledger, "SELECT instance, date FROM mail_count ORDER BY total"),
             [("a", 1000), ("b", 1008), ("c", 1011)])
 
+    def test_what_is_remembered_is_stored_once_whoever_stores_it(self) -> None:
+        ledger = self.open()
+        claims = [prl.Claim("joe", 1, (prl.Limit(10**6, 600),))]
+
+        def remember() -> None:
+            ledger.memory.decide(prl.Mail(claims, 1000, "a", "DATA"))
+
+        def store() -> None:
+            ledger.store_remembered(1000)
+
+        def decide() -> None:
+            ledger.decide(prl.Mail(claims, 1000, "b", "DATA"))
+
+        decide()  # there are tables
+        works = [remember, store, decide, store] * 60
+        at_once(lambda work: work(), works)
+        store()
+        self.assertEqual(sorted(self.execute(
+            ledger, "SELECT instance, count(*) FROM mail_count"
+            " GROUP BY instance")), [("a", 60), ("b", 61)])
+
     def test_limits_hold_from_the_first_mail_of_an_outage(self) -> None:
         ledger = self.open()
         values = [prl.Claim("key", 1, (prl.Limit(2, 600),), value=value)
@@ -3674,15 +3695,26 @@ class StoreContract:
         for now in range(1000, 1005):
             self.assertIsNone(decide(here, now, "ann", tried).broken)
 
+    def test_block_for_replaces_no_limit_that_was_set_by_hand(self) -> None:
+        ledger = self.open()
+        rule = prl.Settings(
+            limits=(prl.Limit(1, 60),), block_for=500).rules[0]
+        self.override(ledger, "joe", prl.Limit(2, 60))
+        verdicts = [ledger.decide(prl.Mail([prl.Claim(
+            "joe", 1, rule.limits, rule)], now)) for now in (
+                1000, 1001, 1002, 1061)]
+        self.assertEqual([verdict.broken is None for verdict in verdicts],
+                         [True, True, False, True])
+
     def test_a_block_by_block_for_holds_in_an_outage(self) -> None:
         ledger = self.open()
         rule = prl.Settings(
             limits=(prl.Limit(1, 60),), block_for=500).rules[0]
         claims = [prl.Claim("joe", 1, rule.limits, rule)]
-        for now in (1000, 1001, 1002):
+        for now in (1000, 1001):  # the second exceeds it: no other is needed
             ledger.decide(prl.Mail(claims, now))
         faults = Faults(ledger)
-        for now, is_blocked in ((1200, True), (1501, False)):
+        for now, is_blocked in ((1200, True), (1502, False)):
             for _ in range(9):
                 faults.plan("SELECT")
             mail = prl.Mail(claims, now)
@@ -5366,6 +5398,36 @@ class DatabaseFailureTest(AwayTest):
             os.rmdir(self.path("db"))
         self.assertEqual(used[-1], 10)
         self.assertEqual(used[0], 0)
+
+    def test_memory_is_bounded_without_an_outage(self) -> None:
+        ledger = prl.open_ledger(settings_of(
+            {"sqlite_config": {"database": self.path("db")}}))
+        self.addCleanup(ledger.database.close)
+        ledger.memory = prl.Memory(50_000)
+        claims = [prl.Claim(f"{n}", 1, (prl.Limit(10**6, 600),))
+                  for n in range(200)]
+        for claim in claims:
+            ledger.decide(prl.Mail([claim], 1000))
+        used = [ledger.memory.decide(prl.Mail([claim], 1000)).usage[0].used
+                for claim in (claims[0], claims[-1])]
+        self.assertEqual(used, [0, 1])
+
+    def test_one_identity_that_cannot_be_stored_keeps_back_no_other(
+            self) -> None:
+        ledger = prl.open_ledger(settings_of(
+            {"sqlite_config": {"database": self.path("db")}}))
+        self.addCleanup(ledger.database.close)
+        ledger.database.transact(
+            prl.Transaction.run, "CREATE TRIGGER bad BEFORE INSERT ON"
+            " mail_count WHEN NEW.id = 'bad' BEGIN SELECT RAISE(ABORT, 'no');"
+            " END")
+        names = ["bad", *(f"u{n}" for n in range(60))]
+        for name in names:
+            ledger.memory.decide(prl.Mail([prl.Claim(
+                name, 1, (prl.Limit(9, 600),))], 1000, "a", "DATA"))
+        ledger.store_remembered(1000)
+        self.assertEqual(ledger.memory.unstored_identities(), ["bad"])
+        self.assertEqual(set(counted(self.path("db"))), set(names[1:]))
 
     def test_a_long_outage_makes_no_mail_slow(self) -> None:
         def spent(mails: int) -> float:
