@@ -39,6 +39,11 @@ Try it by hand:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while modules load: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import bisect
@@ -48,6 +53,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import gc
 import grp
 import hashlib
 import importlib
@@ -66,13 +72,11 @@ import random
 import re
 import reprlib
 import resource
+import select
 import shlex
 import shutil
-import signal
-import smtplib
 import socket
 import socketserver
-import ssl
 import stat
 import string
 import struct
@@ -86,10 +90,21 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from email.message import EmailMessage
-from email.utils import format_datetime, localtime, make_msgid, parseaddr
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TextIO,
+    TypeVar,
+    Union,
+)
+
+if TYPE_CHECKING:
+    import smtplib
+    from email.message import EmailMessage
 
 T = TypeVar("T")
 
@@ -110,6 +125,7 @@ MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
 MAX_ADDRESS = 45  # characters of an IP address: IPv6 with IPv4 in the end
 CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
 NOTICE = 25  # the log level of what is said even with debug: False
+MAX_SAID = 1000  # messages of which is known when they were logged last
 SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
 log = logging.getLogger(PROGRAM)
 
@@ -171,7 +187,7 @@ class BadRequest(PolicydError):
 class Seldom(logging.Filter):
     """Lets each message that is marked SELDOM through once a minute."""
 
-    said: dict[str, float] = {}  # when each was let through
+    said: dict[str, float] = {}  # when each was let through; the last ones
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Say whether to let a record through."""
@@ -179,7 +195,10 @@ class Seldom(logging.Filter):
         if seldom and 0 <= record.created - self.said.get(record.msg, 0) < 60:
             return False
         if seldom:
+            self.said.pop(record.msg, None)
             self.said[record.msg] = record.created
+            if len(self.said) > MAX_SAID:
+                del self.said[next(iter(self.said))]
         return True
 
 
@@ -200,7 +219,7 @@ def fold(identity: str) -> str:
 def fold_any(identity: str) -> str:
     """Fold an identity of any length."""
     folded = identity.lower()
-    if not folded.isascii() and len(folded) <= 512:  # it takes the square
+    if not folded.isascii() and len(folded) <= 512:  # normalize() is quadratic
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
     if "@" in folded:  # mail for example.org. goes to example.org
@@ -1412,7 +1431,7 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
 def parse_request(head: bytes) -> Request:
     """Parse the lines name=value of a request, or raise BadRequest."""
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
-        raise BadRequest("too many attributes, or binary rubbish")
+        raise BadRequest("too many attributes, or a NUL byte")
     lines = head.decode("utf-8", "backslashreplace").split("\n")
     try:
         given = dict([line.split("=", 1) for line in lines])
@@ -1787,6 +1806,8 @@ def is_own_report(request: Request, settings: Settings) -> bool:
 def is_report_sender(sender: str, report_from: str | None) -> bool:
     """Say whether a folded sender is that of reports."""
     if report_from:
+        from email.utils import parseaddr
+
         return sender == fold(parseaddr(report_from)[1])
     return sender.startswith(f"{PROGRAM}@")  # the rest is up to the DNS
 
@@ -1836,6 +1857,7 @@ def key_of(settings: Settings, spelt: str) -> str:
 MAX_ACTION = 400  # bytes; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
 TAKES_TEXT = re.compile(  # actions of access(5) that end with a reply's text
     r"(?i:[45]\d\d|reject|defer|defer_if_permit|defer_if_reject)")
+PLAIN_VALUE = re.compile(r"[\w.@+:/-]*")  # as most are
 FIELDS = re.compile(  # of the log: what may stand ahead of a value
     "(identity|cost|used|client|broken|attempts|action|"
     + "|".join(ATTRIBUTES) + ")=", re.IGNORECASE)
@@ -2052,6 +2074,8 @@ def printable(text: str) -> str:
 
 def quote(text: str) -> str:
     """Return a value so that nothing in it passes for a field of the log."""
+    if PLAIN_VALUE.fullmatch(text):
+        return text
     text = re.sub(r"[\\<>,]", lambda found: f"\\x{ord(found[0]):02x}",
                   printable(text))
     return FIELDS.sub(r"\1\\x3d", text)
@@ -2126,6 +2150,9 @@ TABLES = {
                     " PRIMARY KEY (id, seconds)",
     "mail_limit": "id {name} PRIMARY KEY, limits text NOT NULL,"
                   " ends {number}, made {number}",
+    "mail_window": "host {name}, seconds {number}, query {name},"
+                   " since {number}, date {number},"
+                   " PRIMARY KEY (host, seconds, query)",
 }
 
 
@@ -2154,6 +2181,8 @@ REFUSED = ("INSERT INTO mail_refused"
            " (id, seconds, mails, hits, first, last, client, told) VALUES {}")
 ADD_TOLD = ("ALTER TABLE mail_refused"
             " ADD COLUMN told bigint NOT NULL DEFAULT 0")
+STORE_WINDOW = ("INSERT INTO mail_window (host, seconds, query, since, date)"
+                " VALUES (?, ?, ?, ?, ?)")
 
 
 class Backend:
@@ -2186,6 +2215,8 @@ class Backend:
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
            " (id, value) DO UPDATE SET date = excluded.date"
            " WHERE mail_value.date < excluded.date")  # it never goes back
+    store_window = (f"{STORE_WINDOW} ON CONFLICT (host, seconds, query)"
+                    " DO UPDATE SET date = ?")
     conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
 
     def __init__(self, settings: Settings) -> None:
@@ -2293,6 +2324,7 @@ class SQLite(Backend):
     """SQLite: one file, one host."""
 
     _opened = NOTHING_OPENED  # the path, and what was there
+    _settled_at = 0  # the folder's last change, in ns, after which all is so
 
     name = "SQLite"
     drivers = (("sqlite3", "libpython3-stdlib"),)
@@ -2328,6 +2360,7 @@ class SQLite(Backend):
         """Remember which files were opened, for is_stale()."""
         [[_, _, path]] = transaction.run("PRAGMA database_list").fetchall()
         self._opened = path, identify_files(path)
+        self._settled_at = 0
 
     def _use_log(self, transaction: Transaction) -> None:
         """Have SQLite keep a log; where many start at once, it is locked.
@@ -2358,9 +2391,22 @@ class SQLite(Backend):
         return self.driver.connect(**self.config)
 
     def is_stale(self) -> bool:
-        """Say whether the files are no longer those that were opened."""
+        """Say whether the files are no longer those that were opened.
+
+        While nothing changes in their folder, these do not: one look in place
+        of three.
+        """
         path, files = self._opened
-        return identify_files(path) != files
+        changed = 0
+        with contextlib.suppress(OSError):
+            changed = os.stat(os.path.dirname(path) or ".").st_mtime_ns
+        if changed and changed == self._settled_at:
+            return False
+        if identify_files(path) != files:
+            return True
+        if time.time_ns() - changed > 10**9:  # else more may come in its tick
+            self._settled_at = changed
+        return False
 
     def close(self, connection: Connection) -> None:
         """Close the file; what has taken its place stays as it is."""
@@ -2551,6 +2597,7 @@ class MySQL(Backend):
     clock = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
              " / 1000000")
     asks_singly = True
+    store_window = f"{STORE_WINDOW} ON DUPLICATE KEY UPDATE date = ?"
     # Not BEGIN, but autocommit off: with BEGIN a Galera cluster let 101 to 116
     # mails of 100 pass, for one in six identities that all nodes counted.
     begin = begin_reading = ""
@@ -2594,6 +2641,7 @@ class PostgreSQL(Backend):
         ("fsync", "SELECT current_setting('fsync')", ("on",)))
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
+    clock = "CAST(EXTRACT(EPOCH FROM CURRENT_TIMESTAMP) AS bigint)"
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03",
         # another host was first: table, column, index; in the catalogue
@@ -2838,8 +2886,8 @@ class Database:
             warn_if_clocks_differ(difference)
 
     def close(self) -> None:
-        """Close the connection; the next use opens another."""
-        if self.lock.acquire(timeout=self.backend.timeout):
+        """Close the connection unless it is in use; the next use opens one."""
+        if self.lock.acquire(timeout=min(2, self.backend.timeout)):
             try:
                 self._roll_back(keep=False)
             finally:
@@ -3055,8 +3103,8 @@ def retotal(transaction: Transaction, identity: str, now: int) -> None:
 # never go back in time, whatever the clocks do.
 # ---------------------------------------------------------------------------
 
-QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 BLOCKED: Limits = (Limit(0, 86400),)  # one alert a day, not one a mail
+QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
 PERMANENT = 10**12  # in the column ends, which cannot be NULL: year 33658
 
 
@@ -3236,18 +3284,40 @@ def find_own_limits(transaction: Transaction, pages: Mapping[str, Page],
             page.known_override = overrides[name]
             page.add_windows(page.known_override.limits)
         if query and not page.claim.rule.by:  # no quota's
-            page.queried = transaction.attempt(
-                QUERY_FAILED, ask_limits, query, name)
+            page.queried = query_limits(transaction, query, name)
             page.add_windows(page.queried or ())
+
+
+def query_limits(transaction: Transaction, query: str, identity: str,
+                 ) -> Limits | None:
+    """Return the limits that sql_limits_by_id has; warn where it fails."""
+    text = transaction.attempt(QUERY_FAILED, ask_query, query, identity)
+    if text is None:
+        return None
+    try:
+        return parse_limits(text)
+    except ValueError as error:
+        # Each identity whose row is wrong is named once a minute.
+        named = printable(identity).replace("%", "%%")
+        log.warning(f"sql_limits_by_id: {named}: %s; the file's limits hold",
+                    error, extra=SELDOM)
+        return None
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
                ) -> Limits | None:
-    """Return the limits that the query sql_limits_by_id has, or None."""
+    """Return the limits that sql_limits_by_id has; raise what fails."""
+    text = ask_query(transaction, query, identity)
+    return None if text is None else parse_limits(text)
+
+
+def ask_query(transaction: Transaction, query: str, identity: str,
+              ) -> str | None:
+    """Return what the query sql_limits_by_id has of an identity, if at all."""
     transaction.flush()
     transaction.cursor.execute(query, transaction.backend.fit((identity,)))
     row = transaction.cursor.fetchone()
-    return None if row is None or row[0] is None else parse_limits(row[0])
+    return None if row is None or row[0] is None else str(row[0])
 
 
 def read_pages(transaction: Transaction, pages: Mapping[str, Page],
@@ -3516,18 +3586,29 @@ def with_room(transaction: Transaction, verdict: Verdict,
 
 
 def next_free(transaction: Transaction, full: Usage, page: Page) -> int:
-    """Return when a limit that is full has room again."""
-    claim, (mails, seconds) = full.claim, full.limit
+    """Return when a limit that is full has room for a claim again."""
+    claim, limit, used = full
+    over = used + claim.cost - limit.mails
     if isinstance(page.account, DistinctValues):
         dates = sorted(date for value, date in page.account.seen.items()
                        if value != claim.value)
-        return dates[-mails] + seconds
-    [date] = transaction.run(  # reads no more rows than have to leave
+        return dates[-limit.mails] + limit.seconds
+    date = find_last_to_leave(transaction, claim.identity, page.second
+                              - limit.seconds, page.total - used + over)
+    return (page.date if date is None else date) + limit.seconds
+
+
+def find_last_to_leave(transaction: Transaction, identity: str, since: int,
+                       total: int) -> int | None:
+    """Return the date of the row with which a total has left a window.
+
+    since: the date after which the window begins.
+    """
+    row = transaction.run(
         "SELECT date FROM mail_count WHERE id = ? AND date > ?"
-        " AND total >= ? ORDER BY date, total LIMIT 1", claim.identity,
-        page.second - seconds, page.total + claim.cost - mails,
-        ).fetchone() or [page.date]
-    return int(date) + seconds
+        " AND total >= ? ORDER BY date, total LIMIT 1",
+        identity, since, total).fetchone()
+    return None if row is None else int(row[0])
 
 
 def read_refusals(transaction: Transaction, which: str = "", *values: object,
@@ -4072,7 +4153,7 @@ class Service:
         if claims:
             return self._decide(request, claims, settings, now, mail)
         if mail.was_asked_before(request):
-            return mail.action
+            return mail.go_on(request)
         log.info("%s: protocol_state=%s, not counted, action=%s",
                  queue_id_of(request), printable(request.protocol_state),
                  settings.success_action)
@@ -4082,6 +4163,11 @@ class Service:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self.ledger.query = settings.sql_limits_by_id
+
+    @property
+    def is_database_away(self) -> bool:
+        """Say whether mail is judged from memory now."""
+        return self._away
 
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
@@ -4174,7 +4260,7 @@ class MailSoFar:
     """
 
     charged: dict[str, int]  # what it was charged, by identity
-    action: str  # what was answered
+    action: str  # what was answered last
 
     def __init__(self) -> None:
         self._forget()
@@ -4195,6 +4281,11 @@ class MailSoFar:
             return False
         return (STATES.index(request.protocol_state)
                 > STATES.index(self._state))
+
+    def go_on(self, request: Request) -> str:
+        """Return what was answered before; it has now come to this state."""
+        self._state = request.protocol_state
+        return self.action
 
     def remember(self, request: Request, charged: Sequence[Claim],
                  settings: Settings, action: str) -> None:
@@ -4230,6 +4321,16 @@ def queue_id_of(request: Request) -> str:
 # ---------------------------------------------------------------------------
 
 PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait at no FIFO
+PIECE = 8192  # bytes to read at once; the largest real request has 6 kB
+FREE_PIECES = 3  # parts in which an honest request may come without a wait
+SLOW = 3  # seconds in which any honest client has sent its request
+SOCKET_PAUSE = 5  # seconds; a socket that is lost is back within ten
+# What marks a request of --ping or of the watchdog.  Postfix sends as
+# policy_context what main.cf says, never what a client chose.
+PING_PATIENCE = 10  # seconds; monitoring gives up sooner than Postfix does
+PING_CONTEXT = f"{PROGRAM} ping"
+PING = (f"request=smtpd_access_policy\nprotocol_state=VRFY\n"
+        f"policy_context={PING_CONTEXT}\n\n").encode()
 
 
 class PolicyHandler(socketserver.BaseRequestHandler):
@@ -4242,6 +4343,8 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Bound the time, and tell the server that this is open."""
         self.asked = False  # has a whole request come?
         self.active = time.monotonic()  # when it was last answered; inf: busy
+        self.pieces = 0  # small parts that have come of the next request
+        self.began = math.inf  # when the second of these was awaited
         self.patience = self.server.service.settings.delay_to_close
         for option, seconds in ((socket.SO_RCVTIMEO, self.patience),
                                 (socket.SO_SNDTIMEO, 2)):  # Postfix reads
@@ -4253,13 +4356,14 @@ class PolicyHandler(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         """Answer until the client has no more to ask."""
-        answer, mail = self.server.service.answer, MailSoFar()
+        mail = MailSoFar()
         try:
             for request in read_requests(self.receive):
                 self.asked, self.active = True, math.inf
-                action = answer(request, mail)
+                action = self.answer(request, mail)
                 self.request.sendall(f"action={action}\n\n".encode())
                 self.active = time.monotonic()
+                self.pieces, self.began = 0, math.inf
                 del request  # it may be large, and the next one far
         except BadRequest as error:
             log.warning("hung up on a client: %s", error, extra=SELDOM)
@@ -4268,11 +4372,42 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         finally:
             self.server.handlers.discard(self)
 
+    def answer(self, request: Request, mail: MailSoFar) -> str:
+        """Return the action for a request; a ping is not counted anywhere."""
+        service = self.server.service
+        if request.attributes.get("policy_context") == PING_CONTEXT:
+            return service.settings.success_action
+        return service.answer(request, mail)
+
     def receive(self) -> bytes:
         """Return some bytes, none at the end or when time is up."""
-        if time.monotonic() - self.active > 2 * self.patience:
+        now = time.monotonic()
+        if now - self.active > 2 * self.patience:
             return b""  # a request that comes byte by byte
-        return self.request.recv(8192)
+        if self.pieces > 0:
+            self.began = min(self.began, now)
+            if self.is_slow(now) and self.server.is_crowded():
+                return b""
+            self.let_bytes_gather()
+        data = self.request.recv(PIECE)
+        if len(data) < PIECE:
+            self.pieces += 1
+        return data
+
+    def is_slow(self, now: float) -> bool:
+        """Say whether this client has been sending one request for long."""
+        return now - self.began > SLOW
+
+    def let_bytes_gather(self) -> None:
+        """Wait, the longer the more pieces came, unless a side hangs up.
+
+        Else a thread would wake up for each byte that a client sends.
+        """
+        if self.pieces < FREE_PIECES:
+            return
+        end = select.poll()
+        end.register(self.request, select.POLLRDHUP)  # data does not wake it
+        end.poll(min(1000, 10 * 2 ** (self.pieces - FREE_PIECES)))
 
     def hang_up(self) -> None:
         """End it from another thread, once what has come is answered."""
@@ -4288,12 +4423,15 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 4096  # where it is full, Postfix is refused
     max_connections = 4000  # Postfix's default_process_limit is 100
     path: str | None = None  # of the unix socket, once it is ours
+    look_at = math.inf  # when to look whether that is still there
 
     def __init__(self, service: Service) -> None:
         """Bind and listen; raise AlreadyRunning, or OSError."""
         self.service = service
         self.handlers: set[PolicyHandler] = set()
-        address = service.settings.SOCKET
+        settings = service.settings  # a reload may bring others of no effect
+        self.address = address = settings.SOCKET
+        self.permission = settings.socket_permission
         self.address_family = (
             socket.AF_UNIX if isinstance(address, str) else
             socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
@@ -4303,20 +4441,22 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def server_bind(self) -> None:
         """Bind, a unix socket with socket_permission from its first moment."""
-        settings = self.service.settings
-        if isinstance(settings.SOCKET, str):
-            remove_stale_socket(settings.SOCKET)
-        before = os.umask(0o777 & ~settings.socket_permission)
+        if isinstance(self.address, str):
+            remove_stale_socket(self.address)
+        before = os.umask(0o777 & ~self.permission)
         try:
             super().server_bind()
         except OSError as error:  # which does not name it
-            used = error.errno == errno.EADDRINUSE
-            raise (AlreadyRunning if used else PolicydError)(
-                f"{format_address(settings.SOCKET)}: {error}") from None
+            reason = f"{format_address(self.address)}: {error}"
+            if (error.errno == errno.EADDRINUSE
+                    and isinstance(self.address, str)):
+                raise AlreadyRunning(reason) from None
+            raise PolicydError(reason) from None  # a port may be free soon
         finally:
             os.umask(before)
-        if isinstance(settings.SOCKET, str):
-            self.path, self.made = settings.SOCKET, os.lstat(settings.SOCKET)
+        if isinstance(self.address, str):
+            self.path, self.made = self.address, os.lstat(self.address)
+            self.look_at = time.monotonic() + SOCKET_PAUSE
         else:  # each connection inherits it
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -4342,21 +4482,86 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 time.sleep(0.01)  # a thread that ended is not gone at once
         return self.shutdown_request(request)
 
+    def is_crowded(self) -> bool:
+        """Say whether there are so many connections that the slow must go."""
+        return len(self.handlers) > self.max_connections // 4
+
+    def service_actions(self) -> None:
+        """Look after the path; serve_forever() calls this all the time."""
+        now = time.monotonic()
+        if now < self.look_at:
+            return
+        if not self.has_path() and select.select([self.socket], [], [], 0)[0]:
+            return  # first accept who has connected to the old socket
+        self.look_at = now + SOCKET_PAUSE
+        if self.has_path():
+            return
+        try:
+            self.listen_again()
+        except (PolicydError, OSError) as error:
+            log.error("SOCKET is lost: Postfix cannot ask, and it cannot be"
+                      " created again: %s", error, extra=SELDOM)
+        else:
+            log.warning("SOCKET was lost, and has been created again: %s",
+                        self.path)
+
+    def has_path(self) -> bool:
+        """Say whether clients that open the path get to this server."""
+        if self.path is None:
+            return True  # it is not a unix socket
+        try:
+            return os.path.samestat(os.lstat(self.path), self.made)
+        except OSError:
+            return False
+
+    def listen_again(self) -> None:
+        """Listen at the path with a new socket in place of the old one.
+
+        Connections are sockets of their own: they go on.
+        """
+        assert self.path is not None
+        old, self.socket = self.socket, socket.socket(self.address_family)
+        new = self.socket
+        try:
+            with hold_lock(self.path):
+                self.server_bind()
+                self.server_activate()
+            os.dup2(new.fileno(), old.fileno())  # which serve_forever() polls
+        finally:
+            self.socket = old
+            new.close()
+
+    def answers_itself(self, patience: float) -> bool:
+        """Say whether a client that connects to SOCKET gets an answer."""
+        if not self.has_path():
+            return False
+        try:
+            answer = ask_at(self.server_address, PING,
+                            time.monotonic() + patience)
+        except PermissionError:
+            return True  # socket_permission shuts the daemon's user out
+        except OSError:
+            return False
+        return answer.startswith(b"action=")
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a fault of ours; the client is hung up on."""
         log.error("fault in a connection", exc_info=True, extra=SELDOM)
 
     def evict(self) -> bool:
-        """Hang up on who asked nothing for a second, else is idle longest.
+        """Close some connections, and say whether there is room now.
 
-        Never on who waits for an answer; say whether there is room now.
+        First those that take long to send a request, then those that have
+        sent none for a second, then the longest idle; never one that is
+        waiting for an answer.
         """
         log.warning("too many connections: idle ones are closed", extra=SELDOM)
-        recent = time.monotonic() - 1
+        now = time.monotonic()
         idle = [handler for handler in list(self.handlers)
                 if handler.active < math.inf]
         idle.sort(key=lambda handler: (
-            handler.asked or handler.active > recent, handler.active))
+            not handler.is_slow(now),
+            handler.asked or handler.active > now - 1, handler.active))
         for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
             handler.hang_up()
         if not idle:
@@ -4379,9 +4584,8 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def server_close(self) -> None:
         """Close the listening socket and remove its path, if still ours."""
         super().server_close()
-        with contextlib.suppress(OSError):
-            if self.path is not None and os.path.samestat(
-                    os.lstat(self.path), self.made):
+        if self.path is not None and self.has_path():
+            with contextlib.suppress(OSError):
                 os.unlink(self.path)
                 self.path = None  # what comes there is another daemon's
 
@@ -4392,8 +4596,7 @@ def hold_lock(path: str) -> Iterator[None]:
 
     Who may read a file may lock it: this one is for its owner alone.
     """
-    with open(path + ".lock", "w", opener=lambda name, flags: os.open(
-            name, flags | PLAIN, 0o600)) as file:
+    with open_own_file(path + ".lock", 0o600) as file:
         held = False  # stays so too while the one that had it ends
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4409,6 +4612,23 @@ def hold_lock(path: str) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
+
+
+@contextlib.contextmanager
+def open_own_file(path: str, mode: int) -> Iterator[TextIO]:
+    """Open a file to write it; refuse one that may be somebody else's.
+
+    Another account may have put a link there, to have root empty a file of
+    its choice and hand that to the daemon's user.
+    """
+    with open(path, "a", opener=lambda name, flags: os.open(
+            name, flags | PLAIN, mode)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise OSError(errno.EEXIST, "is not a file, or has a second name"
+                          " (a hard link): remove it", path)
+        file.truncate(0)
+        yield file
 
 
 def check_socket(address: str | tuple[str, int]) -> None:
@@ -4440,6 +4660,64 @@ def remove_stale_socket(path: str) -> None:
         raise OSError(error, os.strerror(error), path)
 
 
+def ping(settings: Settings, patience: float) -> float:
+    """Return how many seconds the daemon at SOCKET took to answer.
+
+    Raise PolicydError with the reason if it does not within the patience.
+    """
+    address, began = settings.SOCKET, time.monotonic()
+    try:
+        line = ask_at(address, PING, began + patience)
+    except OSError as error:
+        reason = error.strerror or "no answer in time"
+        raise PolicydError(f"nobody answers at {format_address(address)}:"
+                           f" {reason}; is the daemon running?") from None
+    if not line.startswith(b"action="):
+        raise PolicydError(f"no policy server answers at"
+                           f" {format_address(address)}: got"
+                           f" {printable(repr(line[:MAX_TOLD]))}")
+    return time.monotonic() - began
+
+
+def ask_at(address: Any, request: bytes,
+           deadline: float) -> bytes:
+    """Send a request to an address; return the answer, or raise OSError."""
+    family = (socket.AF_UNIX if isinstance(address, str) else
+              socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    with socket.socket(family) as client:
+        connect_until(deadline, client, address)
+        client.settimeout(time_left(deadline))
+        client.sendall(request)
+        answer = b""
+        while b"\n\n" not in answer and len(answer) < PIECE:
+            client.settimeout(time_left(deadline))
+            data = client.recv(PIECE)
+            if not data:
+                raise ConnectionResetError(
+                    errno.ECONNRESET, "it hung up without an answer")
+            answer += data
+        return answer
+
+
+def connect_until(deadline: float, client: socket.socket,
+                  address: Any) -> None:
+    """Connect, as soon as there is room among those who wait for that."""
+    while True:
+        client.settimeout(time_left(deadline))
+        try:
+            return client.connect(address)
+        except BlockingIOError:  # unix(7): the backlog is full
+            time.sleep(0.05)
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline; raise a timeout after it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout
+    return left
+
+
 # ---------------------------------------------------------------------------
 # 12. Upkeep
 #
@@ -4447,136 +4725,316 @@ def remove_stale_socket(path: str) -> None:
 # limits tried on the mail that is recorded: --simulate.
 # ---------------------------------------------------------------------------
 
-CLEAN_STEP = 1000  # rows looked at in one transaction of cleaning
+CLEAN_STEP = 1000  # rows that a transaction reads or deletes: some 10 ms
+ASK_STEP = 20  # identities that one asks the query for: some 1 ms each
+STORED_FOR = 2 * 86400  # seconds for which a window that a host stored counts
+STORE_EVERY = 6 * 3600  # seconds; seven of these may fail
 
 
-def kept_for(longest: int) -> int:
-    """Return for how long rows are kept, longer than any clock is ahead."""
-    return max(2 * longest, longest + CLOCK_SKEW)  # twice as the original
+class HostWindow(NamedTuple):
+    """The longest window of a host's limits, a row of mail_window."""
+
+    host: str
+    seconds: int
+    query: str  # the hash of its sql_limits_by_id, "" if it has none
+    since: int = 0  # when it was first stored, by the database's clock
+    date: int = 0  # and when it was last stored
 
 
-def clean_mails(transaction: Transaction, settings: Settings, after: str,
-                now: int) -> tuple[str | None, int]:
-    """Delete mails of identities after one that no limit sees.
+class Aging(NamedTuple):
+    """A table whose rows belong to identities and are deleted when old."""
 
-    Those stay that a limit of the query or of --limit may still see.
+    table: str
+    date: str  # the column
+    least: int  # seconds for which rows are kept, whatever the limits
+
+
+class Oldest(NamedTuple):
+    """What one step of reading saw of an identity."""
+
+    identity: str
+    date: int
+    rows: int
+
+
+class Found(NamedTuple):
+    """What a step of cleaning is to delete, and where the next one starts."""
+
+    until: Mapping[str, int]  # for each identity the newest date to delete
+    place: str | None  # the next identity is the one after it; None: no more
+
+
+AGING = (
+    Aging("mail_count", "date", 0), Aging("mail_value", "date", 0),
+    Aging("mail_refused", "last", 35 * 86400))  # for monthly reports
+
+
+def clean(database: Database, settings: Settings, now: int) -> Iterator[int]:
+    """Delete what nobody needs; after each step yield how many records.
+
+    No mail waits long for a step: it finds old rows by reading, which locks
+    nothing, and then locks only what it deletes.  It goes through a table
+    from identity to identity, up to the last that there was at the start, so
+    that it ends however many are added meanwhile.
     """
-    overrides, deleted, before = read_overrides(transaction, now), 0, after
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):  # identities take longer than rows
-        last, oldest = transaction.run(
-            "SELECT id, date FROM mail_count WHERE id > ?"
-            " ORDER BY id, date LIMIT 1", before).fetchone() or (None, now)
-        if last is None:
-            break
-        if oldest <= now - keep:
-            limits = own_limits(
-                transaction, settings.sql_limits_by_id, last, overrides)
-            until = 0 if limits is None else now - max([keep, *(
+    own = own_window(settings)  # outside of transactions: there may be many
+    for aging in AGING:
+        yield from clean_aging(database, settings, aging, own, now)
+    yield from clean_turns(database)
+    database.transact(delete_ended_limits, now)
+    yield 0
+
+
+def clean_aging(database: Database, settings: Settings, aging: Aging,
+                own: HostWindow, now: int) -> Iterator[int]:
+    """Delete rows that no limit of any host can see, step by step."""
+    place: str | None = ""
+    end = database.transact(last_identity, aging.table, reading=True)
+    while place is not None and end is not None:
+        found = database.transact(
+            find_old, settings, aging, own, (place, end), now, reading=True)
+        deleted = 0
+        if found.until:
+            deleted = database.transact(delete_old, aging, found.until)
+        yield deleted
+        place = found.place
+
+
+def last_identity(transaction: Transaction, table: str) -> str | None:
+    """Return the last identity in a table, None if that is empty."""
+    [identity] = transaction.run(f"SELECT MAX(id) FROM {table}").fetchone()
+    return None if identity is None else str(identity)
+
+
+def find_old(transaction: Transaction, settings: Settings, aging: Aging,
+             own: HostWindow, between: tuple[str, str], now: int) -> Found:
+    """Find which of the next identities have rows that no limit sees."""
+    server_now = server_time(transaction)
+    now = min(now, server_now)  # if either clock is ahead, nothing is lost
+    hosts = read_windows(transaction, server_now)
+    if reason_to_wait(own, hosts, server_now):
+        return Found({}, None)
+    kept = max(aging.least, kept_for(max(
+        [own.seconds, *(host.seconds for host in hosts)])))
+    step = read_step(transaction, aging, between)
+    if not step:
+        return Found({}, None)
+    old = [row.identity for row in step if row.date <= now - kept]
+    place = step[-1].identity
+    if settings.sql_limits_by_id and len(old) > ASK_STEP:
+        old = old[:ASK_STEP]
+        place = old[-1]
+    overrides = read_limits_between(transaction, between[0], place)
+    until = {}
+    for identity in old:
+        limits = ask_own_limits(
+            transaction, settings.sql_limits_by_id, identity, overrides)
+        if limits is not None:
+            until[identity] = now - max([kept, *(
                 kept_for(limit.seconds) for limit in limits)])
-            step = transaction.run(
-                "SELECT date FROM mail_count WHERE id = ? AND date <= ?"
-                " ORDER BY date LIMIT 1 OFFSET ?",
-                last, until, CLEAN_STEP - 1).fetchone() or (until,)
-            deleted += transaction.run(
-                "DELETE FROM mail_count WHERE id = ? AND date <= ?",
-                last, *step).rowcount
-            if deleted >= CLEAN_STEP:
-                last = before  # for this one may have more
-                break
-        before = last
-    more = transaction.backend.turn and clean_turns(transaction, after, last)
-    return after if more else last, deleted
+    if until and step[0].rows >= CLEAN_STEP:  # then there is no other
+        return find_first_old(transaction, aging, Found(until, place), between)
+    return Found(until, place)
 
 
-def own_limits(transaction: Transaction, query: str | None, identity: str,
-               overrides: Overrides) -> Limits | None:
-    """Return what query and --limit say of an identity; None: it fails."""
-    override = overrides.get(identity)
-    limits: Limits = () if override is None else override.limits
+def read_step(transaction: Transaction, aging: Aging,
+              between: tuple[str, str]) -> list[Oldest]:
+    """Read the next rows of a table; return their identities.
+
+    The last identity is left to the next step if this one may have only a
+    part of its rows; if it has more than a step can read, it stands alone.
+    """
+    step = [Oldest(*row) for row in transaction.run(
+        "SELECT id, MIN(date), COUNT(*) FROM"
+        f" (SELECT id, {aging.date} AS date FROM {aging.table}"
+        " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?) AS step"
+        " GROUP BY id ORDER BY id", *between, CLEAN_STEP).fetchall()]
+    if sum(row.rows for row in step) < CLEAN_STEP:
+        return step
+    if len(step) > 1:
+        return step[:-1]
+    [date] = transaction.run(
+        f"SELECT MIN({aging.date}) FROM {aging.table} WHERE id = ?",
+        step[0].identity).fetchone()
+    return [step[0]._replace(date=date)]
+
+
+def find_first_old(transaction: Transaction, aging: Aging, found: Found,
+                   between: tuple[str, str]) -> Found:
+    """Cut what was found of a large identity to as much as a step deletes."""
+    [(identity, until)] = found.until.items()
+    row = transaction.run(
+        f"SELECT {aging.date} FROM {aging.table} WHERE id = ?"
+        f" AND {aging.date} <= ? ORDER BY {aging.date} LIMIT 1 OFFSET ?",
+        identity, until, CLEAN_STEP - 1).fetchone()
+    if row is None:
+        return found
+    return Found({identity: row[0]}, between[0])  # the same identity again
+
+
+def delete_old(transaction: Transaction, aging: Aging,
+               until: Mapping[str, int]) -> int:
+    """Delete old rows of identities; return how many."""
+    by_date: dict[int, list[str]] = {}
+    for identity, date in until.items():
+        by_date.setdefault(date, []).append(identity)
+    deleted = 0
+    for date, identities in by_date.items():
+        for some in chunks(identities, 100):  # as long a list as all drivers
+            marks = ", ".join("?" * len(some))  # and servers take
+            deleted += int(transaction.run(
+                f"DELETE FROM {aging.table} WHERE id IN ({marks})"
+                f" AND {aging.date} <= ?", *some, date).rowcount)
+    return deleted
+
+
+def kept_for(window: int) -> int:
+    """Return for how long rows are kept, longer than any clock is ahead."""
+    return max(2 * window, window + CLOCK_SKEW)  # twice as the original
+
+
+def read_limits_between(transaction: Transaction, after: str, last: str,
+                        ) -> dict[str, Limits | None]:
+    """Return what --limit has set for some identities, even if it ended."""
+    found: dict[str, Limits | None] = {}
+    for identity, text, ends, made in transaction.run(
+            "SELECT id, limits, ends, made FROM mail_limit WHERE id > ?"
+            " AND id <= ?", after, last).fetchall():
+        override = parse_override(text, ends, made)
+        found[identity] = None if override is None else override.limits
+    return found
+
+
+def ask_own_limits(transaction: Transaction, query: str | None, identity: str,
+                   overrides: Mapping[str, Limits | None]) -> Limits | None:
+    """Return what --limit and the query say; None if the query fails."""
+    limits = overrides.get(identity) or ()
     if not query:
         return limits
-    found = transaction.attempt(
+    answer = transaction.attempt(
         QUERY_FAILED, lambda *given: [ask_limits(*given)], query, identity)
-    return None if found is None else (*limits, *(found[0] or ()))
+    if answer is None:
+        return None
+    return (*limits, *(answer[0] or ()))
 
 
-def clean_turns(transaction: Transaction, after: str, last: str | None,
-                ) -> bool:
-    """Delete turns of no use between two names; say if more are left."""
-    between, names = "id > ?", [after]
-    if last is not None:
-        between, names = "id > ? AND id <= ?", [after, last]
-    useless = transaction.run(  # first, since a DELETE locks what it looks at
-        f"SELECT id FROM mail_turn WHERE {between} AND NOT EXISTS (SELECT 1"
-        " FROM mail_count c WHERE c.id = mail_turn.id) LIMIT ?",
-        *names, CLEAN_STEP).fetchall()
-    transaction.write("DELETE FROM mail_turn WHERE id IN ({})", useless)
-    return len(useless) == CLEAN_STEP
+def clean_turns(database: Database) -> Iterator[int]:
+    """Delete turns of identities of which nothing is left, step by step."""
+    place: str | None = ""
+    end = database.transact(last_identity, "mail_turn", reading=True)
+    while place is not None and end is not None:
+        unused, place = database.transact(
+            find_unused_turns, place, end, reading=True)
+        if unused:  # one that is used by now is only made again
+            database.transact(
+                Transaction.write, "DELETE FROM mail_turn WHERE id IN ({})",
+                [(identity,) for identity in unused])
+        yield 0
 
 
-def clean_values(transaction: Transaction, settings: Settings,
-                 after: tuple[str, str], now: int) -> tuple[Any, int]:
-    """Delete values that no limit sees, after an identity's value."""
-    overrides, deleted = read_overrides(transaction, now), 0
-    keep = kept_for(settings.longest_window)
-    for _ in range(CLEAN_STEP // 10):
-        identity, value = after or ("", "")
-        rest = "FROM mail_value WHERE id = ? AND value > ?"
-        [last] = transaction.run(
-            f"SELECT value {rest} ORDER BY value LIMIT 1 OFFSET ?",
-            identity, value, CLEAN_STEP - 1).fetchone() or (None,)
-        limits = overrides.get(identity, Override((), None)).limits
-        until = now - max([keep, *(
-            kept_for(limit.seconds) for limit in limits)])
-        if last is not None:
-            deleted += transaction.run(
-                f"DELETE {rest} AND value <= ? AND date <= ?",
-                identity, value, last, until).rowcount
-            return (identity, last), deleted
-        deleted += transaction.run(
-            f"DELETE {rest} AND date <= ?", identity, value, until).rowcount
-        [identity] = transaction.run(
-            "SELECT MIN(id) FROM mail_value WHERE id > ?", identity).fetchone()
-        if identity is None:
-            return None, deleted
-        after = identity, ""
-        if deleted >= CLEAN_STEP:
-            break
-    return after, deleted
+def find_unused_turns(transaction: Transaction, place: str, end: str,
+                      ) -> tuple[list[str], str | None]:
+    """Return which of the next turns are unused, and the last one seen."""
+    rows = transaction.run(
+        "SELECT id, EXISTS (SELECT 1 FROM mail_count WHERE id = step.id)"
+        " OR EXISTS (SELECT 1 FROM mail_value WHERE id = step.id)"
+        " FROM (SELECT id FROM mail_turn WHERE id > ? AND id <= ?"
+        " ORDER BY id LIMIT ?) AS step ORDER BY id",
+        place, end, CLEAN_STEP).fetchall()
+    last = rows[-1][0] if rows else None
+    return [identity for identity, used in rows if not used], last
 
 
-def clean_refusals(transaction: Transaction, settings: Settings, after: str,
-                   now: int) -> tuple[str | None, int]:
-    """Delete limits that ended, and old refusals that all were told of."""
-    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now)
-    rows = read_refusals(transaction, "WHERE id >= ? ORDER BY id, seconds"
-                         f" LIMIT {CLEAN_STEP}", after)
-    last = rows[-1].identity if rows else ""
-    keep = max(86400, 2 * settings.longest_window)
-    for row in rows:
-        due = row.seconds in settings.noted_windows and settings.report_to
-        if now - row.last < max(keep, row.seconds) or (
-                due and row.told < row.hits):
-            continue
-        transaction.later("DELETE FROM mail_refused WHERE id = ?"
-                          " AND seconds = ? AND hits = ?",
-                          row.identity, row.seconds, row.hits)
-    more = len(rows) == CLEAN_STEP and last != after
-    return last if more else None, 0
+def delete_ended_limits(transaction: Transaction, now: int) -> None:
+    """Delete limits of --limit that ended by whatever host's clock."""
+    now = min(now, server_time(transaction))
+    transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now - STORED_FOR)
 
 
-# Each looks at some CLEAN_STEP rows, so that nobody waits for it, and returns
-# after what to go on, None if that was all, and how many it deleted.
-CLEANINGS: Sequence[Callable[..., tuple[Any, int]]] = (
-    clean_mails, clean_values, clean_refusals)
+def own_window(settings: Settings) -> HostWindow:
+    """Return what this host has to tell the others that share a database."""
+    query = " ".join((settings.sql_limits_by_id or "").split())
+    if query:
+        query = hashlib.sha256(query.encode()).hexdigest()
+    return HostWindow(
+        shorten(socket.gethostname()), settings.longest_window, query)
+
+
+def server_time(transaction: Transaction) -> int:
+    """Return the database's time, which is the same for all hosts."""
+    if not transaction.backend.clock:
+        return int(time.time())
+    [now] = transaction.run(
+        f"SELECT {transaction.backend.clock}").fetchone()
+    return int(now)
+
+
+def store_window(transaction: Transaction, own: HostWindow) -> None:
+    """Store this host's longest window, and forget what no longer counts."""
+    now = server_time(transaction)
+    transaction.run("DELETE FROM mail_window WHERE date <= ? OR date > ?",
+                    now - STORED_FOR, now + STORED_FOR)
+    transaction.run(transaction.backend.store_window,
+                    *own._replace(since=now, date=now), now)
+
+
+def read_windows(transaction: Transaction, now: int) -> list[HostWindow]:
+    """Return the windows that hosts stored in time, the last stored last."""
+    return [HostWindow(*row) for row in transaction.run(
+        "SELECT host, seconds, query, since, date FROM mail_window"
+        " WHERE date > ? ORDER BY date, since", now - STORED_FOR).fetchall()]
+
+
+def reason_to_wait(own: HostWindow, hosts: Sequence[HostWindow],
+                   now: int) -> str:
+    """Return why nothing can be deleted yet, "" if it can.
+
+    After an upgrade, or when all hosts were down, each of them first needs
+    the time to store its window.
+    """
+    start = min((host.since for host in hosts), default=now) + STORED_FOR
+    if start > now:
+        return (f"nothing is deleted before {moment(start)}: until then each"
+                " host that shares this database can store its longest window")
+    for host in hosts:
+        if host.query not in ("", own.query):
+            return (f"nothing is deleted: {printable(host.host)} has had"
+                    " another sql_limits_by_id within two days, and only"
+                    " that query knows which mails it needs")
+    return ""
+
+
+def read_reason_to_wait(transaction: Transaction, own: HostWindow) -> str:
+    """Return the same, of the windows that are stored now."""
+    now = server_time(transaction)
+    return reason_to_wait(own, read_windows(transaction, now), now)
+
+
+def describe_difference(own: HostWindow, hosts: Sequence[HostWindow]) -> str:
+    """Return how the limits of other hosts differ, "" if they do not."""
+    newest = {host.host: host for host in hosts if host.host != own.host}
+    for host in newest.values():
+        if host.query not in ("", own.query):
+            return (f"sql_limits_by_id is not the same here and on"
+                    f" {printable(host.host)}: as long as that is so, no"
+                    " records are deleted by this host")
+        if host.seconds != own.seconds:
+            return ("hosts that share this database have different limits:"
+                    f" the longest window is {spell(own.seconds)} here and"
+                    f" {spell(host.seconds)} on {printable(host.host)};"
+                    " records are kept for the longest")
+    return ""
+
 
 class Housekeeping:
-    """What the daemon does between requests."""
+    """What the daemon does between requests, a step at a time."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._cleaned: list[Any] = [None] * len(CLEANINGS)  # up to what
+        self._settings: Settings | None = None  # whose window is stored
+        self._store_at = 0.0  # when it is due again (time.monotonic())
+        self._difference = ""  # between hosts, as it was last logged
+        self._cleaning: Iterator[int] = iter(())
 
     def do_step(self) -> None:
         """Write what memory holds; drop a few rows that no limit sees."""
@@ -4586,21 +5044,45 @@ class Housekeeping:
         if ledger.is_in_outage():
             return
         ledger.store_remembered(now)
-        transact = ledger.database.transact
         try:
             ledger.database.compare_clocks()
-            ledger.memory.overrides = transact(read_overrides, now)
-            for place, clean in enumerate(CLEANINGS):
-                self._cleaned[place], deleted = transact(
-                    clean, settings, self._cleaned[place] or "", now)
-                if deleted:
-                    log.info("%d old records deleted", deleted)
+            ledger.memory.overrides = ledger.database.transact(
+                read_overrides, now, reading=True)
+            if (settings is not self._settings
+                    or time.monotonic() >= self._store_at):
+                self._store_window(ledger.database, settings)
+            self._clean(ledger.database, settings, now)
         except LedgerError as error:
             service.log_outage(error)
 
+    def _store_window(self, database: Database, settings: Settings) -> None:
+        """Tell other hosts the longest window; log if theirs differ."""
+        own = own_window(settings)
+        database.transact(store_window, own)
+        hosts = database.transact(
+            lambda transaction: read_windows(
+                transaction, server_time(transaction)), reading=True)
+        difference = describe_difference(own, hosts)
+        if difference and difference != self._difference:
+            log.warning("%s", difference)
+        self._difference = difference
+        if settings is not self._settings:
+            self._settings = settings
+            self._cleaning = iter(())  # start anew, under these settings
+        self._store_at = time.monotonic() + STORE_EVERY
+
+    def _clean(self, database: Database, settings: Settings, now: int) -> None:
+        """Do the next step of cleaning; after the last start again."""
+        deleted = next(self._cleaning, None)
+        if deleted is None:
+            self._cleaning = clean(database, settings, now)
+            deleted = next(self._cleaning)
+        if deleted:
+            log.info("%d old records deleted", deleted)
+
 
 def forget(transaction: Transaction, identity: str) -> int:
-    """Forget the mails of an identity; return how many were recorded."""
+    """Delete the mails of an identity; return how many were recorded."""
     take_turns(transaction, [identity])
     [mails] = transaction.run(
         "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
@@ -4734,7 +5216,7 @@ def read_mails(transaction: Transaction, columns: Sequence[str],
     place, done = Place(), 0
     while True:
         with brief_read(transaction):
-            rows = read_step(transaction, columns, place)
+            rows = read_mails_from(transaction, columns, place)
         mails = [PastMail(spell_id(identity), date, cost)
                  for identity, date, cost in rows]
         yield from mails
@@ -4750,7 +5232,7 @@ def read_mails(transaction: Transaction, columns: Sequence[str],
         place = Place(rows[-1][0], last.date, skip)
 
 
-def read_step(transaction: Transaction, columns: Sequence[str],
+def read_mails_from(transaction: Transaction, columns: Sequence[str],
               place: Place) -> list[Row]:
     """Read the next rows, in the order of the index mail_count_total."""
     cost = "1"  # the first versions of the original had no other
@@ -5058,7 +5540,9 @@ def quantity(count: int, noun: str) -> str:
 # ---------------------------------------------------------------------------
 # 13. Reports and alerts
 #
-# What people are told.  No answer to Postfix waits for any of it.
+# What people are told.  No answer to Postfix waits for any of it.  What only
+# this section needs of the standard library is imported here when it is used:
+# it would take a sixth of the time of a start.
 # ---------------------------------------------------------------------------
 
 MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
@@ -5132,6 +5616,8 @@ def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
     Postfix tells a policy service the recipient only if there is just one,
     and is_own_report() has to see it.
     """
+    import smtplib
+
     addresses = {fold(address): address for address in settings.report_to}
     try:
         message = compose(settings, subject, text)
@@ -5149,6 +5635,9 @@ def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
 
 def compose(settings: Settings, subject: str, text: str) -> EmailMessage:
     """Return a message to all of report_to."""
+    from email.message import EmailMessage
+    from email.utils import format_datetime, localtime, make_msgid
+
     host = socket.getfqdn()
     message = EmailMessage()
     message["From"] = settings.report_from or f"{PROGRAM}@{host}"
@@ -5181,6 +5670,8 @@ def failures(failed: Mapping[str, str]) -> str:
 
 def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
     """Encrypt and log in as the settings say; no password in the clear."""
+    import ssl
+
     assert smtp.sock is not None
     peer = parse_address(smtp.sock.getpeername()[0].partition("%")[0])
     local = peer is not None and peer.is_loopback
@@ -5200,8 +5691,9 @@ def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
 def smtp_reason(error: Exception) -> str:
     """Return in one line why a mail was not taken."""
     text: Any = getattr(error, "smtp_error", "") or str(error) or repr(error)
-    if isinstance(error, smtplib.SMTPRecipientsRefused):
-        [(_, text), *_] = error.recipients.values()
+    recipients = getattr(error, "recipients", None)
+    if recipients:  # SMTPRecipientsRefused has the answer to each
+        [(_, text), *_] = recipients.values()
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     return printable(" ".join(text.split()))
@@ -5474,9 +5966,10 @@ class Surveyor:
             table for table in (
                 "mail_count", "mail_value", "mail_refused", "mail_limit")
             if columns_of(transaction, table)]
-        cost = "1"
-        if "recipient_count" in columns_of(transaction, "mail_count"):
+        cost, columns = "1", columns_of(transaction, "mail_count")
+        if "recipient_count" in columns:
             cost = "COALESCE(recipient_count, 1)"
+        self._has_totals = "total" in columns
         self._mails = f"(SELECT id, date, {cost} AS cost FROM mail_count) AS m"
         self._values = ""
         if "mail_value" in self._tables:
@@ -5540,8 +6033,7 @@ class Surveyor:
             return Judged(None, (), "")
         query = self._settings.sql_limits_by_id
         if query and not rule.by:
-            queried = self._transaction.attempt(
-                QUERY_FAILED, ask_limits, query, name)
+            queried = query_limits(self._transaction, query, name)
             if queried is not None:
                 return Judged(rule, queried, "sql_limits_by_id")
         limits = limits_under(rule, *named_by(self._settings, rule, name))
@@ -5602,16 +6094,25 @@ class Surveyor:
 
     def _room_at(self, table: str, name: str, limit: Limit, used: int,
                  ) -> int | None:
-        """Return when a mail for one recipient passes a limit that is full."""
-        over = used + 1 - limit.mails
-        for date, freed in self._transaction.run(
-                f"SELECT date, cost FROM {table} WHERE id = ? AND date > ?"
-                " ORDER BY date LIMIT ?", name, self._now - limit.seconds,
-                over).fetchall():
-            over -= freed
-            if over <= 0:
-                return int(date) + limit.seconds
-        return None
+        """Return when a mail for one recipient passes a limit that is full.
+
+        None: that is not known, of tables that only the original has used.
+        """
+        over, since = used + 1 - limit.mails, self._now - limit.seconds
+        if table == self._values:
+            [date] = self._transaction.run(
+                "SELECT date FROM mail_value WHERE id = ? AND date > ?"
+                " ORDER BY date LIMIT 1 OFFSET ?",
+                name, since, over - 1).fetchone() or [None]
+        elif not self._has_totals:
+            return None
+        else:
+            [total] = self._transaction.run(
+                "SELECT total FROM mail_count WHERE id = ?"
+                " ORDER BY date DESC, total DESC LIMIT 1", name).fetchone()
+            date = None if total is None else find_last_to_leave(
+                self._transaction, name, since, total - used + over)
+        return None if date is None else int(date) + limit.seconds
 
     def _start_anew(self) -> None:
         """End the transaction and begin another."""
@@ -6609,13 +7110,26 @@ CLEAN_PAUSE = 10  # seconds between two steps of the daemon's cleaning
 # What a reload cannot change, since it was used up at the start.
 FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
-FOR_POSTFIX = 0o711  # a folder's mode until group postfix has it: then 0750
+COLLECT_PAUSE = 3600  # seconds between two looks at all objects; 50 ms each
+OLDEST_GENERATION = 2  # of the garbage collector; all objects
+STATUS_PAUSE = 10  # seconds between two lines for systemctl status
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Owner = Optional[pwd.struct_passwd]  # whom root becomes, None to stay
+
+
+class Folder(NamedTuple):
+    """How to make a folder that a start needs."""
+
+    mode: int
+    for_postfix: bool = False  # hand it to group postfix, if there is one
 
 
 def find_owner(settings: Settings, standalone: str | None) -> Owner:
     """Return the user, with the group of the settings; raise UnknownUser."""
-    if standalone or os.geteuid() != 0:
+    if os.geteuid() != 0:
+        return None
+    if standalone:
+        refuse_planted_links(settings)
         return None
     try:
         user = pwd.getpwnam(settings.user)
@@ -6626,6 +7140,25 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner:
             f" adduser --system --group --home /run/{PROGRAM}"
             f" --no-create-home {settings.user}") from None
     return pwd.struct_passwd((*user[:3], group.gr_gid, *user[4:]))
+
+
+def refuse_planted_links(settings: Settings) -> None:
+    """Raise PolicydError if root would write through a stranger's link.
+
+    With --standalone root stays root, in a folder that may be another's.
+    """
+    database = os.path.abspath(settings.sqlite_config["database"])
+    with contextlib.suppress(FileNotFoundError):
+        folder = os.stat(os.path.dirname(database))
+        if folder.st_uid == 0 and not folder.st_mode & 0o022:
+            return  # nobody else can put a link there
+    for path in (database + end for end in ("", "-wal", "-shm", "-journal")):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise PolicydError(
+                    f"{path}: is a link, in a folder that is not root's alone;"
+                    " remove it, or run this as the folder's owner")
 
 
 def drop_root(owner: Owner) -> None:
@@ -6642,38 +7175,44 @@ def drop_root(owner: Owner) -> None:
     os.environ["HOME"] = owner.pw_dir  # where database drivers look for files
 
 
-def folders(settings: Settings) -> Mapping[str, int]:
-    """Return the folders that a start needs, and the modes to make them."""
-    modes = {path: 0o755 for path in [settings.pidfile]
-             if path != os.devnull}
+def folders(settings: Settings) -> Mapping[str, Folder]:
+    """Return the folders that a start needs, and how to make them."""
+    needed = {}
+    if settings.pidfile != os.devnull:
+        needed[settings.pidfile] = Folder(0o755)
     database = database_path(settings.sqlite_config)
     if settings.backend == 0 and database is not None:
-        modes[database] = 0o750
+        needed[database] = Folder(0o750)
     if isinstance(settings.SOCKET, str):
-        modes[settings.SOCKET] = FOR_POSTFIX
-    return {os.path.dirname(os.path.abspath(path)): mode
-            for path, mode in modes.items()}
+        needed[settings.SOCKET] = Folder(0o711, for_postfix=True)
+    return {os.path.dirname(os.path.abspath(path)): folder
+            for path, folder in needed.items()}
 
 
 def make_folders(settings: Settings, owner: Owner) -> None:
     """Make the folders that are missing, and hand them to their owner."""
     os.umask(0o022)
-    for folder, mode in folders(settings).items():
-        if not os.path.isdir(folder):
-            os.makedirs(folder, mode)
-        elif owner is None or not is_volume(folder):
+    for path, folder in folders(settings).items():
+        if not os.path.isdir(path):
+            os.makedirs(path, folder.mode)
+        elif owner is None or not is_volume(path):
             continue
         # The daemon's user may put a link there at any moment.
-        opened = os.open(folder, os.O_DIRECTORY | os.O_NOFOLLOW)
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, opened)
-            if owner is not None:
-                os.fchown(opened, owner.pw_uid, owner.pw_gid)
-            if mode == FOR_POSTFIX:
-                stack.enter_context(
-                    contextlib.suppress(KeyError, PermissionError))
-                os.fchown(opened, -1, grp.getgrnam("postfix").gr_gid)
-                os.fchmod(opened, 0o750)
+        opened = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            hand_over(opened, folder, owner)
+        finally:
+            os.close(opened)
+
+
+def hand_over(opened: int, folder: Folder, owner: Owner) -> None:
+    """Give an open folder to its owner, and to Postfix if it is for that."""
+    if owner is not None:
+        os.fchown(opened, owner.pw_uid, owner.pw_gid)
+    if folder.for_postfix:
+        with contextlib.suppress(KeyError, PermissionError):
+            os.fchown(opened, -1, grp.getgrnam("postfix").gr_gid)
+            os.fchmod(opened, 0o750)
 
 
 def is_volume(folder: str) -> bool:
@@ -6691,8 +7230,7 @@ def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
         yield  # there is to be no pidfile
         return
     with hold_lock(path):  # else it is stale, whatever process has its id
-        with open(path, "w", opener=lambda name, flags: os.open(
-                name, flags | PLAIN, 0o644)) as file:
+        with open_own_file(path, 0o644) as file:
             file.write(f"{os.getpid()}\n")
             if owner is not None:
                 os.fchown(file.fileno(), owner.pw_uid, owner.pw_gid)
@@ -6713,30 +7251,33 @@ def serve(settings: Settings, owner: Owner,
     service = Service(settings, ledger, ledger.database.clock,
                       alarm.refused, alarm.outage)
     tally = Tally(settings.pidfile, service.counts)
-    ended: list[int] = []  # by which signals
-    with catch_signals() as signals, \
+    with contextlib.closing(Signals()) as signals, \
             contextlib.closing(ledger.database), \
             PolicyServer(service) as server, \
             hold_pidfile(settings.pidfile, owner):
         if owner is not None and server.path is not None:
             os.lchown(server.path, owner.pw_uid, owner.pw_gid)
         drop_root(owner)
-        tell_command(settings)
+        warn_if_alert_command_missing(settings)
         keep_to_one_processor()
         server.max_connections = max(16, min(
             server.max_connections, raise_file_limit() - 64))
         housekeeping = Housekeeping(service)
-        housekeeping.do_step()  # opens the ledger, and says if it cannot
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
-            signal.signal(number, lambda number, _: ended.append(number))
+        gc.callbacks.append(freeze_survivors)
+        # Opens the ledger, and says if it cannot; with an old one, for hours.
+        signals.run(housekeeping.do_step)
+        if signals.ended:
+            return
         threading.stack_size(512 * 1024)  # address space, not memory
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
         threading.Thread(target=alarm.send, daemon=True).start()
+        systemd = Systemd(server)
         announce(server.server_address)
-        notify("READY=1")
-        run_until_signal(signals, ended, service, housekeeping, tally,
-                         read)
+        notify(f"READY=1\n{systemd.status()}")
+        if "NOTIFY_SOCKET" in os.environ:
+            threading.Thread(target=systemd.inform, daemon=True).start()
+        run_until_signal(signals, service, housekeeping, tally, read)
         notify("STOPPING=1")
         server.stop(2 * settings.db_timeout + 2)
         ledger.store_remembered(service.clock())
@@ -6744,20 +7285,60 @@ def serve(settings: Settings, owner: Owner,
             os.unlink(tally.path)
 
 
-def catch_signals() -> socket.socket:
-    """Return a socket from which signals' numbers come.
+class Signals:
+    """The signals that came; made before anybody could send one.
 
-    Whatever thread the kernel gives a signal to, this wakes the main one at
-    once; with a queue it would see it when the next cleaning is due.
+    Whatever thread the kernel gives a signal to, a socket wakes the main one
+    at once; with a queue it would see it when the next cleaning is due.
     """
-    signals, sender = socket.socketpair()
-    signals.settimeout(CLEAN_PAUSE)
-    sender.setblocking(False)
-    signal.set_wakeup_fd(  # open until the end; full: it wakes all the same
-        sender.detach(), warn_on_full_buffer=False)
-    for number in signal.SIGHUP, signal.SIGUSR2:
-        signal.signal(number, lambda *_: None)
-    return signals
+
+    def __init__(self) -> None:
+        """Catch signals from now on."""
+        self.ended = False  # by one of ENDING
+        self._numbers, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(  # open until the end; full: it wakes all the
+            sender.detach(), warn_on_full_buffer=False)  # same
+        for number in ENDING:
+            signal.signal(number, self._end)
+        for number in signal.SIGHUP, signal.SIGUSR2:
+            signal.signal(number, lambda *_: None)
+
+    def close(self) -> None:
+        """Let go of the socket."""
+        self._numbers.close()
+
+    def wait(self, seconds: float) -> bytes:
+        """Return the numbers of signals that came, none if time is up."""
+        self._numbers.settimeout(max(0.001, seconds))
+        try:
+            return self._numbers.recv(4096)  # a storm of them is one
+        except socket.timeout:
+            return b""
+
+    def run(self, work: Callable[[], object]) -> None:
+        """Do some work, until it is done or a signal ends the daemon.
+
+        It gets a thread of its own: what waits for SQLite sees no signal.
+        """
+        failures: list[Exception] = []
+
+        def attempt() -> None:
+            try:
+                work()
+            except Exception as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        while thread.is_alive() and not self.ended:
+            thread.join(0.05)
+        if failures:
+            raise failures[0]
+
+    def _end(self, *_: object) -> None:
+        """Note that the daemon is to end."""
+        self.ended = True
 
 
 def keep_to_one_processor() -> None:
@@ -6779,24 +7360,38 @@ def raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def run_until_signal(signals: socket.socket, ended: Sequence[int],
-                     service: Service, housekeeping: Housekeeping,
-                     tally: Tally,
+def freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
+    """Hide from the garbage collector what it has found to be in use.
+
+    It would stop all threads for 50 ms each time it went through 100,000
+    identities in memory.  Counting references still frees what is hidden.
+    """
+    if phase == "stop" and info["generation"] == OLDEST_GENERATION:
+        gc.freeze()
+
+
+def run_until_signal(signals: Signals, service: Service,
+                     housekeeping: Housekeeping, tally: Tally,
                      read: Callable[[], Settings]) -> None:
     """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
-    numbers = b""
-    while not ended:
-        tally.publish(asked=signal.SIGUSR2 in numbers)
-        numbers = b""
-        try:
-            numbers = signals.recv(4096)  # a storm of them is one
-        except socket.timeout:
-            housekeeping.do_step()
+    tally.publish()
+    due = time.monotonic() + CLEAN_PAUSE  # whatever signals come meanwhile
+    collect_at = time.monotonic() + COLLECT_PAUSE
+    while not signals.ended:
+        numbers = signals.wait(due - time.monotonic())
         if signal.SIGHUP in numbers:
             now = time.monotonic_ns() // 1000
             notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
             reload(service, read)
             notify("READY=1")
+        if time.monotonic() >= due and not signals.ended:
+            housekeeping.do_step()
+            due = time.monotonic() + CLEAN_PAUSE
+        if time.monotonic() >= collect_at:
+            gc.unfreeze()
+            gc.collect()  # also cycles that were in use when hidden
+            collect_at = time.monotonic() + COLLECT_PAUSE
+        tally.publish(asked=signal.SIGUSR2 in numbers)
 
 
 def reload(service: Service, read: Callable[[], Settings]) -> None:
@@ -6804,22 +7399,77 @@ def reload(service: Service, read: Callable[[], Settings]) -> None:
     try:
         new = read()
     except PolicydError as error:
-        log.error("not reloaded, the old settings stay: %s", error)
+        log.error("reload failed, keeping the old settings: %s", error)
         return
     for name in FIXED:
         if getattr(new, name) != getattr(service.settings, name):
             log.warning("%s: a change takes effect at the next start", name)
-    tell_command(new)
+    warn_if_alert_command_missing(new)
     service.reload(new)
     log.log(NOTICE, "configuration reloaded")
 
 
-def tell_command(settings: Settings) -> None:
+def warn_if_alert_command_missing(settings: Settings) -> None:
     """Warn if this user, no longer root, cannot run alert_command."""
-    for program in settings.alert_command[:settings.alert]:
+    if not settings.alert:
+        return
+    for program in settings.alert_command[:1]:
         if not shutil.which(program):
             log.warning("alert_command: %s: not there or not executable",
                         program)
+
+
+class Systemd:
+    """Tells systemd, time and again, that and what the daemon works.
+
+    From a thread of its own: the main one may wait for the database, and that
+    is no reason to start the daemon again.
+    """
+
+    def __init__(self, server: PolicyServer) -> None:
+        """Take the server that is to answer; it may not run yet."""
+        self._server, self._service = server, server.service
+        seconds = watchdog_seconds()
+        self._watched = seconds is not None
+        # Four tries before systemd's patience is over.
+        self._pause = min(STATUS_PAUSE, (seconds or math.inf) / 4)
+        self._hour = deque([dict(self._service.counts)],
+                           math.ceil(3600 / self._pause))  # oldest first
+
+    def inform(self) -> None:
+        """Tell systemd for ever."""
+        told = ""
+        while True:
+            time.sleep(self._pause)
+            self._hour.append(dict(self._service.counts))
+            status = self.status()
+            if status != told:
+                notify(status)
+                told = status
+            if self._watched and self._server.answers_itself(self._pause):
+                notify("WATCHDOG=1")
+
+    def status(self) -> str:
+        """Return the line that systemctl status shows."""
+        counts, before = self._hour[-1], self._hour[0]
+        new = {name: counts[name] - before[name] for name in counts}
+        mails = new["passed"] + new["refused"] + new["database_errors"]
+        database = ("away: mail is judged from memory"
+                    if self._service.is_database_away else "available")
+        return (f"STATUS={mails} mails in the last hour, {new['refused']} of"
+                f" them refused; the database is {database}")
+
+
+def watchdog_seconds() -> float | None:
+    """Return how long systemd waits for a keep-alive (sd_watchdog_enabled(3)).
+
+    None: it does not watch this process.
+    """
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    watched = os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    if not microseconds.isdigit() or watched != str(os.getpid()):
+        return None
+    return int(microseconds) / 1_000_000
 
 
 def notify(state: str) -> None:
@@ -6847,25 +7497,10 @@ Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
 
 
 def is_running(settings: Settings) -> bool:
-    """Say whether the daemon runs: it listens, and has its pidfile."""
-    family = (socket.AF_UNIX if isinstance(settings.SOCKET, str) else
-              socket.AF_INET6 if ":" in settings.SOCKET[0] else socket.AF_INET)
-    with socket.socket(family) as client:
-        client.settimeout(CONNECT_PATIENCE)
-        try:
-            client.connect(settings.SOCKET)
-        except OSError:
-            return False
-    if settings.pidfile == os.devnull:
-        return True
+    """Say whether the daemon answers at SOCKET."""
     try:
-        with open(settings.pidfile, encoding="ascii",
-                  opener=lambda name, flags: os.open(
-                      name, flags | PLAIN)) as file:
-            os.kill(int(file.read(20)), 0)  # no signal: is there a process?
-    except PermissionError:  # there is, of another user
-        return True
-    except (OSError, OverflowError, ValueError):
+        ping(settings, CONNECT_PATIENCE)
+    except PolicydError:
         return False
     return True
 
@@ -7032,7 +7667,9 @@ def check_counting(transaction: Transaction, query: str | None) -> None:
         if columns_of(transaction, table):  # may its rows be changed?
             transaction.run(f"INSERT INTO {table} SELECT * FROM {table}"
                             " WHERE 1 = 0")
-            transaction.run(f"UPDATE {table} SET id = id WHERE 1 = 0")
+            column, *_ = TABLES[table].split()
+            transaction.run(
+                f"UPDATE {table} SET {column} = {column} WHERE 1 = 0")
             transaction.run(f"DELETE FROM {table} WHERE 1 = 0")
     if present and "total" not in present and backend.try_total:
         transaction.run(backend.try_total)
@@ -7108,6 +7745,10 @@ def read_postfix() -> Postfix:
     program = shutil.which("postconf", path=path)
     if program is None:
         raise PolicydError("there is no postconf on this host")
+    config = os.environ.get("MAIL_CONFIG")
+    if config and not os.path.exists(f"{config}/main.cf"):
+        # postconf would say so, too, but only after a second.
+        raise PolicydError(f"there is no {config}/main.cf")
     of_main_cf = run_postconf(program, "-nx") + run_postconf(
         program, "-x", "queue_directory", "config_directory", "mail_owner",
         "smtpd_delay_reject", "compatibility_level")
@@ -7545,18 +8186,10 @@ def has_acl(path: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
-    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE)
-    logging.raiseExceptions = False  # a full disk under the log stops nothing
-    journal = sys.stderr is not None and os.environ.get(
-        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
-    for level, priority, label in (  # as sd-daemon(3) has it
-            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
-            (logging.WARNING, "<4>", "warning: "),
-            (logging.ERROR, "<3>", "error: ")):
-        logging.addLevelName(level, priority * journal + label)
     for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    log_to_stderr()
     try:
         options = parse_options(argv)
         with contextlib.ExitStack() as options.at_end:
@@ -7570,6 +8203,64 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def log_to_stderr() -> None:
+    """Log to stderr, with priorities where that is the journal."""
+    logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE,
+                        handlers=[stderr_handler()])
+    logging.raiseExceptions = False  # a full disk under the log stops nothing
+    logging._srcfile = None  # do not look for the caller (logging's HOWTO)
+    logging.setLogRecordFactory(LineRecord)
+    journal = sys.stderr is not None and os.environ.get(
+        "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
+    for level, priority, label in (  # as sd-daemon(3) has it
+            (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
+            (logging.WARNING, "<4>", "warning: "),
+            (logging.ERROR, "<3>", "error: ")):
+        logging.addLevelName(level, (priority if journal else "") + label)
+
+
+def stderr_handler() -> logging.Handler:
+    """Return what writes the log to stderr, also if that is no file."""
+    try:
+        return LineHandler(sys.stderr.fileno(), sys.stderr.encoding)
+    except (AttributeError, OSError):  # closed by the caller; replaced
+        return logging.StreamHandler()
+
+
+class LineRecord(logging.LogRecord):
+    """What a line of the log needs.
+
+    To find out the rest, such as the thread's name, takes longer than to
+    write the line.
+    """
+
+    def __init__(self, name: str, level: int, pathname: str, lineno: int,
+                 msg: object, args: Any, exc_info: Any, *_: object) -> None:
+        self.name, self.levelno, self.msg = name, level, str(msg)
+        self.levelname = logging.getLevelName(level)
+        self.args, self.exc_info = args, exc_info
+        self.exc_text = self.stack_info = None
+        self.created = time.time()
+
+
+class LineHandler(logging.Handler):
+    """Writes each line of the log to stderr with one call of the system."""
+
+    def __init__(self, descriptor: int, encoding: str) -> None:
+        """Take an open file."""
+        super().__init__()
+        self._descriptor, self._encoding = descriptor, encoding
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, one after the other; a slow reader is waited for."""
+        line = (self.format(record) if record.exc_info else
+                record.levelname + record.getMessage())
+        left = f"{line}\n".encode(self._encoding, "backslashreplace")
+        with contextlib.suppress(OSError):  # no reader, no room on the disk
+            while left:
+                left = left[os.write(self._descriptor, left):]
+
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error ends with exit status 2."""
     parser = argparse.ArgumentParser(
@@ -7577,26 +8268,26 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         " send.  Without an option, run the daemon in the foreground.")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--clean", action="store_true",
-           help="clean old records from the database, and send the report")
+           help="clean old records from the database, send the report")
     one_of("--check", action="store_true",
            help="check the configuration, the folders and the database")
-    one_of("--prometheus", action="store_true", help="show who has used how"
-           " much, and what the daemon has counted, for node_exporter")
-    one_of("--get-config", metavar="PARAMETER_NAME",
-           help="return the value of a config parameter")
+    one_of("--prometheus", action="store_true",
+           help="show usage and the daemon's counters, for node_exporter")
+    one_of("--ping", action="store_true",
+           help="say how long the running daemon takes to answer")
     one_of("--status", metavar="ID", nargs="?", const="",
-           help="show who has used how much, or all about one identity")
+           help="show usage per identity, or all about one identity")
     one_of("--simulate", action="store_true", help="show what the limits, also"
            " those of -o, would have done to the mail that is recorded")
-    one_of("--reset", metavar="ID", help="forget what an identity has used")
+    one_of("--reset", metavar="ID", help="forget the mails of an identity")
     one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
            " identity other limits at once, such as 500/day or 10/min,90/h")
-    one_of("--block", metavar="ID", help="let no mail of an identity pass")
+    one_of("--block", metavar="ID", help="refuse all mail from an identity")
     one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
+    also("--get-config", metavar="NAME", help="print a setting's value")
     also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
-         " --limit or --block holds, such as 90s, 30m, 2h, 1d (default:"
-         " permanently)")
+         " --limit or --block holds: 90s, 30m, 2h, 1d; default: permanently")
     also("--json", action="store_true", help="--status, --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
@@ -7605,7 +8296,8 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
          help="run from a directory, without a configuration file and as"
          " whoever calls: socket, database and pidfile are in DIR")
     also("--version", action="version", version=f"{PROGRAM} {VERSION}")
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args([spell_out(word) for word in words])
     try:
         choose_command(options)
     except ValueError as error:
@@ -7621,12 +8313,30 @@ def parse_term(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+# Cron jobs abbreviate these, some by letters with which others begin now.
+ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
+
+
+def spell_out(word: str) -> str:
+    """Return what an abbreviation meant to the original, else the word."""
+    name, equals, value = word.partition("=")
+    for option in ORIGINAL_OPTIONS:
+        if len(name) > len("--") and option.startswith(name):
+            return option + equals + value
+    return word
+
+
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
+    chosen = [name for name in COMMANDS
+              if getattr(options, name) not in (None, False)]
+    if "get_config" in chosen:
+        if not {"get_config", "clean"}.issuperset(chosen):
+            raise ValueError("--get-config goes with no other command")
+        chosen = ["get_config"]  # the original then does not clean
     options.command = run_daemon
-    for name, command in COMMANDS.items():  # --json may stand alone
-        if getattr(options, name) not in (None, False):
-            options.command = command
+    for name in chosen:  # --json may stand alone
+        options.command = COMMANDS[name]
     if options.json and options.command not in (
             show_status, show_simulated):
         raise ValueError("--json goes with --status and --simulate")
@@ -7730,23 +8440,30 @@ def run_daemon(options: argparse.Namespace) -> None:
           lambda: load_settings(options))
 
 
+def ping_daemon(options: argparse.Namespace) -> None:
+    """Say how long the running daemon takes to answer."""
+    seconds = ping(load_settings(options), PING_PATIENCE)
+    print(f"{PROGRAM} answered in {1000 * seconds:.1f} ms")
+
+
 def clean_all(options: argparse.Namespace) -> None:
     """Delete what no limit can see any more, and send the report."""
     settings, database = open_as_owner(options)
-    deleted = 0
+    own, deleted = own_window(settings), 0
     try:
-        for clean in CLEANINGS:
-            after: Any = ""
-            while after is not None:
-                after, some = database.transact(
-                    clean, settings, after, int(time.time()))
-                deleted += some
+        database.transact(store_window, own)
+        reason = database.transact(read_reason_to_wait, own, reading=True)
+        for some in clean(database, settings, int(time.time())):
+            deleted += some
+            if some:
                 time.sleep(0.005)  # the daemon's turn
         if settings.report:
             database.transact(import_old_refusals, int(time.time()))
     except LedgerError as error:
         raise CleanError(str(error)) from error
     print(f"{deleted} records deleted")
+    if reason:
+        print(reason)
     if settings.report:
         log_doubts(options, doubt_reports(settings))
         send_reports(database, settings)
@@ -7854,7 +8571,7 @@ def show_prometheus(options: argparse.Namespace) -> None:
     settings, database = open_as_owner(options, make=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    answered = bool(read_counters(settings.pidfile))
+    answered = is_running(settings)
     for line in show_metrics(database, settings, answered):
         print(line)
 
@@ -7916,7 +8633,7 @@ def check_start(options: argparse.Namespace) -> None:
     warn_of_strangers(settings)
     about_postfix = check_postfix(settings, owner, makeable)
     drop_root(owner)
-    tell_command(settings)
+    warn_if_alert_command_missing(settings)
     check_folders(settings, makeable, owner)
     if owner is not None:
         for obstacle in find_obstacles(settings, running):
@@ -7964,10 +8681,9 @@ def get_config(options: argparse.Namespace) -> None:
 
 COMMANDS = {"json": show_status, "clean": clean_all, "check": check_start,
             "status": show_status, "prometheus": show_prometheus,
-            "simulate": show_simulated,
-            "get_config": get_config, "reset": reset, "limit": set_limit,
-            "block": set_limit, "unlimit": unlimit}
+            "simulate": show_simulated, "ping": ping_daemon,
+            "get_config": get_config, "reset": reset,
+            "limit": set_limit, "block": set_limit, "unlimit": unlimit}
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback
     sys.exit(main())
