@@ -8261,10 +8261,22 @@ class LineHandler(logging.Handler):
                 left = left[os.write(self._descriptor, left):]
 
 
+EXAMPLES = """\
+examples:
+  policyd-rate-limit --status
+  policyd-rate-limit --status joe@example.org
+  policyd-rate-limit --block joe@example.org --for 2h
+  policyd-rate-limit --unlimit joe@example.org
+  policyd-rate-limit --reset joe@example.org
+"""
+
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error ends with exit status 2."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Limit how many mails users of Postfix may"
+        prog=PROGRAM, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Limit how many mails users of Postfix may"
         " send.  Without an option, run the daemon in the foreground.")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--clean", action="store_true",
