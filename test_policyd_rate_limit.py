@@ -7790,7 +7790,7 @@ class StatusTest(ReportsTest):
             more: Any = {"timeout": 9} if options[0] == "--for" else {}
             result = self.command(*options, **more)
             self.assertEqual((result.returncode, result.stdout), (2, ""))
-            self.assertIn("usage:", result.stderr)
+            self.assertIn("Usage:", result.stderr)
 
     @slow
     def test_five_times_the_identities_take_five_times_as_long(self) -> None:
@@ -10823,6 +10823,11 @@ class ReadmeTest(FolderTest):
             said = self.shell(text)
             self.assertEqual(said, f"action={REFUSED}\n")
         self.assertRegex(said, expected)
+        if text.startswith("dpkg-divert"):
+            unit = self.path("etc/systemd/system/policyd-rate-limit.service")
+            with open(unit, encoding="utf-8") as file:
+                self.assertIn("\nExecStart=/usr/bin/policyd-rate-limit\n",
+                              file.read())
 
     def run_cron(self, text: str) -> None:
         """Run a line of /etc/cron.d with the PATH that cron gives it."""
