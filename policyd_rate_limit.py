@@ -4255,7 +4255,7 @@ class Service:
                 self.counts["judged_in_memory"] += 1
 
     def _notice_outage(self, mail: Mail, verdict: Verdict) -> None:
-        """Log the beginning of an outage, or its end once a mail is written."""
+        """Log the start of an outage, or its end once a mail is written."""
         if mail.error is not None:
             self.log_outage(mail.error)
         elif self._away and verdict.usage and verdict.broken is None:
@@ -8301,11 +8301,32 @@ class LineHandler(logging.Handler):
                 left = left[os.write(self._descriptor, left):]
 
 
+EXAMPLES = """\
+Examples:
+  policyd-rate-limit --status  show who is refused and who has sent most
+  policyd-rate-limit --status joe@example.org  show all about one sender
+  policyd-rate-limit --block joe@example.org --for 2h  refuse all joe's mail
+  policyd-rate-limit --unlimit joe@example.org  end the block
+  policyd-rate-limit --reset joe@example.org  forget what joe has used
+"""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Write the usage as help2man expects it."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any,
+                  prefix: str | None = None) -> None:
+        """Begin with a capital letter."""
+        super().add_usage(usage, actions, groups, prefix or "Usage: ")
+
+
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; a usage error ends with exit status 2."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description="Limit how many mails users of Postfix may"
-        " send.  Without an option, run the daemon in the foreground.")
+        prog=PROGRAM, usage="%(prog)s [OPTION]...", epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        description="Limit how many mails users of Postfix may send.\n"
+        "Without an option, run the daemon in the foreground.")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--clean", action="store_true",
            help="clean old records from the database, send the report")
@@ -8322,13 +8343,16 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     one_of("--reset", metavar="ID", help="forget the mails of an identity")
     one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
            " identity other limits at once, such as 500/day or 10/min,90/h")
-    one_of("--block", metavar="ID", help="refuse all mail from an identity")
+    one_of("--block", metavar="ID", help="refuse all mail from an identity,"
+           " until --unlimit or for the time of --for")
     one_of("--unlimit", metavar="ID", help="end --limit or --block")
     also = parser.add_argument
     also("--get-config", metavar="NAME", help="print a setting's value")
     also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
-         " --limit or --block holds: 90s, 30m, 2h, 1d; default: permanently")
-    also("--json", action="store_true", help="--status, --simulate as JSON")
+         " --limit or --block holds: a number with s, min, h, d or w, such as"
+         " 90s, 30min, 2h; default: permanently")
+    also("--json", action="store_true",
+         help="print --status or --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
          default=[], help="override a setting; may be repeated")
