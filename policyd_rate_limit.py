@@ -147,6 +147,11 @@ class UnknownSetting(PolicydError):
     exit_code = 1
 
 
+class UsageError(PolicydError):
+    """A command was given what it can do nothing with."""
+    exit_code = 2
+
+
 class UnknownUser(PolicydError):
     """The user or group to run as does not exist."""
     exit_code = 2
@@ -8377,6 +8382,12 @@ def parse_term(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+# What a command needs to reach the database, as the right user.
+DATABASE_SETTINGS = (
+    "user", "group", "pidfile", "SOCKET", "backend", "sqlite_config",
+    "mysql_config", "pgsql_config", "db_timeout")
+TAKES_ID = ("--status", "--reset", "--block", "--unlimit")
+AS_IT_IS = "\0"  # before an ID, so that argparse takes no dash for an option's
 # Cron jobs abbreviate these, some by letters with which others begin now.
 ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
 
@@ -8384,6 +8395,8 @@ ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
 def spell_out(word: str) -> str:
     """Return what an abbreviation meant to the original, else the word."""
     name, equals, value = word.partition("=")
+    if equals and name in TAKES_ID:
+        return f"{name}={AS_IT_IS}{value}"
     for option in ORIGINAL_OPTIONS:
         if len(name) > len("--") and option.startswith(name):
             return option + equals + value
@@ -8392,6 +8405,10 @@ def spell_out(word: str) -> str:
 
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
+    for option in TAKES_ID:
+        given = getattr(options, option[2:])
+        if given is not None:
+            setattr(options, option[2:], given.removeprefix(AS_IT_IS))
     chosen = [name for name in COMMANDS
               if getattr(options, name) not in (None, False)]
     if "get_config" in chosen:
@@ -8536,7 +8553,12 @@ def clean_all(options: argparse.Namespace) -> None:
 def open_as_owner(options: argparse.Namespace,
                   make: bool = True) -> tuple[Settings, Database]:
     """Make the folders if so told, give up root's rights; open nothing."""
-    settings = load_settings(options)
+    return open_with(options, load_settings(options), make)
+
+
+def open_with(options: argparse.Namespace, settings: Settings,
+              make: bool) -> tuple[Settings, Database]:
+    """Do so under settings that have been checked."""
     owner = find_owner(settings, options.standalone)
     if make:
         make_folders(settings, owner)
@@ -8642,47 +8664,143 @@ def show_prometheus(options: argparse.Namespace) -> None:
 
 def reset(options: argparse.Namespace) -> None:
     """Forget what an identity has used, and say how much that was."""
-    settings, database = open_as_owner(options)
-    identity = key_of(settings, options.reset)
-    check_known(settings, database, identity)
-    mails = database.transact(forget, identity)
-    print(f"{printable(identity)}: {mails} recorded mails forgotten")
+    settings, database = open_for_change(options)
+    key = key_of(settings, options.reset)
+    with advice_for_outage(key):
+        status = find_status(settings, database, key)
+        warn_if_unknown(settings, database, status, "nothing was recorded")
+        mails = database.transact(forget, key)
+    print(f"{printable(key)}: {mails} recorded mails forgotten")
+    if status.override is not None and status.override.is_block():
+        print(f"It stays blocked; to end that: {unlimit_command(key)}")
 
 
 def set_limit(options: argparse.Namespace) -> None:
     """Give an identity other limits at once, on every host."""
-    settings, database = open_as_owner(options)
-    identity, limits = options.limit or (options.block, BLOCKED)
-    key, now = key_of(settings, identity), int(time.time())
-    ends = now + options.term if options.term else None
-    if check_known(settings, database, key).dry_run:
-        log.warning("%s: dry_run: no mail of it is refused", printable(key))
-    database.transact(set_override, key, Override(limits, ends, now))
+    settings, database = open_for_change(options)
+    spelt, limits = options.limit or (options.block, BLOCKED)
+    key, now = key_of(settings, spelt), int(time.time())
+    override = Override(
+        limits, now + options.term if options.term else None, now)
+    with advice_for_outage(key):
+        status = find_status(settings, database, key)
+        if status.last_mail is None:
+            refuse_pattern(settings, spelt, key)
+        what = "the block holds" if override.is_block() else "the limit holds"
+        warn_if_unknown(settings, database, status,
+                        f"{what} for exactly this name")
+        if status.dry_run:
+            log.warning("%s: dry_run: no mail of it is refused",
+                        printable(key))
+        database.transact(set_override, key, override)
     given = ", ".join(map(ratio, limits)) or "no limits"
-    print(f"{printable(key)}: {given} {term(ends)}")
+    print(f"{printable(key)}: {given} {term(override.ends)}")
+    if override.is_block():
+        print(f"To end that: {unlimit_command(key)}")
 
 
 def unlimit(options: argparse.Namespace) -> None:
     """Let the limits of file or query hold for an identity again."""
-    settings, database = open_as_owner(options)
+    settings, database = open_for_change(options)
     key = key_of(settings, options.unlimit)
-    had = database.transact(drop_override, key)
-    print(f"{printable(key)}:",
-          "its usual limits hold again" if had else "it has its usual limits")
+    with advice_for_outage(key):
+        override = find_status(settings, database, key).override
+        database.transact(drop_override, key)
+    if override is None:
+        print(f"{printable(key)}: it has its usual limits")
+        return
+    given = ", ".join(map(ratio, override.limits)) or "no limits"
+    print(f"{printable(key)}: its usual limits hold again; it had {given}"
+          f" {describe_override(override)}")
 
 
-def check_known(settings: Settings, database: Database, identity: str,
-                ) -> Status:
-    """Return how an identity stands; warn if nothing is known of it."""
-    [found] = database.transact(survey, settings, int(time.time()), identity)
+def open_for_change(options: argparse.Namespace) -> tuple[Settings, Database]:
+    """Do as open_as_owner(), though settings that it needs not are wrong.
+
+    In the night in which somebody has to be blocked, no other line of the
+    file may stand in the way.
+    """
+    config = configure(options)
+    for name in [*config.values]:
+        if name in DATABASE_SETTINGS or name not in default_values():
+            continue
+        try:
+            check_settings(config._replace(values={name: config.values[name]}))
+        except PolicydError as error:
+            log.warning("%s; this command ignores the setting", error)
+            del config.values[name]
+    settings = check_settings(config)
+    log.setLevel(logging.INFO if settings.debug else NOTICE)
+    return open_with(options, settings, make=True)
+
+
+@contextlib.contextmanager
+def advice_for_outage(key: str) -> Iterator[None]:
+    """Add to an error of the database what can be done meanwhile."""
+    try:
+        yield
+    except LedgerError as error:
+        raise LedgerError(
+            f"{error}; nothing was changed: repeat this once the database is"
+            f" available.  To stop {printable(key)} now, change its password,"
+            " or write [[0, 60]] for it into limits_by_id and reload"
+            ) from error
+
+
+def unlimit_command(key: str) -> str:
+    """Return the command that ends --limit and --block."""
+    return f"{PROGRAM} --unlimit={shlex.quote(printable(key))}"
+
+
+def refuse_pattern(settings: Settings, spelt: str, key: str) -> None:
+    """Raise UsageError for what is counted under no identity's name."""
+    if judging_rule(settings, key) is None:
+        name = key.partition("=")[0]
+        raise UsageError(f"{spelt}: the configuration has no quota {name};"
+                         f" add one to quotas, by: {name}, to limit or block"
+                         " its keys")
+    if rule_of(settings, key).by:
+        return  # a quota's key, whatever is in it
+    if "*" in spelt or matcher_of(spelt) is not None:
+        domain = spelt.rpartition("@")[2]
+        instead = "limits_by_id limits what a pattern matches"
+        if "@" in spelt:
+            instead = (f"for a whole domain, add a quota by: sasl_domain, then"
+                       f" use sasl_domain={domain}")
+        raise UsageError(f"{spelt}: a pattern is no identity, so nobody would"
+                         f" be limited; name one, or in the configuration:"
+                         f" {instead}")
+
+
+def find_status(settings: Settings, database: Database, key: str) -> Status:
+    """Return how an identity stands."""
+    [status] = database.transact(survey, settings, int(time.time()), key)
+    return status
+
+
+def warn_if_unknown(settings: Settings, database: Database, status: Status,
+                    result: str) -> None:
+    """Warn if nothing is recorded of an identity, with similar ones."""
     named = {f"{rule.name}={text}" if rule.by else text
              for rule in settings.rules for text in rule.limits_by_id.texts
              if text[:1] not in ("@", ".")}  # no mail is counted for these
-    if not (found.last_mail or found.refused_by or identity in named
-            or found.source in ("--limit", "sql_limits_by_id")):
-        log.warning("%s: nothing is recorded of it: is it spelt right?",
-                    printable(identity))
-    return found
+    if (status.last_mail or status.refused_by or status.identity in named
+            or status.source in ("--limit", "sql_limits_by_id")):
+        return
+    similar = database.transact(
+        find_similar, status.identity, reading=True)
+    known = f" (recorded: {', '.join(map(printable, similar))})"
+    log.warning("%s: no record of this identity; check the spelling%s: %s",
+                printable(status.identity), known if similar else "", result)
+
+
+def find_similar(transaction: Transaction, identity: str) -> list[str]:
+    """Return recorded names that begin as a name does, a few."""
+    begin = identity.partition("@")[0]
+    names = [str(name) for [name] in transaction.run(
+        "SELECT DISTINCT id FROM mail_count WHERE id >= ? ORDER BY id"
+        " LIMIT 50", begin).fetchall()]
+    return [name for name in names if name.startswith(begin)][:5]
 
 
 def check_start(options: argparse.Namespace) -> None:

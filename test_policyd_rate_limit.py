@@ -9793,6 +9793,106 @@ sys.exit(policyd_rate_limit.main())
         self.assertIn("configuration reloaded", daemon.log())
 
 
+class CommandsTest(FolderTest):
+    """The commands of an emergency: --block, --limit, --unlimit, --reset."""
+
+    config = """
+        limits: [[100, 3600]]
+        debug: False
+        quotas: [{by: sasl_domain, limits: [[1000, 3600]]}]
+        """
+
+    def command(self, *options: str, config: str = "",
+                ) -> tuple[int, str, str]:
+        """Run a command on the test's database."""
+        return command("--standalone", self.folder, "-f", self.write(
+            "test.yaml", textwrap.dedent(config or self.config)), *options)
+
+    def record(self, *names: str) -> None:
+        """Have a mail recorded for each name."""
+        self.assertEqual(self.command("--clean")[0], 0)  # makes the tables
+        with contextlib.closing(sqlite3.connect(
+                self.path("db.sqlite3"))) as database, database:
+            database.executemany(prl.INSERT.format("(?, ?, ?, ?, ?, ?)"), [
+                (name, int(time.time()), 1, "", "DATA", 1) for name in names])
+
+    def test_what_blocks_nobody_is_refused(self) -> None:
+        self.record("*x@y.org")
+        for name, told in (
+                ("@example.org", "then use sasl_domain=example.org"),
+                ("*@x.org", "then use sasl_domain=x.org"),
+                ("10.0.0.0/8", "limits_by_id"), ("joe*", "limits_by_id"),
+                ("client_address=10.0.0.1", "no quota client_address")):
+            for options in (f"--block={name}",), ("--limit", name, "5/min"):
+                with self.subTest(options):
+                    status, out, err = self.command(*options)
+                    self.assertEqual((status, out), (2, ""))
+                    self.assertIn(told, err)
+        for name in ("joe", "10.0.0.1", "sasl_domain=example.org", "a/b",
+                     "sender=joe@x.org", "*x@y.org"):
+            with self.subTest(name):
+                config = self.config + "limit_by_sender: True\n"
+                self.assertEqual(self.command(
+                    "--block", name, config=config)[0], 0)
+
+    def test_an_unknown_name_is_told_with_similar_ones(self) -> None:
+        self.record("joe@example.org", "joey@example.org", "ann@example.org")
+        for options, result in (
+                (("--block", "joe"), "the block holds for exactly this name"),
+                (("--limit", "joe@exmple.org", "5/min"),
+                 "the limit holds for exactly this name"),
+                (("--reset", "jo"), "nothing was recorded")):
+            status, _, err = self.command(*options)
+            self.assertEqual(status, 0)
+            self.assertIn(f"warning: {options[1]}: no record of this identity;"
+                          " check the spelling (recorded: joe@example.org,"
+                          f" joey@example.org): {result}\n", err)
+        self.assertEqual(self.command("--block", "ann@example.org")[2], "")
+
+    def test_they_work_though_another_setting_is_wrong(self) -> None:
+        for line, place in (("limits: nonsense", ":2: limits"),
+                            ("quotas: [{by: nobody}]", ":2: "),
+                            ("smtp_server: [1, 2, 3]", ":2: smtp_server")):
+            for options in (("--block", "joe"), ("--unlimit", "joe"),
+                            ("--limit", "joe", "3/h"), ("--reset", "joe")):
+                with self.subTest(line=line, options=options):
+                    status, _, err = self.command(
+                        *options, config=f"\n{line}\n")
+                    self.assertEqual(status, 0, err)
+                    self.assertRegex(err, f"{place}.*; this command ignores")
+        self.assertEqual(self.command(
+            "--block", "joe", config="db_timeout: x\n")[0], 5)
+
+    def test_without_the_database_they_say_what_to_do(self) -> None:
+        os.mkdir(self.path("db.sqlite3"))
+        status, out, err = self.command("--block", "joe")
+        self.assertEqual((status, out), (6, ""))
+        for part in ("nothing was changed: repeat this once",
+                     "To stop joe now, change its password"):
+            self.assertIn(part, err)
+
+    def test_an_id_may_begin_with_a_dash(self) -> None:
+        for name in "-x@y.org", "--", "-", "-f", "--json":
+            for option in "--block", "--status", "--unlimit", "--reset":
+                with self.subTest(option=option, name=name):
+                    status, out, err = self.command(f"{option}={name}")
+                    self.assertEqual(status, 0, err)
+                    self.assertIn(f"{name}", out)
+
+    def test_what_ends_a_block_is_told_and_what_was_ended(self) -> None:
+        self.record("joe")
+        _, out, _ = self.command("--block", "joe", "--for", "1h")
+        self.assertRegex(out, r"^joe: blocked until 20.*\nTo end that:"
+                         r" policyd-rate-limit --unlimit=joe\n$")
+        self.assertIn("It stays blocked; to end that: policyd-rate-limit"
+                      " --unlimit=joe\n", self.command("--reset", "joe")[1])
+        self.assertRegex(self.command("--unlimit", "joe")[1], (
+            "^joe: its usual limits hold again; it had blocked until 20.*,"
+            " since 20"))
+        self.assertEqual(self.command("--unlimit", "joe")[1],
+                         "joe: it has its usual limits\n")
+
+
 class FailuresTest(AwayTest):
     """What happens when things fail: README has a table of it."""
 
