@@ -7755,13 +7755,13 @@ class StatusTest(ReportsTest):
                         ("--reset", "jo")):
             for name, warned in (("jo", True), ("joe", False),
                                  ("ann", False), ("free", False),
-                                 ("jo@x.org", True), ("server=al", True)):
+                                 ("jo@x.org", True)):
                 result = self.command(
                     options[0], name, *options[2:], config=self.config)
                 self.assertEqual(result.returncode, 0)
                 self.assertEqual("check the spelling" in result.stderr,
                                  warned, (options, name))
-            for name in "jo", "jo@x.org", "server=al":
+            for name in "jo", "jo@x.org":
                 self.show("--unlimit", name)
 
     def test_a_limit_that_is_only_tried_is_told(self) -> None:
