@@ -2938,8 +2938,11 @@ class Database:
         with contextlib.suppress(Exception):  # a lock outlives close() alone
             connection.cursor().execute("ROLLBACK")
             undone = True
-        if not keep:
+        if not keep or not undone:
             self._connection = None
+            if self._under_way is not None:
+                # Else what SQLite is in the midst of outlives close().
+                self._under_way.cursor = None
             with contextlib.suppress(Exception):  # there may be none
                 self.backend.close(connection)
         return undone

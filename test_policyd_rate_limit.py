@@ -1071,7 +1071,8 @@ class FaultyConnection:
     """A connection whose cursors fail on command."""
 
     def __init__(self, connection: Any, faults: Faults) -> None:
-        self.__dict__.update(connection=connection, faults=faults)
+        self.__dict__.update(
+            connection=connection, faults=faults, cursors=[])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.connection, name)
@@ -1081,7 +1082,15 @@ class FaultyConnection:
 
     def cursor(self) -> Any:
         """Return a cursor that asks what is planned."""
-        return FaultyCursor(self.connection.cursor(), self)
+        self.cursors.append(self.connection.cursor())
+        return FaultyCursor(self.cursors[-1], self)
+
+    def close(self) -> None:
+        """Close the connection, and what tracebacks still hold of it."""
+        for cursor in self.cursors:
+            with contextlib.suppress(Exception):
+                cursor.close()
+        self.connection.close()
 
 
 class FaultyCursor:
@@ -1101,7 +1110,7 @@ class FaultyCursor:
         if fault is None:
             return result
         if fault.is_sent:
-            self.line.connection.close()
+            self.line.close()
         if fault.error.args:
             raise fault.error
         return self.cursor.execute(statement, *values)
@@ -5379,6 +5388,54 @@ class DatabaseFailureTest(AwayTest):
         self.assertEqual(used[-1], 10)
         self.assertEqual(used[0], 0)
 
+    def test_random_faults_lose_no_mail_and_count_none_twice(self) -> None:
+        folder = tempfile.mkdtemp(prefix="policyd-", dir=memory_folder())
+        self.addCleanup(shutil.rmtree, folder)
+        for seed in range(10 if QUICK else 40):
+            chance = random.Random(seed)
+            settings = settings_of({"db_timeout": 1, "sqlite_config": {
+                "database": os.path.join(folder, f"db{seed}")}})
+            ledger = prl.open_ledger(settings)
+            faults, passed, now = Faults(ledger), [], 1000
+            limits = (prl.Limit(12, 60), prl.Limit(40, 600))
+            for number in range(120):
+                now += chance.choice((0, 0, 1, 3, 20))
+                what = chance.random()
+                if what < .15:
+                    faults.lose_commit(chance.random() < .5)
+                elif what < .3:
+                    faults.plan(chance.choice((
+                        "SELECT", "INSERT INTO mail_count", "BEGIN", "COMMIT",
+                        "ROLLBACK", "mail_value")), chance.choice((
+                            None, faults.conflict)))
+                elif what < .35:
+                    ledger.store_remembered(now)
+                claims = [prl.Claim(who, chance.choice((1, 1, 2)), limits)
+                          for who in ("joe", "server=all")[
+                              :chance.choice((1, 2))]]
+                mail = prl.Mail(claims, now, f"{number}", "DATA")
+                if ledger.decide(mail).broken is None:
+                    passed += [(claim.identity, f"{number}", claim.cost)
+                               for claim in claims]
+                elif chance.random() < .5:
+                    faults.planned.clear()
+            faults.planned.clear()
+            ledger.store_remembered(now)
+            with self.subTest(seed=seed):
+                found = ledger.database.transact(
+                    lambda transaction: transaction.run(
+                        "SELECT id, instance, recipient_count, date, total"
+                        " FROM mail_count ORDER BY id, date, total"
+                        ).fetchall())
+                self.assertEqual(sorted(row[:3] for row in found),
+                                 sorted(passed))
+                for who in "joe", "server=all":
+                    rows = [row for row in found if row[0] == who]
+                    totals = [row[4] for row in rows]
+                    self.assertEqual(totals, list(itertools.accumulate(
+                        row[2] for row in rows)))
+            ledger.database.close()
+
     def test_memory_is_bounded_without_an_outage(self) -> None:
         ledger = prl.open_ledger(settings_of(
             {"sqlite_config": {"database": self.path("db")}}))
@@ -5918,7 +5975,15 @@ class DaemonTest(NetTest):
 
     def test_a_tally_that_cannot_be_written_ends_nothing(self) -> None:
         daemon = self.hurried()
-        os.makedirs(daemon.pidfile + ".prom.new/full")
+
+        def stand_in_the_way() -> bool:
+            try:
+                os.makedirs(daemon.pidfile + ".prom.new/full")
+            except (FileExistsError, NotADirectoryError):
+                return False  # it is being written
+            return True
+
+        wait_for(stand_in_the_way, "the place")
         daemon.ask(sasl_username="ann")
         daemon.send(signal.SIGUSR2)
         daemon.wait_log("1 requests")
@@ -9285,6 +9350,7 @@ class CommandLineTest(FolderTest):
         nobody = pwd.getpwnam("nobody")
         return self.write("nobody.py", f"""import os, sqlite3, sys
 import encodings.ascii, encodings.utf_8_sig  # nobody may not look there
+import locale, smtplib, ssl
 sys.path.insert(0, {TEMPORARY!r})
 import policyd_rate_limit
 os.setgroups([])
