@@ -1393,9 +1393,22 @@ def doubt_process(settings: Settings) -> Iterator[Doubt]:
                     f" its own, such as {PROGRAM}", ("user",))
 
 
+def doubt_senders(settings: Settings) -> Iterator[Doubt]:
+    """Yield where a forged sender gets limits that are meant for a login."""
+    if not (settings.limit_by_sasl and settings.limit_by_sender):
+        return
+    addresses = [name for name in settings.limits_by_id.texts if "@" in name]
+    if addresses:
+        yield Doubt(False, f"limits_by_id: {addresses[0]}: since"
+                    " limit_by_sender is True, this entry also holds for"
+                    " anybody who writes such a sender address without a"
+                    " login", ("limits_by_id", addresses[0]))
+
+
 DOUBTS: Sequence[Callable[[Settings], Iterator[Doubt]]] = (
-    doubt_identities, doubt_limits, doubt_numbers, doubt_patterns,
-    doubt_conditions, doubt_actions, doubt_query, doubt_reports, doubt_process)
+    doubt_identities, doubt_senders, doubt_limits, doubt_numbers,
+    doubt_patterns, doubt_conditions, doubt_actions, doubt_query,
+    doubt_reports, doubt_process)
 
 
 # ---------------------------------------------------------------------------
@@ -5865,6 +5878,8 @@ def facts_of(use: Usage, verdict: Verdict, client: str, settings: Settings,
         "host": socket.gethostname(),
         "client_address": printable(client),
         "refusals_since_last_alert": str(since_alert)}
+    if verdict.block is not None and verdict.block.reason:
+        facts["blocked"] = describe_override(verdict.block)
     if use is not verdict.broken:
         facts["dry_run"] = "this limit is only tried, it refused nothing"
     if limit.mails > 0:
