@@ -3699,6 +3699,7 @@ def drop_override(transaction: Transaction, identity: str) -> int:
 # Many requests, one commit; and what happens while the database is away.
 # ---------------------------------------------------------------------------
 
+MAX_FAILED = 3  # identities that cannot be stored before all have to wait
 STORE_STEP = 50  # identities whose mails one transaction stores from memory
 MAX_MEMORY = 100_000_000  # bytes, estimated, of all that memory remembers
 RECORD_SIZE = 700  # bytes of an identity without its name and its values
@@ -4038,14 +4039,17 @@ class Ledger:
         What is left has to wait: for its next mail, or for the next call.
         """
         left = deque(chunks(self.memory.unstored_identities(), STORE_STEP))
-        while left:
+        failed = 0
+        while left and failed < MAX_FAILED:
             some = left.popleft()
             try:
                 self._store(some, now)
             except LedgerError as error:
                 if self._outage is not None or not error.undone:
                     return
-                if len(some) > 1:
+                if len(some) == 1:
+                    failed += 1
+                else:
                     # One identity's failure must not be any other's.
                     left.extend([identity] for identity in some)
 
