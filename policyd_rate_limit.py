@@ -4051,7 +4051,7 @@ class Ledger:
                     failed += 1
                 else:
                     # One identity's failure must not be any other's.
-                    left.extend([identity] for identity in some)
+                    left.extendleft([identity] for identity in some)
 
     def _decide_in_outage(self, mail: Mail) -> None:
         """Decide on a mail from memory, unless the outage is over."""
