@@ -2342,6 +2342,8 @@ REPLACED = ("the file was replaced, which the daemon has yet to notice: try"
 class SQLite(Backend):
     """SQLite: one file, one host."""
 
+    _looking = threading.Lock()
+    _looked_at: set[str] = set()  # by this process, before it opened them
     _opened = NOTHING_OPENED  # the path, and what was there
     _settled_at = 0  # the folder's last change, in ns, after which all is so
 
@@ -2474,14 +2476,16 @@ class SQLite(Backend):
         SQLite would take it for this one's, and ruin the file with it.
         """
         path, is_other = database_path(self.config), False
-        if path is None or self._opened[0]:
-            return  # to close a file here would drop SQLite's locks on it
-        with contextlib.suppress(OSError), open(path, "rb") as file, open(
-                f"{path}-shm", "rb") as index:
-            is_other = (is_locked(index.fileno(), *INDEX_BYTES)
-                        and not is_locked(file.fileno(), *SHARED_BYTES))
-        if is_other:
-            raise OSError(REPLACED)
+        with self._looking:
+            if path is None or path in self._looked_at:
+                return  # to close a file drops all locks that we have on it
+            with contextlib.suppress(OSError), open(path, "rb") as file, open(
+                    f"{path}-shm", "rb") as index:
+                is_other = (is_locked(index.fileno(), *INDEX_BYTES)
+                            and not is_locked(file.fileno(), *SHARED_BYTES))
+            if is_other:
+                raise OSError(REPLACED)
+            self._looked_at.add(path)
 
 
 def identify_files(path: str) -> FileIdentities:
