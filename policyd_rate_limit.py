@@ -8392,7 +8392,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
          " whoever calls: socket, database and pidfile are in DIR")
     also("--version", action="version", version=f"{PROGRAM} {VERSION}")
     words = sys.argv[1:] if argv is None else argv
-    options = parser.parse_args([spell_out(word) for word in words])
+    options = parser.parse_args(mark_ids([spell_out(word) for word in words]))
     try:
         choose_command(options)
     except ValueError as error:
@@ -8413,6 +8413,7 @@ DATABASE_SETTINGS = (
     "user", "group", "pidfile", "SOCKET", "backend", "sqlite_config",
     "mysql_config", "pgsql_config", "db_timeout")
 TAKES_ID = ("--status", "--reset", "--block", "--unlimit")
+NEEDS_ID = ("--limit", "--reset", "--block", "--unlimit")
 AS_IT_IS = "\0"  # before an ID, so that argparse takes no dash for an option's
 # Cron jobs abbreviate these, some by letters with which others begin now.
 ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
@@ -8429,12 +8430,24 @@ def spell_out(word: str) -> str:
     return word
 
 
+def mark_ids(words: Sequence[str]) -> list[str]:
+    """Mark the IDs that begin with a dash, as argparse wants options to do."""
+    marked = list(words[:1])
+    for option, word in zip(words, words[1:]):
+        if option in NEEDS_ID and word.startswith("-"):
+            word = AS_IT_IS + word
+        marked.append(word)
+    return marked
+
+
 def choose_command(options: argparse.Namespace) -> None:
     """Set the command that options mean; ValueError: they go not together."""
     for option in TAKES_ID:
         given = getattr(options, option[2:])
         if given is not None:
             setattr(options, option[2:], given.removeprefix(AS_IT_IS))
+    if options.limit is not None:
+        options.limit[0] = options.limit[0].removeprefix(AS_IT_IS)
     chosen = [name for name in COMMANDS
               if getattr(options, name) not in (None, False)]
     if "get_config" in chosen:
@@ -8710,7 +8723,7 @@ def set_limit(options: argparse.Namespace) -> None:
         limits, now + options.term if options.term else None, now)
     with advice_for_outage(key):
         status = find_status(settings, database, key)
-        if status.last_mail is None:
+        if status.last_mail is None and "quotas" not in options.ignored:
             refuse_pattern(settings, spelt, key)
         what = "the block holds" if override.is_block() else "the limit holds"
         warn_if_unknown(settings, database, status,
@@ -8747,6 +8760,7 @@ def open_for_change(options: argparse.Namespace) -> tuple[Settings, Database]:
     file may stand in the way.
     """
     config = configure(options)
+    options.ignored = set()
     for name in [*config.values]:
         if name in DATABASE_SETTINGS or name not in default_values():
             continue
@@ -8755,6 +8769,7 @@ def open_for_change(options: argparse.Namespace) -> tuple[Settings, Database]:
         except PolicydError as error:
             log.warning("%s; this command ignores the setting", error)
             del config.values[name]
+            options.ignored.add(name)
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
     return open_with(options, settings, make=True)

@@ -9954,6 +9954,8 @@ class CommandsTest(FolderTest):
                     self.assertRegex(err, f"{place}.*; this command ignores")
         self.assertEqual(self.command(
             "--block", "joe", config="db_timeout: x\n")[0], 5)
+        self.assertEqual(self.command(  # it may be the key of one of them
+            "--block", "sasl_domain=x.org", config="quotas: [5]\n")[0], 0)
 
     def test_without_the_database_they_say_what_to_do(self) -> None:
         os.mkdir(self.path("db.sqlite3"))
@@ -9970,6 +9972,12 @@ class CommandsTest(FolderTest):
                     status, out, err = self.command(f"{option}={name}")
                     self.assertEqual(status, 0, err)
                     self.assertIn(f"{name}", out)
+        for options in (("--limit", "-x@y", "5/min"), ("--block", "-x@y"),
+                        ("--unlimit", "-x@y"), ("--reset", "-x@y")):
+            with self.subTest(options):
+                status, out, err = self.command(*options)
+                self.assertEqual(status, 0, err)
+                self.assertIn("-x@y: ", out)
 
     def test_what_ends_a_block_is_told_and_what_was_ended(self) -> None:
         self.record("joe")
