@@ -3238,7 +3238,7 @@ class Settlement:
         self.pages: dict[str, Page] = {}
         self.verdicts: list[Verdict] = []
         self.rows: list[MailRow] = []  # of the mails
-        self.appended: dict[str, list[MailRow]] = {}  # of unstored mails
+        self.appended: dict[str, list[InDoubt]] = {}  # of unstored mails
 
 
 def settle(transaction: Transaction, settlement: Settlement,
@@ -3499,32 +3499,39 @@ def append_unstored(transaction: Transaction, settlement: Settlement) -> None:
     for identity, unstored in settlement.unstored.items():
         transaction.extend(0.001 * len(unstored.mails))
         page = settlement.pages[identity]
-        rows = append_mails(transaction, page, unstored.mails)
+        rows, settlement.appended[identity] = append_mails(
+            transaction, page, unstored.mails)
         if isinstance(page.account, DistinctValues):
             page.values.update(unstored.values)
             for value, date in unstored.values.items():
                 seen = page.account.seen.get(value, 0)
                 page.account.seen[value] = max(date, seen)
-        settlement.appended[identity] = rows
         transaction.write(INSERT, rows)
 
 
 def append_mails(transaction: Transaction, page: Page,
-                 mails: Sequence[MailRow | InDoubt]) -> list[MailRow]:
-    """Count mails that were decided from memory; return their rows."""
-    rows = []
+                 mails: Sequence[MailRow | InDoubt],
+                 ) -> tuple[list[MailRow], list[InDoubt]]:
+    """Count mails that were decided from memory; return their rows.
+
+    Returned, too, is what memory has to keep if this commit is in doubt:
+    these rows, and the mails that an earlier one has stored after all.
+    """
+    rows, in_doubt = [], []
     for mail in mails:
         if isinstance(mail, InDoubt):
             if is_stored(transaction, mail.row):
+                in_doubt.append(mail)
                 continue
             mail = mail.row
         row = page.append(mail)
         rows.append(row)
+        in_doubt.append(InDoubt(row))
         for seconds in page.account.used:
             if row.date > page.second - seconds:
                 page.account.used[seconds] += row.cost
     page.date = max(page.date, page.newest)
-    return rows
+    return rows, in_doubt
 
 
 def is_stored(transaction: Transaction, row: MailRow) -> bool:
@@ -3737,7 +3744,8 @@ class Record:
             assert isinstance(page.account, DistinctValues)
             self.size -= sum(map(value_size, self.values))
             self.values = page.account.seen
-            self.values.update(self.unstored_values)  # seen meanwhile
+            for value, date in self.unstored_values.items():  # since then
+                self.values[value] = max(date, self.values.get(value, 0))
             self.size += sum(map(value_size, self.values))
 
     def add_mail(self, mail: MailRow | InDoubt) -> None:
@@ -3753,6 +3761,7 @@ class Record:
             self.size += value_size(value)
         if value not in self.unstored_values:
             self.size += value_size(value)
+        date = max(date, self.values.get(value, 0))  # it never goes back
         self.values[value] = self.unstored_values[value] = date
 
     def replace_first(self, count: int,
@@ -3867,8 +3876,7 @@ class Memory:
                 unstored = settlement.unstored.get(identity)
                 first = unstored.mails if unstored else []
                 if in_doubt and identity in settlement.appended:
-                    first = [InDoubt(row)
-                             for row in settlement.appended[identity]]
+                    first = settlement.appended[identity]
                 rows = [InDoubt(row) if in_doubt else row._replace(total=None)
                         for row in written.get(identity, ())]
                 self._replace(page.claim, unstored, [*first, *rows])
