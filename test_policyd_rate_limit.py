@@ -493,6 +493,19 @@ def open_and_read(path: str) -> str:
         return file.read()
 
 
+def wait_until_open(process: subprocess.Popen[str], path: str) -> None:
+    """Wait until a process has opened a file."""
+    path = os.path.realpath(path)
+
+    def is_open() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # one just closed
+            return path in map(
+                os.readlink, glob.glob(f"/proc/{process.pid}/fd/*"))
+        return False
+
+    wait_for(is_open, f"{path} to be opened")
+
+
 def status(daemon: Daemon, name: str) -> list[int]:
     """Return the numbers of a line of /proc/PID/status."""
     with open(f"/proc/{daemon.process.pid}/status") as file:
@@ -2939,6 +2952,43 @@ class StoreContract:
             one, "SELECT instance, count(*) FROM mail_count"
             " WHERE instance <> '' GROUP BY instance")),
             [("1.2", 1), ("a", 1), ("b", 1), ("c", 1), ("d", 1)])
+
+    def test_two_commits_in_doubt_in_a_row_forget_no_mail(self) -> None:
+        ledger = self.open()
+        faults, claims = Faults(ledger), [prl.Claim("joe", 2, self.LIMITS)]
+        self.passes(ledger, 1000)
+        for instance in "a", "b":  # with b, a is found stored
+            faults.lose_commit()
+            ledger.decide(prl.Mail(claims, 1010, instance, "DATA"))
+        faults.plan("WHERE id = who")  # so memory has to know of all three
+        mail = prl.Mail(claims, 1010, "c", "DATA")
+        self.assertEqual(ledger.decide(mail).usage[0].used, 5)
+        self.assertIsNotNone(mail.error)
+        ledger.store_remembered(1020)
+        self.assertEqual(self.used(ledger, 1020), 7)
+
+    def test_a_value_s_date_never_goes_back(self) -> None:
+        one, other, limits = self.open(), self.open(), (prl.Limit(1, 60),)
+        faults = Faults(one)
+
+        def passes(value: str, now: int, fails: bool = False,
+                   ledger: prl.Ledger = one) -> bool:
+            for _ in range(2 * fails):  # again on another connection
+                faults.plan("FROM mail_value WHERE")
+            mail = prl.Mail([prl.Claim("key", 1, limits, value=value)], now)
+            broken = ledger.decide(mail).broken
+            faults.planned.clear()
+            self.assertEqual(mail.error is not None, fails)
+            return broken is None
+
+        self.assertTrue(passes("a", 1100))
+        self.assertTrue(passes("a", 1050, fails=True))  # the clock is behind
+        self.assertFalse(passes("b", 1130, fails=True))
+        self.assertTrue(passes("a", 1120, ledger=other))
+        one.store_remembered(1130)
+        self.assertFalse(passes("b", 1170, fails=True))
+        self.assertFalse(passes("b", 1170))
+        self.assertTrue(passes("b", 1180))
 
     def test_a_mail_in_doubt_is_found_though_totals_were_made_anew(
             self) -> None:
@@ -6609,8 +6659,7 @@ class SimulateTest(FolderTest):
                 stdout=subprocess.PIPE, stderr=theirs, text=True)
             self.addCleanup(process.kill)
             os.close(theirs)
-            wait_for(lambda: self.database in map(os.path.realpath, glob.glob(
-                f"/proc/{process.pid}/fd/*")), "the database to be opened")
+            wait_until_open(process, self.database)
             since = time.monotonic()
             wait_for(lambda: time.monotonic() > since + wait, "a while")
         out, _ = process.communicate(timeout=PATIENCE)
@@ -10004,15 +10053,7 @@ class FailuresTest(AwayTest):
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
-        database = self.path("daemon/db.sqlite3")
-
-        def is_open() -> bool:
-            with contextlib.suppress(FileNotFoundError):  # one just closed
-                return database in map(
-                    os.readlink, glob.glob(f"/proc/{process.pid}/fd/*"))
-            return False
-
-        wait_for(is_open, "the database to be opened")
+        wait_until_open(process, self.path("daemon/db.sqlite3"))
         return process
 
     def test_limits_hold_while_the_database_is_away(self) -> None:
