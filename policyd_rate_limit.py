@@ -1450,11 +1450,12 @@ def parse_request(head: bytes) -> Request:
     """Parse the lines name=value of a request, or raise BadRequest."""
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
         raise BadRequest("too many attributes, or a NUL byte")
-    lines = head.decode("utf-8", "backslashreplace").split("\n")
-    try:
-        given = dict([line.split("=", 1) for line in lines])
-    except ValueError:
-        raise BadRequest("a line that is not name=value") from None
+    given = {}
+    for line in head.decode("utf-8", "backslashreplace").split("\n"):
+        name, equals, value = line.partition("=")
+        if not equals:
+            raise BadRequest("a line that is not name=value")
+        given[name] = value
     get = given.get
     if get("request", "smtpd_access_policy") != "smtpd_access_policy":
         raise BadRequest("it is not request=smtpd_access_policy")
@@ -1765,15 +1766,16 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
     """
     verdicts, charges = [], []
     for mail in mails:
-        verdict = judge([
-            usage for claim in mail.claims
-            for usage in accounts[claim.identity].usage(claim)])
+        usage: list[Usage] = []
+        for claim in mail.claims:
+            usage += accounts[claim.identity].usage(claim)
+        verdict = judge(usage)
         if verdict.broken is not None:
             block = accounts[verdict.broken.claim.identity].block
             verdicts.append(verdict._replace(block=block))
             continue
         verdicts.append(verdict)
-        without = {usage.claim.identity for usage in verdict.tried}
+        without = [use.claim.identity for use in verdict.tried]
         for claim in mail.claims:
             account = accounts[claim.identity]
             if claim.identity not in without and account.limits_of(claim):
@@ -2345,6 +2347,7 @@ class SQLite(Backend):
     _looking = threading.Lock()
     _looked_at: set[str] = set()  # by this process, before it opened them
     _opened = NOTHING_OPENED  # the path, and what was there
+    _folder = ""  # of the path
     _settled_at = 0  # the folder's last change, in ns, after which all is so
 
     name = "SQLite"
@@ -2381,6 +2384,7 @@ class SQLite(Backend):
         """Remember which files were opened, for is_stale()."""
         [[_, _, path]] = transaction.run("PRAGMA database_list").fetchall()
         self._opened = path, identify_files(path)
+        self._folder = os.path.dirname(path) or "."
         self._settled_at = 0
 
     def _use_log(self, transaction: Transaction) -> None:
@@ -2418,9 +2422,10 @@ class SQLite(Backend):
         of three.
         """
         path, files = self._opened
-        changed = 0
-        with contextlib.suppress(OSError):
-            changed = os.stat(os.path.dirname(path) or ".").st_mtime_ns
+        try:
+            changed = os.stat(self._folder).st_mtime_ns
+        except OSError:
+            changed = 0
         if changed and changed == self._settled_at:
             return False
         if identify_files(path) != files:
@@ -3260,12 +3265,9 @@ def settle(transaction: Transaction, settlement: Settlement,
     settlement.rows = enter_charges(pages, charges)  # ahead of what may fail
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
-    write_refusals(transaction, mails, settlement.verdicts)
-    write_blocks(transaction, mails, settlement.verdicts, pages)
-    for place, verdict in enumerate(settlement.verdicts):
-        if verdict.broken is not None:
-            settlement.verdicts[place] = with_room(
-                transaction, verdict, pages)
+    if [verdict for verdict in settlement.verdicts
+            if verdict.broken is not None or verdict.tried]:
+        note_exceeded(transaction, mails, settlement)
 
 
 def open_pages(mails: Sequence[Mail], unstored: Mapping[str, Unstored],
@@ -3568,6 +3570,17 @@ def write_values(transaction: Transaction, pages: Mapping[str, Page]) -> None:
             transaction.write(transaction.backend.see, [
                 (identity, value, date)
                 for value, date in page.values.items()])
+
+
+def note_exceeded(transaction: Transaction, mails: Sequence[Mail],
+                  settlement: Settlement) -> None:
+    """Write refusals and blocks, and find out when there is room again."""
+    verdicts, pages = settlement.verdicts, settlement.pages
+    write_refusals(transaction, mails, verdicts)
+    write_blocks(transaction, mails, verdicts, pages)
+    for place, verdict in enumerate(verdicts):
+        if verdict.broken is not None:
+            verdicts[place] = with_room(transaction, verdict, pages)
 
 
 def write_refusals(transaction: Transaction, mails: Sequence[Mail],
