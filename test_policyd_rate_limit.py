@@ -2882,6 +2882,7 @@ class StoreContract:
     assertRaises: Any
     assertIsNotNone: Any
     assertTrue: Any
+    assertFalse: Any
     assertNotIn: Any
     subTest: Any
 
