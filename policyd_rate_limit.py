@@ -304,8 +304,9 @@ ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
 PASSES = re.compile(  # those of them after which a mail goes on its way
     r"(?i:ok|dunno|bcc|info|prepend|sleep|warn|warn_if_reject|permit(?:_\w+)?)"
     r"|(?![45]\d\d$)\d+")
-REFUSES = re.compile(  # those that stop it
+STOPS = re.compile(  # those that stop it
     r"(?i:[45]\d\d|defer|defer_if_permit|discard|hold|reject)")
+KEEPS = re.compile("(?i:discard|hold)")  # these without telling the client
 Names = tuple[str, ...]  # they lead to a setting, or to an entry in it
 Limits = tuple[Limit, ...]
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -1112,6 +1113,12 @@ def passes(action: str) -> bool:
     return bool(PASSES.fullmatch(action.split()[0]))
 
 
+def refuses(action: str) -> bool:
+    """Say whether a client is told for an action that its mail is refused."""
+    word = action.split()[0]
+    return bool(STOPS.fullmatch(word)) and not KEEPS.fullmatch(word)
+
+
 def excludes_all(networks: Choice) -> bool:
     """Say whether the networks with "!" exclude all that the others have."""
     if not networks.unwanted.networks:
@@ -1310,7 +1317,7 @@ def doubt_actions(settings: Settings) -> Iterator[Doubt]:
             yield Doubt(False, f"{name}: after {word} Postfix skips all"
                         " restrictions that come later; write dunno", (name,))
     word = settings.success_action.split()[0]
-    if REFUSES.fullmatch(word):
+    if STOPS.fullmatch(word):
         yield Doubt(False, f"success_action: {word} stops the mail that is"
                     " within its limits; write dunno", ("success_action",))
     yield from doubt_refusal(settings, settings.fail_action, "",
@@ -3833,13 +3840,13 @@ class Memory:
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._unstored: dict[str, Record] = {}  # those with something to store
 
-    def decide(self, mail: Mail) -> Verdict:
-        """Judge a mail, and remember it to be stored if it passes."""
+    def decide(self, mail: Mail, remember: bool = True) -> Verdict:
+        """Judge a mail, and remember it to be stored if its limits let it."""
         with self.lock:
             accounts = {claim.identity: self._account(claim, mail.now)
                         for claim in mail.claims}
             [verdict], charges = decide([mail], accounts)
-            for charge in charges:
+            for charge in charges if remember else ():
                 self._add_charge(charge)
         return verdict
 
@@ -3876,13 +3883,15 @@ class Memory:
             for unstored in settlement.unstored.values():
                 self._settle_record(unstored)
 
-    def keep(self, settlement: Settlement, in_doubt: bool) -> None:
+    def keep(self, settlement: Settlement, in_doubt: bool,
+             remember: bool = True) -> None:
         """Remember to store what a transaction did not, or may not have.
 
         in_doubt: it was sent, and nobody knows what has become of it.
+        remember: its own mails, too, not only what it had from here.
         """
         written: dict[str, list[MailRow]] = {}
-        for row in settlement.rows:
+        for row in settlement.rows if remember else ():
             written.setdefault(row.identity, []).append(row)
         with self.lock:
             for identity, page in settlement.pages.items():
@@ -3893,7 +3902,7 @@ class Memory:
                 rows = [InDoubt(row) if in_doubt else row._replace(total=None)
                         for row in written.get(identity, ())]
                 self._replace(page.claim, unstored, [*first, *rows])
-                for value, date in page.values.items():
+                for value, date in page.values.items() if remember else ():
                     self._add_value(page.claim, value, date)
 
     def _account(self, claim: Claim, now: float) -> Account:
@@ -4014,10 +4023,16 @@ class Ledger:
     The order of locks: a batch's, then the database's, then memory's.
     """
 
-    def __init__(self, database: Database, query: str | None = None) -> None:
-        """Take the setting sql_limits_by_id."""
+    def __init__(self, database: Database, query: str | None = None,
+                 passes_unstored: bool = True) -> None:
+        """Take the setting sql_limits_by_id.
+
+        passes_unstored: does db_error_action let mail pass?  If not, mail
+        that the database does not take is refused, and so is not counted.
+        """
         self.database = database
         self.query = query
+        self.passes_unstored = passes_unstored
         self.memory = Memory()
         self._open = Batch()
         self._outage: Outage | None = None
@@ -4083,7 +4098,7 @@ class Ledger:
         with self.memory.lock:
             if self._outage is not None:
                 mail.error = self._outage.error
-                mail.verdict = self.memory.decide(mail)
+                mail.verdict = self.memory.decide(mail, self.passes_unstored)
 
     def _lead(self, batch: Batch) -> None:
         """Close a batch once the one before is done, and settle it."""
@@ -4182,9 +4197,10 @@ class Ledger:
         retry_at = time.monotonic() + self.database.backend.timeout
         with self.memory.lock:
             self._outage = Outage(error, retry_at) if hung else None
-            self.memory.keep(settlement, in_doubt=not error.undone)
+            self.memory.keep(settlement, in_doubt=not error.undone,
+                             remember=self.passes_unstored)
             for mail in settlement.mails[len(verdicts):]:
-                verdicts.append(self.memory.decide(mail))
+                verdicts.append(self.memory.decide(mail, self.passes_unstored))
         for mail, verdict in zip(settlement.mails, verdicts):
             mail.error, mail.verdict = error, verdict
 
@@ -4193,7 +4209,7 @@ def open_ledger(settings: Settings) -> Ledger:
     """Return the ledger that the settings name; it connects when used."""
     return Ledger(Database(
         BACKENDS[settings.backend](settings), prepare_tables),
-        settings.sql_limits_by_id)
+        settings.sql_limits_by_id, not refuses(settings.db_error_action))
 
 
 # ---------------------------------------------------------------------------
@@ -4251,6 +4267,7 @@ class Service:
         """Take new settings, for the next request of each connection."""
         self.settings = settings
         self.ledger.query = settings.sql_limits_by_id
+        self.ledger.passes_unstored = not refuses(settings.db_error_action)
 
     @property
     def is_database_away(self) -> bool:
@@ -4282,7 +4299,10 @@ class Service:
         if log.isEnabledFor(level):
             log.log(level, "%s: %s, action=%s", queue_id_of(request),
                     describe(verdict, client, attempts), action)
-        so_far.remember(request, () if broken else claims, settings, action)
+        is_charged = broken is None and (
+            mail.error is None or self.ledger.passes_unstored)
+        so_far.remember(
+            request, claims if is_charged else (), settings, action)
         return action
 
     def _count(self, name: str) -> None:

@@ -84,8 +84,8 @@ NO_SKIP = bool(os.environ.get("POLICYD_TEST_NO_SKIP"))
 PASS = "dunno"
 REFUSED = "defer_if_permit Rate limit reach, retry later"
 BLOCKED = "defer_if_permit Sending is blocked, contact your postmaster"
-AWAY = "defer_if_permit no database"
-DB_AWAY = "450 4.3.0 the database is away"
+AWAY = "warn no database"  # an action that lets the mail pass
+DB_AWAY = "warn the database is away"
 WIDE = "limits: [[100000, 86400]]\ndebug: False\n"  # limits that nobody hits
 Answers = list[tuple[dict[str, Any], str]]  # to some mails
 slow = unittest.skipIf(QUICK, "POLICYD_TEST_QUICK is set")
@@ -10077,6 +10077,42 @@ class FailuresTest(AwayTest):
         self.assertEqual(daemon.ask(), PASS)
         self.assertEqual(counted(path), {"joe": 3})
         self.assertEqual(daemon.log().count("the database is away"), 1)
+
+    def test_what_is_refused_in_an_outage_is_not_counted(self) -> None:
+        """The database is away, and db_error_action refuses"""
+        for action in ("defer_if_permit try later", "451 4.3.0 try later"):
+            daemon = self.daemon(
+                f"limits: [[3, 600]]\ndb_timeout: 1\ndb_error_action: {action}\n"
+                "quotas: [{by: sasl_username, count: sender, limits: [3/h]}]",
+                name=action[:3])
+            self.assertEqual([daemon.ask(), daemon.ask()], [PASS, PASS])
+            with moved_away(daemon.database):
+                os.mkdir(daemon.database)
+                self.assertEqual([daemon.ask(sender=f"{n}@example.org")
+                                  for n in range(9)], [action] * 9)
+                self.assertEqual(daemon.ask(recipient_count=2), REFUSED)
+                os.rmdir(daemon.database)
+            with locked(daemon.database):  # the daemon waits, and gives up
+                self.assertEqual(daemon.ask(sender="x@example.org"), action)
+            wait_for(lambda: daemon.ask(sasl_username="ann") == PASS, "it")
+            self.assertEqual(daemon.ask(sender="y@example.org"), PASS)
+            self.assertEqual(daemon.ask(), REFUSED)
+            self.assertEqual(counted(daemon.database)["joe"], 3)
+
+    def test_a_mail_refused_in_an_outage_is_charged_once_it_is_over(
+            self) -> None:
+        """RCPT is refused, and DATA of the other recipients comes after."""
+        daemon = self.daemon(
+            "limits: [[9, 600]]\ndb_error_action: 450 try later\n")
+        with daemon.client() as client:
+            with moved_away(daemon.database):
+                os.mkdir(daemon.database)
+                self.assertEqual(
+                    client.ask(protocol_state="RCPT"), "450 try later")
+                os.rmdir(daemon.database)
+            self.assertEqual(client.ask(protocol_state="RCPT"), PASS)
+            self.assertEqual(client.ask(recipient_count=1), PASS)
+        self.assertEqual(counted(daemon.database), {"joe": 1})
 
     def test_a_wait_of_many_for_a_lock_is_bounded(self) -> None:
         """The database hangs"""
