@@ -8592,7 +8592,7 @@ def run_daemon(options: argparse.Namespace) -> None:
     def announce(address: Any) -> None:
         log.log(NOTICE, "listening on %s", format_address(address))
         if options.standalone:
-            print(f"Listening on {format_address(address)}; for main.cf:")
+            print("For main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
         if not can_reload(options):
             log.error(NO_RELOAD, options.file, settings.user)

@@ -9796,7 +9796,7 @@ sys.exit(policyd_rate_limit.main())
         with process.stdout as stdout:
             told = [stdout.readline(), stdout.readline()]
         self.assertEqual(told, [
-            f"Listening on {sa}/policy; for main.cf:\n",
+            "For main.cf:\n",
             "smtpd_data_restrictions = check_policy_service"
             f" {{ unix:{sa}/policy, default_action=DUNNO }}\n"])
         with Client(f"{sa}/policy") as client:
@@ -9870,7 +9870,7 @@ sys.exit(policyd_rate_limit.main())
                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as daemon:
             self.addCleanup(daemon.kill)
             assert daemon.stdout is not None
-            self.assertIn(self.path("try/policy"), daemon.stdout.readline())
+            self.assertEqual(daemon.stdout.readline(), "For main.cf:\n")
             for answer in "action=dunno\n", refused:
                 done = subprocess.run(
                     ["sh", "-c", ask], timeout=PATIENCE, text=True,
@@ -11057,31 +11057,21 @@ class ReadmeTest(FolderTest):
     SHELL = {
         "python3 policyd_rate_limit.py --standalone /tmp/policyd": None,
         "python3 -c '": r"^action=(dunno|defer_if_permit .*)\n$",
-        "python3 policyd_rate_limit.py --standalone /tmp/policyd --status":
-            r"joe +1m \[.*6/10 +1 ",
         "policyd-rate-limit --status":
-            r"(?s)6/10.*joe@example\.org: blocked permanently",
+            r"(?s)joe +1m \[.*6/10 +1 .*joe@example\.org: blocked permanently",
         "postqueue -j | jq -r 'select(.sender == \"joe@example.org\")"
         " | .queue_id'": r"^8045F2AB23\npostsuper -d - 8045F2AB23\n$",
         "policyd-rate-limit --unlimit joe@example.org": "usual limits hold",
         "adduser --system --group --home /run/policyd-rate-limit"
-        " --no-create-home policyd-rate-limit": "^adduser --system",
-        "policyd-rate-limit --check":
-            r"(?s)\nOK\n.*systemctl enable --now policyd-rate-limit\n",
+        " --no-create-home policyd-rate-limit":
+            r"(?s)^adduser --system.*\nOK\nsystemctl enable --now policyd",
         "postconf smtpd_data_restrictions":
             r"(?s)^smtpd_data_restrictions =.*postfix reload\n.*\nOK\n",
-        "journalctl -u policyd-rate-limit -n 5": "^journalctl -u",
-        "setfacl -m u:NAME:x /var/spool/postfix/ratelimit": "^setfacl -m",
         "dpkg-divert --local --rename --add /usr/bin/policyd-rate-limit":
             r"(?s)^dpkg-divert .*\nOK\n.*systemctl restart",
         "rm /usr/bin/policyd-rate-limit"
         " /etc/systemd/system/policyd-rate-limit.service":
             "^dpkg-divert --rename --remove",
-        "help2man -N -s 8 policyd-rate-limit"
-        " > /usr/local/share/man/man8/policyd-rate-limit.8": "^$",
-        "sh .ci/speed": "^$",
-        "install -m 755 policyd_rate_limit.py"
-        " /usr/local/bin/policyd-rate-limit": r"\nOK\nsystemctl restart",
         "postconf -X smtpd_data_restrictions": r"postfix reload\nsystemctl",
     }
     # Needs a server: StoreContract.go_back runs the first four on each.
@@ -11092,15 +11082,14 @@ class ReadmeTest(FolderTest):
         "-- PostgreSQL: back to 1.0 or older",
         "-- MariaDB or MySQL: backend 1, package python3-mysqldb",
         "-- PostgreSQL: backend 2, package python3-psycopg2")
-    STAND_INS = ("adduser", "systemctl", "journalctl", "postfix", "setfacl",
-                 "dpkg-divert")
+    STAND_INS = ("adduser", "systemctl", "postfix", "dpkg-divert")
 
     def setUp(self) -> None:
         """Make a root directory, and stand-ins for what needs a machine."""
         super().setUp()
         for name in ("bin", "etc/systemd/system", "usr/bin", "tmp",
-                     "usr/local/bin", "usr/local/share/man/man8",
-                     "var/lib/prometheus/node-exporter", "postfix"):
+                     "usr/local/bin", "var/lib/prometheus/node-exporter",
+                     "postfix"):
             os.makedirs(self.path(name))
         for name in self.STAND_INS:
             self.script(name, f'echo {name} "$@"')
@@ -11118,8 +11107,6 @@ class ReadmeTest(FolderTest):
         self.script("postsuper", 'echo postsuper "$@" $(cat)')
         if not shutil.which("jq"):
             self.script("jq", "sed 's/.*: \"\\([0-9A-F]*\\)\".*/\\1/'")
-        if not shutil.which("help2man"):
-            self.script("help2man", "exec policyd-rate-limit --help")
         if not shutil.which("postconf", path=SERVER_PATH):
             self.script("postconf", 'echo "smtpd_data_restrictions ="')
         self.write("postfix/main.cf", "compatibility_level = 3.6\n")
@@ -11131,7 +11118,6 @@ class ReadmeTest(FolderTest):
 
     def below(self, text: str) -> str:
         """Move the absolute paths in a block into the test's directory."""
-        text = text.replace("sh .ci/speed", "sh -n .ci/speed")
         return re.sub(r"(?<![\w.~|!/])/(?=(?:etc|usr|var|tmp)/)",
                       self.folder + "/", text)
 
@@ -11157,7 +11143,7 @@ class ReadmeTest(FolderTest):
             self.addCleanup(daemon.communicate)
             self.addCleanup(daemon.terminate)
             assert daemon.stdout is not None
-            self.assertIn("istening on", daemon.stdout.readline())
+            self.assertEqual(daemon.stdout.readline(), "For main.cf:\n")
             return
         said = self.shell(text)
         if text.startswith("python3 -c"):
@@ -11172,8 +11158,13 @@ class ReadmeTest(FolderTest):
                               file.read())
 
     def run_cron(self, text: str) -> None:
+        """Run the lines of a file in /etc/cron.d."""
+        for line in text.splitlines():
+            self.run_cron_line(line)
+
+    def run_cron_line(self, line: str) -> None:
         """Run a line of /etc/cron.d with the PATH that cron gives it."""
-        *_, user, task = text.split(None, 6)
+        *_, user, task = line.split(None, 6)
         self.assertIn(user, ("root", "policyd-rate-limit"))
         self.assertIn("/usr/local/bin/policyd-rate-limit ", task)
         self.shell("PATH=/usr/bin:/bin\n" + self.below(task.replace(
@@ -11190,12 +11181,6 @@ class ReadmeTest(FolderTest):
         path = self.write("readme.yaml", text)
         self.assertIn("\nOK\n", self.shell(f"policyd-rate-limit --check"
                                            f" -f {path}"))
-
-    def run_ini(self, text: str) -> None:
-        """Let Postfix read a main.cf."""
-        self.write("postfix/main.cf", text)
-        if shutil.which("postconf", path=SERVER_PATH):
-            self.assertIn(text, self.shell("postconf -n"))
 
     def run_sql(self, text: str) -> None:
         """Run statements on the trial's database, or on a copy of it."""
@@ -11221,8 +11206,7 @@ class ReadmeTest(FolderTest):
 
     def test_every_block_does_what_readme_says(self) -> None:
         run_block = {"sh": self.run_sh, "cron": self.run_cron,
-                     "yaml": self.run_yaml, "ini": self.run_ini,
-                     "sql": self.run_sql}
+                     "yaml": self.run_yaml, "sql": self.run_sql}
         for language, text in readme_blocks():
             with self.subTest(language=language, block=text[:60]):
                 run_block[language](text)
