@@ -13,6 +13,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import email.message
 import email.policy
@@ -154,10 +155,16 @@ def skip(why: str) -> NoReturn:
     raise unittest.SkipTest(why)
 
 
-def readme_blocks() -> list[tuple[str, str]]:
-    """Return the language and the text of each fenced block of README."""
+def readme_blocks(section: str = "") -> list[tuple[str, str]]:
+    """Return the language and the text of each fenced block of README.
+
+    With the heading of a section, return the blocks of that section only.
+    """
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-        return re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", file.read())
+        text = file.read()
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text)
 
 
 def is_root() -> bool:
@@ -715,6 +722,12 @@ def process_state(pid: int) -> str:
     return "" if state in "ZX" else state
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the children of a process that has one thread."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
 class Server:
     """A database server as its own user, with a user test in it."""
 
@@ -806,8 +819,7 @@ class Server:
         pid = self.process.pid
         os.kill(pid, signal.SIGSTOP)
         wait_for(lambda: process_state(pid) in "T", "the server to stop")
-        with open(f"/proc/{pid}/task/{pid}/children") as file:
-            children = [int(child) for child in file.read().split()]
+        children = children_of(pid)
         for one in (*children, pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, number)
@@ -1341,6 +1353,176 @@ def mail(smtp: smtplib.SMTP, recipients: int = 1,
         codes.append(error.smtp_code)
     smtp.docmd("RSET")
     return codes
+
+
+# A mail host of our own.  The first script makes a control group for it, and
+# ends it when its standard input ends, so also when the tests are killed.
+HOST_KEEPER = """
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/cgroup
+mount -t cgroup2 cgroup2 /mnt/cgroup
+group=/mnt/cgroup/$1
+mkdir "$group"
+exec 3<&0
+(while read -r _; do :; done; echo 1 >"$group/cgroup.kill") <&3 &
+unshare --mount --pid --net --uts --ipc --fork sh -euc '
+    echo 0 >"$2/cgroup.procs"
+    exec unshare --cgroup sh -euc "$1" - "$3"' - "$3" "$group" "$2" || :
+find "$group" -depth -type d -exec rmdir {} +
+"""
+# The second one becomes the host's first process.  All that this machine has
+# on its disk is there; what is written goes to a layer in memory.
+HOST_BOOT = """
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/upper /mnt/work /mnt/root
+mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work \\
+    overlay /mnt/root
+cd /mnt/root
+mkdir -p "./$1"
+mount --bind "$1" "./$1"
+mount -o remount,bind,ro "./$1"
+mount -t proc proc proc
+mount --bind proc/sys proc/sys
+mount -o remount,bind,ro proc/sys
+mount -t sysfs -o ro sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs run
+mount -t tmpfs -o mode=755 tmpfs dev
+while read -r name number; do
+    mknod -m 666 "dev/$name" c $number
+done <<END
+null 1 3
+zero 1 5
+full 1 7
+random 1 8
+urandom 1 9
+tty 5 0
+END
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+pivot_root . mnt
+umount -l /mnt
+find /etc/systemd/system -type l -delete  # this machine's own services
+container=policyd-test exec setpriv \\
+    --bounding-set -sys_module,-sys_rawio,-sys_time,-syslog \\
+    /lib/systemd/systemd --unit=basic.target --show-status=no
+"""
+# What Debian's Postfix begins with; nobody listens on the relayhost's port.
+HOST_POSTFIX = """
+grep -q '^overlay / ' /proc/mounts  # never on this machine itself
+rm -rf /etc/policyd-rate-limit.* /var/lib/policyd-rate-limit \\
+    /var/spool/postfix/ratelimit  # if this machine has the daemon
+cp /usr/share/postfix/main.cf.debian /etc/postfix/main.cf
+cp /usr/share/postfix/master.cf.dist /etc/postfix/master.cf
+postconf -e 'myhostname = mx.test' 'relayhost = [127.0.0.1]:9' \\
+    'smtpd_authorized_xclient_hosts = 127.0.0.1' \\
+    'smtpd_peername_lookup = no' 'smtpd_error_sleep_time = 0'
+systemctl start postfix
+"""
+
+
+class Host(Postfix):
+    """A mail host with systemd and Postfix, as Debian sets it up.
+
+    It has this machine's files, but processes and a network of its own, and
+    nothing of it is left in the end.  Its Postfix defers all that it takes.
+    """
+
+    ENVIRONMENT = {"HOME": "/root", "LC_ALL": "C", "PATH": (
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")}
+    PROGRAMS = ("/lib/systemd/systemd", "adduser", "dpkg-deb", "jq",
+                "setfacl", "sqlite3", "unshare")
+
+    def __init__(self, folder: str) -> None:
+        """Boot it, and start its Postfix."""
+        os.mkdir(folder)
+        self.folder, self.port, self.init = folder, 25, 0
+        with open(os.path.join(folder, "console"), "wb") as console:
+            self.keeper = subprocess.Popen(
+                ["unshare", "--mount", "sh", "-euc", HOST_KEEPER, "-",
+                 f"policyd-{uuid.uuid4().hex}", HERE, HOST_BOOT],
+                stdin=subprocess.PIPE, stdout=console, stderr=console)
+        try:
+            wait_for(self.is_booted, "systemd to be up")
+            done = self.shell(HOST_POSTFIX)
+            if done.returncode:
+                raise AssertionError(f"no Postfix there: {done.stdout}")
+            wait_for(self.is_up, "Postfix to answer")
+        except BaseException:
+            self.stop()
+            raise
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Name what this machine lacks to run a host, if anything."""
+        path = cls.ENVIRONMENT["PATH"]
+        return Postfix.missing() or next(
+            (name for name in cls.PROGRAMS
+             if not shutil.which(name, path=path)), None)
+
+    def is_booted(self) -> bool:
+        """Tell whether systemd is up; skip the test if it cannot be."""
+        if self.keeper.poll() is not None:
+            with open(os.path.join(self.folder, "console")) as console:
+                skip(f"a host in namespaces ended: {console.read().strip()}")
+        with contextlib.suppress(OSError):
+            for child in children_of(self.keeper.pid):
+                for self.init in children_of(child):
+                    return self.is_systemd_up()
+        return False
+
+    def is_systemd_up(self) -> bool:
+        """Tell whether the first process there is systemd, and is ready."""
+        with open(f"/proc/{self.init}/comm") as name:
+            if name.read() != "systemd\n":
+                return False
+        state = self.shell("systemctl is-system-running --wait").stdout
+        return state in ("running\n", "degraded\n")
+
+    def shell(self, text: str) -> subprocess.CompletedProcess[str]:
+        """Run commands there as root, in this repository.
+
+        They stop at the first that fails.  What they print to stderr stands
+        in stdout.
+        """
+        return subprocess.run(
+            ["nsenter", "--target", str(self.init), "--all", "sh", "-euc",
+             f"cd {shlex.quote(HERE)}\n{text}"],
+            env=self.ENVIRONMENT, stdin=subprocess.DEVNULL, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=PATIENCE, check=False)
+
+    def within(self, work: Callable[..., Any], *given: object) -> Any:
+        """Call something in a thread that is in the host's network.
+
+        A socket that it makes stays in that network.
+        """
+        setns = ctypes.CDLL(None, use_errno=True).setns
+
+        def enter() -> None:
+            with open(f"/proc/{self.init}/ns/net") as network:
+                if setns(network.fileno(), 0):
+                    raise OSError(ctypes.get_errno(), "setns")
+
+        with concurrent.futures.ThreadPoolExecutor(1, "", enter) as pool:
+            return pool.submit(work, *given).result(PATIENCE)
+
+    def is_up(self) -> bool:
+        """Tell whether smtpd answers."""
+        return bool(self.within(super().is_up))
+
+    def connect(self, login: str = "", address: str = "") -> smtplib.SMTP:
+        """Connect as a client with this SASL name and address."""
+        smtp: smtplib.SMTP = self.within(super().connect, login, address)
+        return smtp
+
+    def log(self) -> str:
+        """Return what Postfix has logged so far."""
+        return self.shell("journalctl -u 'postfix@-' -o cat").stdout
+
+    def stop(self) -> None:
+        """Kill all of it."""
+        self.keeper.communicate()
 
 
 class Sink:
@@ -11226,6 +11408,286 @@ class ReadmeTest(FolderTest):
         for text in ("SYNOPSIS policyd-rate-limit [OPTION]...", "EXAMPLES",
                      "policyd-rate-limit --block joe@example.org --for 2h"):
             self.assertIn(text, words)
+
+
+DEBIAN_UNIT = """\
+[Unit]
+Description=Postfix policyd rate limiter
+
+[Service]
+ExecStart=/usr/bin/policyd-rate-limit
+KillSignal=SIGINT
+
+[Install]
+WantedBy=multi-user.target
+"""
+DEBIAN_PROGRAM = """\
+#!/usr/bin/python3
+# Stands in for 1.0.1.1: its folders, its table, and a limit of 10 mails.
+import os, pwd, socketserver, sqlite3, time
+
+DATABASE = "/var/lib/policyd-rate-limit/db.sqlite3"
+SOCKET = "/var/spool/postfix/ratelimit/policy"
+
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        asked = {}
+        for line in self.rfile:
+            name, _, value = line.decode().strip().partition("=")
+            asked[name] = value
+            if not name:
+                action = judge(asked.get("sasl_username", ""))
+                self.wfile.write(b"action=" + action + b"\\n\\n")
+
+def judge(name):
+    with sqlite3.connect(DATABASE) as database:
+        [(used,)] = database.execute(
+            "SELECT count(*) FROM mail_count WHERE id = ?", (name,))
+        if used >= 10:
+            return b"defer_if_permit Rate limit reach, retry later"
+        database.execute("INSERT INTO mail_count VALUES (?, ?)",
+                         (name, int(time.time())))
+    return b"dunno"
+
+os.umask(0)
+user = pwd.getpwnam("policyd-rate-limit")
+for path in DATABASE, SOCKET:
+    os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+    os.chown(os.path.dirname(path), user.pw_uid, user.pw_gid)
+if os.path.exists(SOCKET):
+    os.unlink(SOCKET)
+os.setgroups([])
+os.setgid(user.pw_gid)
+os.setuid(user.pw_uid)
+with sqlite3.connect(DATABASE) as database:
+    database.executescript(
+        "CREATE TABLE IF NOT EXISTS mail_count"
+        " (id varchar(40) NOT NULL, date bigint NOT NULL);"
+        "CREATE INDEX IF NOT EXISTS mail_count_index"
+        " ON mail_count (id, date);")
+socketserver.ThreadingUnixStreamServer(SOCKET, Handler).serve_forever()
+"""
+DEBIAN_PACKAGE = f"""
+mkdir -p /root/deb/DEBIAN /root/deb/usr/bin /root/deb/lib/systemd/system
+cat >/root/deb/DEBIAN/control <<'END'
+Package: policyd-rate-limit
+Version: 1.0.1.1-2
+Architecture: all
+Maintainer: nobody <nobody@example.org>
+Description: stand-in for Debian's package
+END
+cat >/root/deb/usr/bin/policyd-rate-limit <<'END'
+{DEBIAN_PROGRAM}END
+chmod 755 /root/deb/usr/bin/policyd-rate-limit
+cat >/root/deb/lib/systemd/system/policyd-rate-limit.service <<'END'
+{DEBIAN_UNIT}END
+dpkg-deb --root-owner-group --build /root/deb /root/1.0.1.1-2.deb
+sed -i 's/^Version: .*/Version: 1.0.1.1-3/' /root/deb/DEBIAN/control
+dpkg-deb --root-owner-group --build /root/deb /root/1.0.1.1-3.deb
+
+dpkg --install /root/1.0.1.1-2.deb
+adduser --system --group --home /run/policyd-rate-limit --no-create-home \\
+    policyd-rate-limit
+cat >/etc/policyd-rate-limit.yaml <<'END'
+{DEBIAN}END
+chmod 640 /etc/policyd-rate-limit.yaml
+chgrp policyd-rate-limit /etc/policyd-rate-limit.yaml
+systemctl daemon-reload
+systemctl enable --now policyd-rate-limit
+until [ -S {prl.Settings().SOCKET} ]; do sleep 0.1; done
+postconf -e 'smtpd_recipient_restrictions = {CHECK}'
+postfix reload
+"""  # builds the package and a later one; what it and then its admin do
+
+
+@slow
+class HostTest(FolderTest):
+    """README's commands do on a real mail host what README says.
+
+    Its blocks are run by a shell on a host that has a systemd, a Postfix and
+    mail of its own.  Nothing stands in for a command.
+    """
+
+    INSTALL = "Install on a mail host"
+    SPAM = "An account is sending spam"
+    UPGRADE = "Upgrade from 1.x"
+    UPDATE = "Update and uninstall"
+
+    def setUp(self) -> None:
+        """Boot a host."""
+        super().setUp()
+        if Host.missing():
+            skip(f"missing: {Host.missing()}")
+        self.host = Host(self.path("host"))
+        self.addCleanup(self.host.stop)
+
+    def shell(self, text: str) -> str:
+        """Run commands that must succeed; return what they print."""
+        done = self.host.shell(text)
+        if done.returncode:
+            journal = self.host.shell("journalctl -o cat -n 20").stdout
+            self.fail(f"exit status {done.returncode} of:\n{text}\n"
+                      f"It printed:\n{done.stdout}\nThe log:\n{journal}")
+        return done.stdout
+
+    def block(self, section: str, *parts: str, language: str = "sh") -> str:
+        """Return the one block in a section of README with these texts."""
+        found = [text for name, text in readme_blocks(section)
+                 if name == language and all(part in text for part in parts)]
+        if len(found) != 1:
+            self.fail(f"README's section {section!r} has {len(found)} blocks"
+                      f" of {language} with {' and '.join(parts)}, not one")
+        return found[0]
+
+    def paste(self, section: str, *parts: str) -> str:
+        """Run such a block, which must succeed; return what it prints."""
+        return self.shell(self.block(section, *parts))
+
+    def decisions(self) -> str:
+        """Return what the daemon said about the mails."""
+        return self.shell("journalctl -u policyd-rate-limit -o cat"
+                          " --grep identity=")
+
+    def queued(self) -> list[str]:
+        """Return the senders of the mail in Postfix's queue, sorted."""
+        return sorted(self.shell("postqueue -j | jq -r .sender").split())
+
+    def test_from_the_install_to_the_uninstall(self) -> None:
+        self.check_install()
+        self.check_count_and_refusal()
+        self.check_reload()
+        self.check_one_more_account()
+        self.check_spam_night()
+        self.check_update()
+        self.check_uninstall()
+
+    def check_install(self) -> None:
+        """Install the daemon; in the end --check is content."""
+        self.paste(self.INSTALL, "adduser", "install -m 755")
+        said = self.paste(self.INSTALL, "--check", "systemctl enable --now")
+        self.assertIn("warning: Postfix never asks at SOCKET", said)
+        self.assertEqual(said.count("warning:"), 1, said)
+        self.assertEqual([250] * 21, self.host.send("joe", 20))
+        said = self.paste(self.INSTALL, "postconf -e", "postfix reload")
+        self.assertNotIn("warning:", said)
+        self.assertRegex(said, r"\nthe daemon is running\nPostfix: asks for"
+                         r" mail that comes to smtp/inet\n(.*\n)*OK\n$")
+        self.assertEqual(self.shell("postconf -n smtpd_data_restrictions"),
+                         self.block(self.INSTALL, "smtpd_data_restrictions",
+                                    language="ini"))
+
+    def check_count_and_refusal(self) -> None:
+        """Mail is counted and logged, and refused over the limit."""
+        self.assertEqual([250] * 3, self.host.send("joe", 2))
+        self.assertRegex(
+            self.paste(self.INSTALL, "journalctl"),
+            r"[0-9A-F]{6,}: identity=<joe>, cost=2, used=2/10/60s"
+            r" 2/150/86400s, action=dunno\n")
+        self.assertEqual([250] * 9 + [450], self.host.send("joe", 9))
+        self.assertEqual([250] * 9, self.host.send("joe", 8))
+        self.assertEqual([250, 450], self.host.send("joe"))
+        self.assertEqual([250, 250], self.host.send("ann"))
+        self.host.wait_log("Data command rejected: "
+                           + REFUSED.partition(" ")[2])
+
+    def check_reload(self) -> None:
+        """A reload brings new limits; a broken file does not pass it."""
+        reload = "systemctl reload policyd-rate-limit"
+        config = "/etc/policyd-rate-limit.yaml"
+        self.shell(f"sed -i 's/- .150, 86400./- [5, 86400]/' {config}"
+                   f" && {reload}")
+        self.assertEqual([250] * 6 + [450], self.host.send("bob", 6))
+        self.shell(f"cp {config} /root && echo 'limits: x' >>{config}")
+        self.assertEqual(1, self.host.shell(reload).returncode)
+        self.assertEqual([250] * 6, self.host.send("bob", 5))
+        self.shell(f"cp /root/policyd-rate-limit.yaml {config} && {reload}")
+
+    def check_one_more_account(self) -> None:
+        """Nobody else can connect but whom setfacl lets in."""
+        connect = ("setpriv --reuid nobody --clear-groups python3 -c 'import"
+                   " socket; socket.socket(socket.AF_UNIX).connect("
+                   f'"{prl.Settings().SOCKET}")\'')
+        self.assertIn("PermissionError", self.host.shell(connect).stdout)
+        self.shell(self.block(self.INSTALL, "setfacl").replace(
+            "NAME", "nobody"))
+        self.shell(connect)
+
+    def check_spam_night(self) -> None:
+        """An account is found, blocked, its mail deleted; it may go on."""
+        joe, eve = "joe@example.org", "eve@example.org"
+        self.shell("postsuper -d ALL")
+        for one in joe, eve, joe:
+            self.assertEqual([250, 250], self.host.send(one, sender=one))
+        said = self.paste(self.SPAM, "--status", "--block")
+        self.assertRegex(said, rf"(?m)^{joe} +1m \[.*\] +2/10$")
+        self.assertIn(f"{joe}: blocked permanently\n", said)
+        self.assertEqual([250, 450], self.host.send(joe, sender=joe))
+        self.assertEqual([250, 250], self.host.send(eve, sender=eve))
+        self.host.wait_log("Data command rejected: "
+                           + BLOCKED.partition(" ")[2])
+        wait_for(lambda: "active" not in self.shell(
+            "postqueue -j | jq -r .queue_name"), "Postfix to defer the mail")
+        self.assertEqual([eve, eve, joe, joe], self.queued())
+        said = self.paste(self.SPAM, "postqueue", "postsuper -d -")
+        self.assertRegex(said, (
+            r"^(\w+)\n(\w+)\n(postsuper: (\1|\2): removed\n){2}"
+            r"postsuper: Deleted: 2 messages\n$"))
+        self.assertEqual([eve, eve], self.queued())
+        self.paste(self.SPAM, "--unlimit", "--reset")
+        self.assertEqual([250, 250], self.host.send(joe, sender=joe))
+        self.assertIn("used=1/10/60s", self.decisions().splitlines()[-1])
+
+    def check_update(self) -> None:
+        """Another process runs after an update, and remembers the counts."""
+        process = "systemctl show --property MainPID policyd-rate-limit"
+        before = self.shell(process)
+        self.paste(self.UPDATE, "install -m 755", "systemctl restart")
+        self.assertNotEqual(before, self.shell(process))
+        self.assertEqual([250, 250], self.host.send("joe@example.org"))
+        self.assertIn("used=2/10/60s", self.decisions().splitlines()[-1])
+
+    def check_uninstall(self) -> None:
+        """Mail flows without the daemon, and none of its files is left."""
+        found = ("find /etc /run /usr/local /var -newer /proc/1/cmdline"
+                 " '(' -name '*policyd-rate-limit*' -o -name ratelimit ')'")
+        self.assertIn("/etc/policyd-rate-limit.yaml\n", self.shell(found))
+        self.paste(self.UPDATE, "postconf -X", "systemctl disable --now")
+        self.assertNotEqual(0, self.host.shell(
+            "systemctl is-active policyd-rate-limit").returncode)
+        self.assertEqual([250] * 21, self.host.send("joe", 20))
+        self.assertNotIn("ratelimit/policy", self.host.log())
+        self.assertEqual("", self.shell(found))
+
+    def test_an_upgrade_from_debian_s_package_and_the_way_back(self) -> None:
+        self.shell(DEBIAN_PACKAGE)
+        for _ in range(4):
+            self.assertEqual([250, 250], self.host.send("joe"))
+        self.check_upgrade()
+        self.check_way_back()
+
+    def check_upgrade(self) -> None:
+        """The new program goes on with the counts; it stays the one."""
+        self.assertRegex(
+            self.paste(self.UPGRADE, "dpkg-divert --local --rename --add"),
+            r"\nPostfix: asks for mail that comes to smtp/inet\n(.*\n)*OK\n$")
+        self.assertEqual([250, 250], self.host.send("joe"))
+        self.assertIn("identity=<joe>, cost=1, used=5/10/60s",
+                      self.decisions())
+        self.shell("dpkg --install /root/1.0.1.1-3.deb")
+        self.shell("cmp policyd_rate_limit.py /usr/bin/policyd-rate-limit")
+        self.assertEqual([250] * 5 + [450] * 2 + [250],
+                         self.host.send("joe", 7))
+
+    def check_way_back(self) -> None:
+        """The package's program is there again, and knows the counts."""
+        sql = self.block(self.UPGRADE, "SQLite", "1.0", language="sql")
+        self.shell("systemctl stop policyd-rate-limit\n"
+                   "sqlite3 /var/lib/policyd-rate-limit/db.sqlite3"
+                   f" <<'END'\n{sql}END")
+        self.paste(self.UPGRADE, "dpkg-divert --rename --remove")
+        self.shell("cmp /root/deb/usr/bin/policyd-rate-limit"
+                   " /usr/bin/policyd-rate-limit")
+        self.shell("systemctl is-active policyd-rate-limit")
 
 
 if __name__ == "__main__":
