@@ -1430,7 +1430,7 @@ class Host(Postfix):
 
     ENVIRONMENT = {"HOME": "/root", "LC_ALL": "C", "PATH": (
         "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")}
-    PROGRAMS = ("/lib/systemd/systemd", "adduser", "dpkg-deb", "jq",
+    PROGRAMS = ("/lib/systemd/systemd", "adduser", "dpkg-deb", "jq", "pgrep",
                 "setfacl", "sqlite3", "unshare")
 
     def __init__(self, folder: str) -> None:
@@ -11542,7 +11542,16 @@ class HostTest(FolderTest):
 
     def paste(self, section: str, *parts: str) -> str:
         """Run such a block, which must succeed; return what it prints."""
-        return self.shell(self.block(section, *parts))
+        text = self.block(section, *parts)
+        said = self.shell(text)
+        if "postfix reload" in text:
+            self.wait_reloaded()
+        return said
+
+    def wait_reloaded(self) -> None:
+        """Wait until no smtpd with earlier settings is left."""
+        wait_for(lambda: self.host.shell("pgrep -x smtpd").returncode == 1,
+                 "smtpd to end after Postfix was reloaded")
 
     def decisions(self) -> str:
         """Return what the daemon said about the mails."""
@@ -11661,6 +11670,7 @@ class HostTest(FolderTest):
 
     def test_an_upgrade_from_debian_s_package_and_the_way_back(self) -> None:
         self.shell(DEBIAN_PACKAGE)
+        self.wait_reloaded()
         for _ in range(4):
             self.assertEqual([250, 250], self.host.send("joe"))
         self.check_upgrade()
@@ -11674,10 +11684,10 @@ class HostTest(FolderTest):
         self.assertEqual([250, 250], self.host.send("joe"))
         self.assertIn("identity=<joe>, cost=1, used=5/10/60s",
                       self.decisions())
-        self.shell("dpkg --install /root/1.0.1.1-3.deb")
-        self.shell("cmp policyd_rate_limit.py /usr/bin/policyd-rate-limit")
         self.assertEqual([250] * 5 + [450] * 2 + [250],
                          self.host.send("joe", 7))
+        self.shell("dpkg --install /root/1.0.1.1-3.deb")
+        self.shell("cmp policyd_rate_limit.py /usr/bin/policyd-rate-limit")
 
     def check_way_back(self) -> None:
         """The package's program is there again, and knows the counts."""
