@@ -11658,7 +11658,7 @@ class HostTest(FolderTest):
 
     def check_uninstall(self) -> None:
         """Mail flows without the daemon, and none of its files is left."""
-        found = ("find /etc /run /usr/local /var -newer /proc/1/cmdline"
+        found = ("find /etc /run /usr/local /var -newer /etc/postfix/master.cf"
                  " '(' -name '*policyd-rate-limit*' -o -name ratelimit ')'")
         self.assertIn("/etc/policyd-rate-limit.yaml\n", self.shell(found))
         self.paste(self.UPDATE, "systemctl disable")
