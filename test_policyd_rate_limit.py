@@ -11558,6 +11558,11 @@ class HostTest(FolderTest):
         return self.shell("journalctl -u policyd-rate-limit -o cat"
                           " --grep identity=")
 
+    def complaints(self) -> list[str]:
+        """Return what Postfix said of a daemon that it cannot reach."""
+        return [line for line in self.host.log().splitlines()
+                if "warning: problem talking to server" in line]
+
     def queued(self) -> list[str]:
         """Return the senders of the mail in Postfix's queue, sorted."""
         return sorted(self.shell("postqueue -j | jq -r .sender").split())
@@ -11665,7 +11670,7 @@ class HostTest(FolderTest):
         self.assertNotEqual(0, self.host.shell(
             "systemctl is-active policyd-rate-limit").returncode)
         self.assertEqual([250] * 21, self.host.send("joe", 20))
-        self.assertNotIn("ratelimit/policy", self.host.log())
+        self.assertEqual([], self.complaints())
         self.assertEqual("", self.shell(found))
 
     def test_an_upgrade_from_debian_s_package_and_the_way_back(self) -> None:
