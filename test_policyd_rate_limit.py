@@ -11553,10 +11553,12 @@ class HostTest(FolderTest):
         wait_for(lambda: self.host.shell("pgrep -x smtpd").returncode == 1,
                  "smtpd to end after Postfix was reloaded")
 
-    def decisions(self) -> str:
-        """Return what the daemon said about the mails."""
-        return self.shell("journalctl -u policyd-rate-limit -o cat"
-                          " --grep identity=")
+    def wait_decision(self, text: str) -> None:
+        """Wait until the log's last line about a mail has a text."""
+        last = ("journalctl -u policyd-rate-limit -o cat --grep identity="
+                " -n 1")
+        wait_for(lambda: text in self.host.shell(last).stdout,
+                 f"{text!r} in the daemon's last line about a mail")
 
     def complaints(self) -> list[str]:
         """Return what Postfix said of a daemon that it cannot reach."""
@@ -11594,6 +11596,7 @@ class HostTest(FolderTest):
     def check_count_and_refusal(self) -> None:
         """Mail is counted and logged, and refused over the limit."""
         self.assertEqual([250] * 3, self.host.send("joe", 2))
+        self.wait_decision("identity=<joe>")
         self.assertRegex(
             self.paste(self.INSTALL, "journalctl"),
             r"[0-9A-F]{6,}: identity=<joe>, cost=2, used=2/10/60s"
@@ -11640,8 +11643,8 @@ class HostTest(FolderTest):
         self.assertEqual([250, 250], self.host.send(eve, sender=eve))
         self.host.wait_log("Data command rejected: "
                            + BLOCKED.partition(" ")[2])
-        wait_for(lambda: "active" not in self.shell(
-            "postqueue -j | jq -r .queue_name"), "Postfix to defer the mail")
+        wait_for(lambda: self.shell("postqueue -j | jq -r .queue_name").split()
+                 == ["deferred"] * 4, "Postfix to defer the mail")
         self.assertEqual([eve, eve, joe, joe], self.queued())
         said = self.paste(self.SPAM, "postsuper")
         self.assertRegex(said, (
@@ -11650,7 +11653,7 @@ class HostTest(FolderTest):
         self.assertEqual([eve, eve], self.queued())
         self.paste(self.SPAM, "--unlimit")
         self.assertEqual([250, 250], self.host.send(joe, sender=joe))
-        self.assertIn("used=1/10/60s", self.decisions().splitlines()[-1])
+        self.wait_decision("identity=<joe@example.org>, cost=1, used=1/10/")
 
     def check_update(self) -> None:
         """Another process runs after an update, and remembers the counts."""
@@ -11659,7 +11662,7 @@ class HostTest(FolderTest):
         self.paste(self.UPDATE, "systemctl restart")
         self.assertNotEqual(before, self.shell(process))
         self.assertEqual([250, 250], self.host.send("joe@example.org"))
-        self.assertIn("used=2/10/60s", self.decisions().splitlines()[-1])
+        self.wait_decision("identity=<joe@example.org>, cost=1, used=2/10/")
 
     def check_uninstall(self) -> None:
         """Mail flows without the daemon, and none of its files is left."""
@@ -11687,8 +11690,7 @@ class HostTest(FolderTest):
             self.paste(self.UPGRADE, "dpkg-divert", "--add"),
             r"\nPostfix: asks for mail that comes to smtp/inet\n(.*\n)*OK\n$")
         self.assertEqual([250, 250], self.host.send("joe"))
-        self.assertIn("identity=<joe>, cost=1, used=5/10/60s",
-                      self.decisions())
+        self.wait_decision("identity=<joe>, cost=1, used=5/10/60s")
         self.assertEqual([250] * 5 + [450] * 2 + [250],
                          self.host.send("joe", 7))
         self.shell("dpkg --install /root/1.0.1.1-3.deb")
