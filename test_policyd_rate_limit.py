@@ -11705,7 +11705,10 @@ class HostTest(FolderTest):
         self.paste(self.UPGRADE, "dpkg-divert", "--remove")
         self.shell("cmp /root/deb/usr/bin/policyd-rate-limit"
                    " /usr/bin/policyd-rate-limit")
-        self.shell("systemctl is-active policyd-rate-limit")
+        self.shell(f"until [ -S {prl.Settings().SOCKET} ]; do"
+                   " sleep 0.1; done")
+        self.assertEqual([450], self.host.send("joe"), self.complaints())
+        self.assertEqual([250, 250], self.host.send("ann"))
 
 
 if __name__ == "__main__":
