@@ -3695,14 +3695,15 @@ def read_overrides(transaction: Transaction, now: int) -> Overrides:
 
 
 def parse_override(text: str, ends: int, made: int) -> Override | None:
-    """Return the limits of a row of mail_limit; others may write rubbish.
+    """Return the override that a row of mail_limit means, None if malformed.
 
-    The text is a list of limits; what comes after # is the reason.
+    The text is a list of limits; what comes after # is the reason.  Admins
+    can write to the table, too.
     """
     try:
         limits = parse_limits(text)
     except ValueError as error:
-        log.warning("mail_limit: %s; it does not hold", error, extra=SELDOM)
+        log.warning("mail_limit: %s; row ignored", error, extra=SELDOM)
         return None
     return Override(limits, None if ends == PERMANENT else ends, made,
                     text.partition("#")[2].strip())
@@ -4424,18 +4425,19 @@ def queue_id_of(request: Request) -> str:
 # ---------------------------------------------------------------------------
 # 11. Server
 #
-# Sockets and threads: one thread a connection, and a bound on everything
+# Sockets and threads: one thread per connection, and a bound on everything
 # that a stranger can send or keep open.
 # ---------------------------------------------------------------------------
 
-PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # follow no link, wait at no FIFO
-PIECE = 8192  # bytes to read at once; the largest real request has 6 kB
-FREE_PIECES = 3  # parts in which an honest request may come without a wait
-SLOW = 3  # seconds in which any honest client has sent its request
-SOCKET_PAUSE = 5  # seconds; a socket that is lost is back within ten
-# What marks a request of --ping or of the watchdog.  Postfix sends as
-# policy_context what main.cf says, never what a client chose.
-PING_PATIENCE = 10  # seconds; monitoring gives up sooner than Postfix does
+PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK  # no symlinks, no waiting for a FIFO
+PIECE = 8192  # bytes per recv(); the largest real request is 6 kB
+FREE_PIECES = 3  # pieces of one request that are read without a pause
+SLOW = 3  # seconds; any real client sends a request faster than this
+SOCKET_PAUSE = 5  # seconds between checks; a lost socket is back within ten
+# policy_context marks a request from --ping or the watchdog.  Postfix takes
+# its value from main.cf (smtpd_policy_service_policy_context), so no client
+# can set it.
+PING_PATIENCE = 10  # seconds; monitoring does not wait as long as Postfix
 PING_CONTEXT = f"{PROGRAM} ping"
 PING = (f"request=smtpd_access_policy\nprotocol_state=VRFY\n"
         f"policy_context={PING_CONTEXT}\n\n").encode()
@@ -4448,22 +4450,22 @@ class PolicyHandler(socketserver.BaseRequestHandler):
     request: socket.socket
 
     def setup(self) -> None:
-        """Bound the time, and tell the server that this is open."""
-        self.asked = False  # has a whole request come?
-        self.active = time.monotonic()  # when it was last answered; inf: busy
-        self.pieces = 0  # small parts that have come of the next request
-        self.began = math.inf  # when the second of these was awaited
+        """Set the timeouts and register with the server."""
+        self.asked = False  # whether a complete request has arrived
+        self.active = time.monotonic()  # time of the last answer; inf: busy
+        self.pieces = 0  # short reads so far for the next request
+        self.began = math.inf  # when the wait for the second of these began
         self.patience = self.server.service.settings.delay_to_close
         for option, seconds in ((socket.SO_RCVTIMEO, self.patience),
                                 (socket.SO_SNDTIMEO, 2)):  # Postfix reads
-            # settimeout() would poll() before each call: a fifth slower
+            # settimeout() would poll() before each call: 20 % slower
             self.request.setsockopt(socket.SOL_SOCKET, option,
                                     struct.pack("ll", seconds, 0))
         self.thread = threading.current_thread()
         self.server.handlers.add(self)
 
     def handle(self) -> None:
-        """Answer until the client has no more to ask."""
+        """Answer requests until the client closes the connection."""
         mail = MailSoFar()
         try:
             for request in read_requests(self.receive):
@@ -4472,26 +4474,30 @@ class PolicyHandler(socketserver.BaseRequestHandler):
                 self.request.sendall(f"action={action}\n\n".encode())
                 self.active = time.monotonic()
                 self.pieces, self.began = 0, math.inf
-                del request  # it may be large, and the next one far
+                del request  # it may be large, and the next one a long wait
         except BadRequest as error:
-            log.warning("hung up on a client: %s", error, extra=SELDOM)
+            log.warning("bad request, connection closed: %s", error,
+                        extra=SELDOM)
         except OSError:
-            pass  # it went away, or was silent for too long
+            pass  # the client disconnected or timed out
         finally:
             self.server.handlers.discard(self)
 
     def answer(self, request: Request, mail: MailSoFar) -> str:
-        """Return the action for a request; a ping is not counted anywhere."""
+        """Return the action for a request; a ping is never counted."""
         service = self.server.service
         if request.attributes.get("policy_context") == PING_CONTEXT:
             return service.settings.success_action
         return service.answer(request, mail)
 
     def receive(self) -> bytes:
-        """Return some bytes, none at the end or when time is up."""
+        """Return some bytes, or b"" at end of file or when time is up.
+
+        Raise OSError when delay_to_close expires (SO_RCVTIMEO).
+        """
         now = time.monotonic()
         if now - self.active > 2 * self.patience:
-            return b""  # a request that comes byte by byte
+            return b""  # a request that arrives byte by byte
         if self.pieces > 0:
             self.began = min(self.began, now)
             if self.is_slow(now) and self.server.is_crowded():
@@ -4503,75 +4509,81 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         return data
 
     def is_slow(self, now: float) -> bool:
-        """Say whether this client has been sending one request for long."""
+        """Say whether this client is taking too long over one request."""
         return now - self.began > SLOW
 
     def let_bytes_gather(self) -> None:
-        """Wait, the longer the more pieces came, unless a side hangs up.
+        """Pause, longer for each piece, unless either side hangs up.
 
-        Else a thread would wake up for each byte that a client sends.
+        Without this a thread would wake up for each byte that a client sends.
         """
         if self.pieces < FREE_PIECES:
             return
         end = select.poll()
-        end.register(self.request, select.POLLRDHUP)  # data does not wake it
+        end.register(self.request, select.POLLRDHUP)  # not woken by data
         end.poll(min(1000, 10 * 2 ** (self.pieces - FREE_PIECES)))
 
     def hang_up(self) -> None:
-        """End it from another thread, once what has come is answered."""
+        """End the connection from another thread.
+
+        Requests that have already arrived are still answered.
+        """
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
 
 
 class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Listens where SOCKET says."""
+    """Listens on SOCKET, with one thread per connection."""
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 4096  # where it is full, Postfix is refused
+    request_queue_size = 4096  # when the backlog is full, Postfix is refused
     max_connections = 4000  # Postfix's default_process_limit is 100
     path: str | None = None  # of the unix socket, once it is ours
-    look_at = math.inf  # when to look whether that is still there
+    look_at = math.inf  # when to check that the path still exists
 
     def __init__(self, service: Service) -> None:
-        """Bind and listen; raise AlreadyRunning, or OSError."""
+        """Bind and listen.
+
+        Raise AlreadyRunning, PolicydError or OSError if that fails.
+        """
         self.service = service
         self.handlers: set[PolicyHandler] = set()
-        settings = service.settings  # a reload may bring others of no effect
+        settings = service.settings  # kept: a reload cannot change these
         self.address = address = settings.SOCKET
         self.permission = settings.socket_permission
         self.address_family = (
             socket.AF_UNIX if isinstance(address, str) else
             socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         with (hold_lock(address) if isinstance(address, str)
-              else contextlib.nullcontext()):  # others judge it stale
+              else contextlib.nullcontext()):  # stale to others until listen()
             super().__init__(address, PolicyHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Bind, a unix socket with socket_permission from its first moment."""
+        """Bind; a unix socket is created with mode socket_permission."""
         if isinstance(self.address, str):
             remove_stale_socket(self.address)
         before = os.umask(0o777 & ~self.permission)
         try:
             super().server_bind()
-        except OSError as error:  # which does not name it
+        except OSError as error:  # its text does not name the address
             reason = f"{format_address(self.address)}: {error}"
             if (error.errno == errno.EADDRINUSE
                     and isinstance(self.address, str)):
                 raise AlreadyRunning(reason) from None
-            raise PolicydError(reason) from None  # a port may be free soon
+            raise PolicydError(reason) from None  # a port may become free
         finally:
             os.umask(before)
         if isinstance(self.address, str):
             self.path, self.made = self.address, os.lstat(self.address)
             self.look_at = time.monotonic() + SOCKET_PAUSE
-        else:  # each connection inherits it
+        else:  # accepted connections inherit this option
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; make room where there is none."""
+        """Accept a connection, closing another one if there are too many."""
         if len(self.handlers) >= self.max_connections and not self.evict():
-            raise OSError("all are busy")  # it waits where it is
+            raise OSError("all are busy")  # it waits in the backlog
         try:
             return super().get_request()
         except OSError as error:
@@ -4581,40 +4593,43 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread; make room where no more can be had."""
+        """Start a thread, closing connections if no thread can be started."""
         for _ in range(10):
             try:
                 return super().process_request(request, client_address)
             except RuntimeError:  # TasksMax of systemd, RLIMIT_NPROC
                 self.evict()
-                time.sleep(0.01)  # a thread that ended is not gone at once
+                time.sleep(0.01)  # an ended thread takes a moment to go
         return self.shutdown_request(request)
 
     def is_crowded(self) -> bool:
-        """Say whether there are so many connections that the slow must go."""
+        """Say whether slow clients must go, for want of connections."""
         return len(self.handlers) > self.max_connections // 4
 
     def service_actions(self) -> None:
-        """Look after the path; serve_forever() calls this all the time."""
+        """Check the socket's path, every SOCKET_PAUSE seconds.
+
+        serve_forever() calls this after each poll.
+        """
         now = time.monotonic()
         if now < self.look_at:
             return
         if not self.has_path() and select.select([self.socket], [], [], 0)[0]:
-            return  # first accept who has connected to the old socket
+            return  # first accept those who connected to the old socket
         self.look_at = now + SOCKET_PAUSE
         if self.has_path():
             return
         try:
             self.listen_again()
         except (PolicydError, OSError) as error:
-            log.error("SOCKET is lost: Postfix cannot ask, and it cannot be"
-                      " created again: %s", error, extra=SELDOM)
+            log.error("SOCKET is lost and cannot be created again, so Postfix"
+                      " cannot connect: %s", error, extra=SELDOM)
         else:
-            log.warning("SOCKET was lost, and has been created again: %s",
+            log.warning("SOCKET was lost and has been created again: %s",
                         self.path)
 
     def has_path(self) -> bool:
-        """Say whether clients that open the path get to this server."""
+        """Say whether clients that connect to the path reach this server."""
         if self.path is None:
             return True  # it is not a unix socket
         try:
@@ -4623,9 +4638,9 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return False
 
     def listen_again(self) -> None:
-        """Listen at the path with a new socket in place of the old one.
+        """Replace the listening socket by a new one at the same path.
 
-        Connections are sockets of their own: they go on.
+        Open connections have their own sockets and are not affected.
         """
         assert self.path is not None
         old, self.socket = self.socket, socket.socket(self.address_family)
@@ -4634,43 +4649,44 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             with hold_lock(self.path):
                 self.server_bind()
                 self.server_activate()
-            os.dup2(new.fileno(), old.fileno())  # which serve_forever() polls
+            os.dup2(new.fileno(), old.fileno())  # serve_forever() polls this
         finally:
             self.socket = old
             new.close()
 
     def answers_itself(self, patience: float) -> bool:
-        """Say whether a client that connects to SOCKET gets an answer."""
+        """Say whether a client of SOCKET is answered in patience seconds."""
         if not self.has_path():
             return False
         try:
             answer = ask_at(self.server_address, PING,
                             time.monotonic() + patience)
         except PermissionError:
-            return True  # socket_permission shuts the daemon's user out
+            return True  # socket_permission excludes the daemon's own user
         except OSError:
             return False
         return answer.startswith(b"action=")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what is a fault of ours; the client is hung up on."""
-        log.error("fault in a connection", exc_info=True, extra=SELDOM)
+        """Log a bug of ours with its traceback; the connection is closed."""
+        log.error("internal error in a connection", exc_info=True,
+                  extra=SELDOM)
 
     def evict(self) -> bool:
-        """Close some connections, and say whether there is room now.
+        """Close some connections; say whether there is room now.
 
-        First those that take long to send a request, then those that have
-        sent none for a second, then the longest idle; never one that is
+        First those that are slow to send a request, then those that have not
+        sent one for a second, then the longest idle; never one that is
         waiting for an answer.
         """
-        log.warning("too many connections: idle ones are closed", extra=SELDOM)
+        log.warning("too many connections, closing idle ones", extra=SELDOM)
         now = time.monotonic()
         idle = [handler for handler in list(self.handlers)
                 if handler.active < math.inf]
         idle.sort(key=lambda handler: (
             not handler.is_slow(now),
             handler.asked or handler.active > now - 1, handler.active))
-        for handler in idle[:1 + len(idle) // 64]:  # sorting is for many
+        for handler in idle[:1 + len(idle) // 64]:  # several for each sort
             handler.hang_up()
         if not idle:
             time.sleep(0.05)
@@ -4679,7 +4695,10 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return not idle[0].thread.is_alive()
 
     def stop(self, seconds: float) -> None:
-        """Take no new connections, answer what has come, then close."""
+        """Stop accepting, answer the requests that have arrived, then close.
+
+        Wait at most the given number of seconds.
+        """
         self.shutdown()
         self.server_close()
         deadline = time.monotonic() + seconds
@@ -4690,29 +4709,29 @@ class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             handler.thread.join(max(0, deadline - time.monotonic()))
 
     def server_close(self) -> None:
-        """Close the listening socket and remove its path, if still ours."""
+        """Close the listening socket; remove its path if it is still ours."""
         super().server_close()
         if self.path is not None and self.has_path():
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
-                self.path = None  # what comes there is another daemon's
+                self.path = None  # a later file there is another daemon's
 
 
 @contextlib.contextmanager
 def hold_lock(path: str) -> Iterator[None]:
-    """Hold a path until the end, or raise AlreadyRunning.
+    """Hold the lock file of a path, or raise AlreadyRunning.
 
-    Who may read a file may lock it: this one is for its owner alone.
+    Anyone who may read a file may flock() it, so this one has mode 0600.
     """
     with open_own_file(path + ".lock", 0o600) as file:
-        held = False  # stays so too while the one that had it ends
+        held = False  # also if the previous holder is just removing the file
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(
                 os.fstat(file.fileno()), os.lstat(file.name))
         if not held:
             raise AlreadyRunning(f"{path}: another instance is running")
-        if os.geteuid() == 0:  # tomorrow another user may start it
+        if os.geteuid() == 0:  # the next start may not be as root
             folder = os.stat(os.path.dirname(file.name) or ".")
             os.fchown(file.fileno(), folder.st_uid, folder.st_gid)
         try:
@@ -4724,46 +4743,50 @@ def hold_lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_own_file(path: str, mode: int) -> Iterator[TextIO]:
-    """Open a file to write it; refuse one that may be somebody else's.
+    """Open a file for writing and empty it; refuse links with OSError.
 
-    Another account may have put a link there, to have root empty a file of
-    its choice and hand that to the daemon's user.
+    Otherwise another account could put a link there and have root empty the
+    file it points to and give that file to the daemon's user.
     """
     with open(path, "a", opener=lambda name, flags: os.open(
             name, flags | PLAIN, mode)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-            raise OSError(errno.EEXIST, "is not a file, or has a second name"
-                          " (a hard link): remove it", path)
+            raise OSError(errno.EEXIST, "not a regular file, or it has a"
+                          " second hard link; remove it", path)
         file.truncate(0)
         yield file
 
 
 def check_socket(address: str | tuple[str, int]) -> None:
-    """Raise OSError if a socket could not be bound to an address."""
+    """Raise OSError or PolicydError if an address cannot be bound."""
     if not isinstance(address, str):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
             socket.create_server((address[0], 0), family=family).close()
-        except OSError as error:  # which does not name it
+        except OSError as error:  # its text does not name the address
             raise PolicydError(f"{format_address(address)}: {error}") from None
     elif len(os.fsencode(address)) > 107:  # unix(7), sun_path
-        raise OSError(errno.ENAMETOOLONG, "too long a path", address)
+        raise OSError(errno.ENAMETOOLONG, "path too long for a socket",
+                      address)
     elif (os.path.lexists(address)
           and not stat.S_ISSOCK(os.lstat(address).st_mode)):
         raise FileExistsError(errno.EEXIST, "is not a socket", address)
 
 
 def remove_stale_socket(path: str) -> None:
-    """Remove a socket on which nobody listens; never one in use."""
+    """Remove a socket on which no process listens.
+
+    Raise AlreadyRunning if one does, OSError if the path is not a socket.
+    """
     check_socket(path)
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         error = probe.connect_ex(path)
     if error == errno.ECONNREFUSED:
         os.unlink(path)
-    elif error in (0, errno.EAGAIN):  # the latter: it is busy
-        raise AlreadyRunning(f"{path}: another process listens there")
+    elif error in (0, errno.EAGAIN):  # EAGAIN: its backlog is full
+        raise AlreadyRunning(f"{path}: another process is listening there")
     elif error != errno.ENOENT:
         raise OSError(error, os.strerror(error), path)
 
@@ -4771,25 +4794,28 @@ def remove_stale_socket(path: str) -> None:
 def ping(settings: Settings, patience: float) -> float:
     """Return how many seconds the daemon at SOCKET took to answer.
 
-    Raise PolicydError with the reason if it does not within the patience.
+    Raise PolicydError if it does not answer within patience seconds.
     """
     address, began = settings.SOCKET, time.monotonic()
     try:
         line = ask_at(address, PING, began + patience)
     except OSError as error:
-        reason = error.strerror or "no answer in time"
-        raise PolicydError(f"nobody answers at {format_address(address)}:"
+        reason = error.strerror or "timed out"
+        raise PolicydError(f"no answer from {format_address(address)}:"
                            f" {reason}; is the daemon running?") from None
     if not line.startswith(b"action="):
-        raise PolicydError(f"no policy server answers at"
-                           f" {format_address(address)}: got"
+        raise PolicydError(f"{format_address(address)} is not a policy"
+                           " server: it answered"
                            f" {printable(repr(line[:MAX_TOLD]))}")
     return time.monotonic() - began
 
 
 def ask_at(address: Any, request: bytes,
            deadline: float) -> bytes:
-    """Send a request to an address; return the answer, or raise OSError."""
+    """Send a request to an address and return the answer.
+
+    Raise OSError if none arrives before the deadline (time.monotonic()).
+    """
     family = (socket.AF_UNIX if isinstance(address, str) else
               socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     with socket.socket(family) as client:
@@ -4802,14 +4828,14 @@ def ask_at(address: Any, request: bytes,
             data = client.recv(PIECE)
             if not data:
                 raise ConnectionResetError(
-                    errno.ECONNRESET, "it hung up without an answer")
+                    errno.ECONNRESET, "connection closed without an answer")
             answer += data
         return answer
 
 
 def connect_until(deadline: float, client: socket.socket,
                   address: Any) -> None:
-    """Connect, as soon as there is room among those who wait for that."""
+    """Connect; retry until the deadline while the backlog is full."""
     while True:
         client.settimeout(time_left(deadline))
         try:
@@ -4819,7 +4845,7 @@ def connect_until(deadline: float, client: socket.socket,
 
 
 def time_left(deadline: float) -> float:
-    """Return the seconds until a deadline; raise a timeout after it."""
+    """Return the seconds until a deadline; raise socket.timeout after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise socket.timeout
@@ -4829,14 +4855,14 @@ def time_left(deadline: float) -> float:
 # ---------------------------------------------------------------------------
 # 12. Upkeep
 #
-# Cleaning; what an admin changes by hand: --limit, --block, --reset; and
-# limits tried on the mail that is recorded: --simulate.
+# Cleaning; what an admin changes by hand (--limit, --block, --reset); and
+# trying limits on recorded mail (--simulate).
 # ---------------------------------------------------------------------------
 
-CLEAN_STEP = 1000  # rows that a transaction reads or deletes: some 10 ms
-ASK_STEP = 20  # identities that one asks the query for: some 1 ms each
-STORED_FOR = 2 * 86400  # seconds for which a window that a host stored counts
-STORE_EVERY = 6 * 3600  # seconds; seven of these may fail
+CLEAN_STEP = 1000  # rows read or deleted in one transaction: about 10 ms
+ASK_STEP = 20  # queries for limits in one transaction: about 1 ms each
+STORED_FOR = 2 * 86400  # seconds for which a host's stored window is valid
+STORE_EVERY = 6 * 3600  # seconds; seven attempts in a row may fail
 
 
 class HostWindow(NamedTuple):
@@ -4846,19 +4872,19 @@ class HostWindow(NamedTuple):
     seconds: int
     query: str  # the hash of its sql_limits_by_id, "" if it has none
     since: int = 0  # when it was first stored, by the database's clock
-    date: int = 0  # and when it was last stored
+    date: int = 0  # when it was last stored
 
 
 class Aging(NamedTuple):
     """A table whose rows belong to identities and are deleted when old."""
 
     table: str
-    date: str  # the column
-    least: int  # seconds for which rows are kept, whatever the limits
+    date: str  # the column that holds a row's date
+    least: int  # seconds for which rows are kept, whatever the limits are
 
 
 class Oldest(NamedTuple):
-    """What one step of reading saw of an identity."""
+    """What one step read of an identity: its oldest date, its rows."""
 
     identity: str
     date: int
@@ -4868,8 +4894,8 @@ class Oldest(NamedTuple):
 class Found(NamedTuple):
     """What a step of cleaning is to delete, and where the next one starts."""
 
-    until: Mapping[str, int]  # for each identity the newest date to delete
-    place: str | None  # the next identity is the one after it; None: no more
+    until: Mapping[str, int]  # identity: the newest date to delete
+    place: str | None  # the last identity that is done; None: all are done
 
 
 AGING = (
@@ -4878,14 +4904,14 @@ AGING = (
 
 
 def clean(database: Database, settings: Settings, now: int) -> Iterator[int]:
-    """Delete what nobody needs; after each step yield how many records.
+    """Delete old rows; after each step yield how many were deleted.
 
-    No mail waits long for a step: it finds old rows by reading, which locks
-    nothing, and then locks only what it deletes.  It goes through a table
-    from identity to identity, up to the last that there was at the start, so
-    that it ends however many are added meanwhile.
+    No mail waits long for a step: reading the old rows locks nothing, and
+    deleting locks only the deleted rows.  Each table is read in the order of
+    its identities, up to the last one that it held at the start, so that this
+    ends however many are added meanwhile.  Raise LedgerError.
     """
-    own = own_window(settings)  # outside of transactions: there may be many
+    own = own_window(settings)  # computed once, not in each transaction
     for aging in AGING:
         yield from clean_aging(database, settings, aging, own, now)
     yield from clean_turns(database)
@@ -4895,7 +4921,7 @@ def clean(database: Database, settings: Settings, now: int) -> Iterator[int]:
 
 def clean_aging(database: Database, settings: Settings, aging: Aging,
                 own: HostWindow, now: int) -> Iterator[int]:
-    """Delete rows that no limit of any host can see, step by step."""
+    """Delete, step by step, rows too old for any limit of any host."""
     place: str | None = ""
     end = database.transact(last_identity, aging.table, reading=True)
     while place is not None and end is not None:
@@ -4909,16 +4935,16 @@ def clean_aging(database: Database, settings: Settings, aging: Aging,
 
 
 def last_identity(transaction: Transaction, table: str) -> str | None:
-    """Return the last identity in a table, None if that is empty."""
+    """Return the last identity in a table, or None if it is empty."""
     [identity] = transaction.run(f"SELECT MAX(id) FROM {table}").fetchone()
     return None if identity is None else str(identity)
 
 
 def find_old(transaction: Transaction, settings: Settings, aging: Aging,
              own: HostWindow, between: tuple[str, str], now: int) -> Found:
-    """Find which of the next identities have rows that no limit sees."""
+    """Find rows of the next identities that are too old for any limit."""
     server_now = server_time(transaction)
-    now = min(now, server_now)  # if either clock is ahead, nothing is lost
+    now = min(now, server_now)  # one clock that is ahead deletes nothing
     hosts = read_windows(transaction, server_now)
     if reason_to_wait(own, hosts, server_now):
         return Found({}, None)
@@ -4940,7 +4966,7 @@ def find_old(transaction: Transaction, settings: Settings, aging: Aging,
         if limits is not None:
             until[identity] = now - max([kept, *(
                 kept_for(limit.seconds) for limit in limits)])
-    if until and step[0].rows >= CLEAN_STEP:  # then there is no other
+    if until and step[0].rows >= CLEAN_STEP:  # then it is the only one
         return find_first_old(transaction, aging, Found(until, place), between)
     return Found(until, place)
 
@@ -4949,8 +4975,8 @@ def read_step(transaction: Transaction, aging: Aging,
               between: tuple[str, str]) -> list[Oldest]:
     """Read the next rows of a table; return their identities.
 
-    The last identity is left to the next step if this one may have only a
-    part of its rows; if it has more than a step can read, it stands alone.
+    The last identity is left to the next step, because some of its rows may
+    not have been read; one with more rows than a step reads is returned alone.
     """
     step = [Oldest(*row) for row in transaction.run(
         "SELECT id, MIN(date), COUNT(*) FROM"
@@ -4969,7 +4995,7 @@ def read_step(transaction: Transaction, aging: Aging,
 
 def find_first_old(transaction: Transaction, aging: Aging, found: Found,
                    between: tuple[str, str]) -> Found:
-    """Cut what was found of a large identity to as much as a step deletes."""
+    """Reduce what was found of a large identity to what one step deletes."""
     [(identity, until)] = found.until.items()
     row = transaction.run(
         f"SELECT {aging.date} FROM {aging.table} WHERE id = ?"
@@ -4988,8 +5014,8 @@ def delete_old(transaction: Transaction, aging: Aging,
         by_date.setdefault(date, []).append(identity)
     deleted = 0
     for date, identities in by_date.items():
-        for some in chunks(identities, 100):  # as long a list as all drivers
-            marks = ", ".join("?" * len(some))  # and servers take
+        for some in chunks(identities, 100):  # a list that every driver and
+            marks = ", ".join("?" * len(some))  # server accepts
             deleted += int(transaction.run(
                 f"DELETE FROM {aging.table} WHERE id IN ({marks})"
                 f" AND {aging.date} <= ?", *some, date).rowcount)
@@ -4997,13 +5023,19 @@ def delete_old(transaction: Transaction, aging: Aging,
 
 
 def kept_for(window: int) -> int:
-    """Return for how long rows are kept, longer than any clock is ahead."""
-    return max(2 * window, window + CLOCK_SKEW)  # twice as the original
+    """Return for how many seconds rows are kept for a limit's window.
+
+    That allows for a clock that is CLOCK_SKEW ahead.
+    """
+    return max(2 * window, window + CLOCK_SKEW)  # twice: as the original did
 
 
 def read_limits_between(transaction: Transaction, after: str, last: str,
                         ) -> dict[str, Limits | None]:
-    """Return what --limit has set for some identities, even if it ended."""
+    """Return the limits that --limit has set for the identities of a range.
+
+    Those that have ended are included; None means that they are malformed.
+    """
     found: dict[str, Limits | None] = {}
     for identity, text, ends, made in transaction.run(
             "SELECT id, limits, ends, made FROM mail_limit WHERE id > ?"
@@ -5015,7 +5047,7 @@ def read_limits_between(transaction: Transaction, after: str, last: str,
 
 def ask_own_limits(transaction: Transaction, query: str | None, identity: str,
                    overrides: Mapping[str, Limits | None]) -> Limits | None:
-    """Return what --limit and the query say; None if the query fails."""
+    """Return the limits of --limit and of the query, None if that fails."""
     limits = overrides.get(identity) or ()
     if not query:
         return limits
@@ -5027,13 +5059,13 @@ def ask_own_limits(transaction: Transaction, query: str | None, identity: str,
 
 
 def clean_turns(database: Database) -> Iterator[int]:
-    """Delete turns of identities of which nothing is left, step by step."""
+    """Delete, step by step, the turns of identities without any records."""
     place: str | None = ""
     end = database.transact(last_identity, "mail_turn", reading=True)
     while place is not None and end is not None:
         unused, place = database.transact(
             find_unused_turns, place, end, reading=True)
-        if unused:  # one that is used by now is only made again
+        if unused:  # one that is used again meanwhile is simply recreated
             database.transact(
                 Transaction.write, "DELETE FROM mail_turn WHERE id IN ({})",
                 [(identity,) for identity in unused])
@@ -5054,13 +5086,13 @@ def find_unused_turns(transaction: Transaction, place: str, end: str,
 
 
 def delete_ended_limits(transaction: Transaction, now: int) -> None:
-    """Delete limits of --limit that ended by whatever host's clock."""
+    """Delete limits of --limit that have ended by the clock of every host."""
     now = min(now, server_time(transaction))
     transaction.run("DELETE FROM mail_limit WHERE ends <= ?", now - STORED_FOR)
 
 
 def own_window(settings: Settings) -> HostWindow:
-    """Return what this host has to tell the others that share a database."""
+    """Return what this host tells the others that share the database."""
     query = " ".join((settings.sql_limits_by_id or "").split())
     if query:
         query = hashlib.sha256(query.encode()).hexdigest()
@@ -5069,7 +5101,10 @@ def own_window(settings: Settings) -> HostWindow:
 
 
 def server_time(transaction: Transaction) -> int:
-    """Return the database's time, which is the same for all hosts."""
+    """Return the database server's time, which all hosts share.
+
+    SQLite has no server: its time is that of this host.
+    """
     if not transaction.backend.clock:
         return int(time.time())
     [now] = transaction.run(
@@ -5078,7 +5113,7 @@ def server_time(transaction: Transaction) -> int:
 
 
 def store_window(transaction: Transaction, own: HostWindow) -> None:
-    """Store this host's longest window, and forget what no longer counts."""
+    """Store this host's longest window and delete outdated ones."""
     now = server_time(transaction)
     transaction.run("DELETE FROM mail_window WHERE date <= ? OR date > ?",
                     now - STORED_FOR, now + STORED_FOR)
@@ -5087,7 +5122,7 @@ def store_window(transaction: Transaction, own: HostWindow) -> None:
 
 
 def read_windows(transaction: Transaction, now: int) -> list[HostWindow]:
-    """Return the windows that hosts stored in time, the last stored last."""
+    """Return the windows of hosts that are still valid, the newest last."""
     return [HostWindow(*row) for row in transaction.run(
         "SELECT host, seconds, query, since, date FROM mail_window"
         " WHERE date > ? ORDER BY date, since", now - STORED_FOR).fetchall()]
@@ -5095,25 +5130,25 @@ def read_windows(transaction: Transaction, now: int) -> list[HostWindow]:
 
 def reason_to_wait(own: HostWindow, hosts: Sequence[HostWindow],
                    now: int) -> str:
-    """Return why nothing can be deleted yet, "" if it can.
+    """Return why nothing can be deleted yet, "" if rows can be deleted.
 
-    After an upgrade, or when all hosts were down, each of them first needs
-    the time to store its window.
+    After an upgrade, or when all hosts were down, each host first needs time
+    to store its window.
     """
     start = min((host.since for host in hosts), default=now) + STORED_FOR
     if start > now:
-        return (f"nothing is deleted before {moment(start)}: until then each"
-                " host that shares this database can store its longest window")
+        return (f"nothing is deleted before {moment(start)}: each host that"
+                " shares this database first has to store its longest window")
     for host in hosts:
         if host.query not in ("", own.query):
-            return (f"nothing is deleted: {printable(host.host)} has had"
-                    " another sql_limits_by_id within two days, and only"
-                    " that query knows which mails it needs")
+            return (f"nothing is deleted: {printable(host.host)} had a"
+                    " different sql_limits_by_id in the last two days, and"
+                    " only that query knows for how long to keep records")
     return ""
 
 
 def read_reason_to_wait(transaction: Transaction, own: HostWindow) -> str:
-    """Return the same, of the windows that are stored now."""
+    """Return reason_to_wait() for the windows that are stored now."""
     now = server_time(transaction)
     return reason_to_wait(own, read_windows(transaction, now), now)
 
@@ -5124,28 +5159,28 @@ def describe_difference(own: HostWindow, hosts: Sequence[HostWindow]) -> str:
     for host in newest.values():
         if host.query not in ("", own.query):
             return (f"sql_limits_by_id is not the same here and on"
-                    f" {printable(host.host)}: as long as that is so, no"
-                    " records are deleted by this host")
+                    f" {printable(host.host)}; until it is, this host"
+                    " deletes no records")
         if host.seconds != own.seconds:
             return ("hosts that share this database have different limits:"
                     f" the longest window is {spell(own.seconds)} here and"
                     f" {spell(host.seconds)} on {printable(host.host)};"
-                    " records are kept for the longest")
+                    " records are kept for the longest window")
     return ""
 
 
 class Housekeeping:
-    """What the daemon does between requests, a step at a time."""
+    """The daemon's background work, one step at a time."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._settings: Settings | None = None  # whose window is stored
-        self._store_at = 0.0  # when it is due again (time.monotonic())
-        self._difference = ""  # between hosts, as it was last logged
+        self._settings: Settings | None = None  # those whose window is stored
+        self._store_at = 0.0  # when to store it again (time.monotonic())
+        self._difference = ""  # between hosts, as last logged
         self._cleaning: Iterator[int] = iter(())
 
     def do_step(self) -> None:
-        """Write what memory holds; drop a few rows that no limit sees."""
+        """Store remembered mails, read overrides, delete some old rows."""
         service, ledger = self._service, self._service.ledger
         settings, now = service.settings, int(service.clock())
         ledger.retry_if_due(now)
@@ -5166,7 +5201,7 @@ class Housekeeping:
             service.log_outage(error)
 
     def _store_window(self, database: Database, settings: Settings) -> None:
-        """Tell other hosts the longest window; log if theirs differ."""
+        """Store this host's longest window; log if other hosts' differ."""
         own = own_window(settings)
         database.transact(store_window, own)
         hosts = database.transact(
@@ -5178,11 +5213,11 @@ class Housekeeping:
         self._difference = difference
         if settings is not self._settings:
             self._settings = settings
-            self._cleaning = iter(())  # start anew, under these settings
+            self._cleaning = iter(())  # start again with these settings
         self._store_at = time.monotonic() + STORE_EVERY
 
     def _clean(self, database: Database, settings: Settings, now: int) -> None:
-        """Do the next step of cleaning; after the last start again."""
+        """Do the next step of cleaning; after the last, start again."""
         deleted = next(self._cleaning, None)
         if deleted is None:
             self._cleaning = clean(database, settings, now)
@@ -5192,7 +5227,7 @@ class Housekeeping:
 
 
 def forget(transaction: Transaction, identity: str) -> int:
-    """Delete the mails of an identity; return how many were recorded."""
+    """Delete the records of an identity; return how much they counted."""
     take_turns(transaction, [identity])
     [mails] = transaction.run(
         "SELECT SUM(recipient_count) FROM mail_count WHERE id = ?",
@@ -5205,8 +5240,8 @@ def forget(transaction: Transaction, identity: str) -> int:
 
 SIMULATE_STEP = 10_000  # rows read in one transaction: 20 ms on SQLite
 COUNTING = ("limit_by_sasl", "limit_by_sender", "limit_by_ip",
-            "limited_networks", "count_mode")  # made the rows what they are
-SUMMED = ("", "recipients", "mails", "bytes")  # what such a row can hold
+            "limited_networks", "count_mode")  # settings that shape the rows
+SUMMED = ("", "recipients", "mails", "bytes")  # values of count in mail_count
 
 
 class PastMail(NamedTuple):
@@ -5222,28 +5257,28 @@ class Place(NamedTuple):
 
     identity: str = ""
     date: int = 0
-    skip: int = 0  # rows of that identity and date which have been read
+    skip: int = 0  # rows of that identity and date that were already read
 
 
 class Terms(NamedTuple):
-    """What an identity is judged by."""
+    """The limits by which an identity is judged."""
 
     quota: str  # its name; "": the settings' own limits
     limits: Limits
-    in_force: Limits  # under which its mail was recorded, as far as is known
+    in_force: Limits  # when its mail was recorded, as far as is known
 
 
 class Trial(NamedTuple):
     """What limits would have done to the mail of one identity."""
 
     since: int  # the date of its first mail
-    mails: int  # as the limits count them, as are the others
-    refused: Counter[Limit]  # by the first limit that each one broke
-    peaks: Mapping[int, int]  # by window: the most that was sent within one
+    mails: int  # in the units of the limits, like the numbers below
+    refused: Counter[Limit]  # by the first limit that each mail exceeded
+    peaks: Mapping[int, int]  # window: the most that was sent within one
 
 
 class Offender(NamedTuple):
-    """An identity of which limits would have refused mail."""
+    """An identity whose mail limits would have refused."""
 
     identity: str
     mails: int
@@ -5256,8 +5291,8 @@ class Offender(NamedTuple):
 class Simulation:
     """What limits would have done to all recorded mail.
 
-    The keys of quotas count the mail of identities once more, so they are
-    kept apart.
+    Keys of quotas count the same mail as identities do, so they are counted
+    separately.
     """
 
     mails: int = 0
@@ -5268,10 +5303,10 @@ class Simulation:
     peaks: dict[tuple[str, int], Counter[int]] = field(  # by quota and window
         default_factory=dict)  # how many identities have each peak
     looser: int = 0  # identities and keys whose limits are looser than before
-    notes: list[str] = field(default_factory=list)  # what it cannot know
+    notes: list[str] = field(default_factory=list)  # what limits its accuracy
 
     def add(self, identity: str, terms: Terms, trial: Trial) -> None:
-        """Add what became of one identity, or of a quota's key."""
+        """Add the trial of one identity or of a quota's key."""
         if terms.quota:
             self.keys += 1
         else:
@@ -5296,7 +5331,7 @@ def simulate(transaction: Transaction, settings: Settings,
     """Judge all recorded mail under settings; change nothing.
 
     in_force: the settings under which it was recorded, as far as is known.
-    tell: hears time and again how many rows have been judged.
+    tell: called after each step with the number of rows judged so far.
     """
     result = Simulation()
     columns = columns_of(transaction, "mail_count")
@@ -5322,7 +5357,7 @@ def simulate(transaction: Transaction, settings: Settings,
 def read_mails(transaction: Transaction, columns: Sequence[str],
                tell: Callable[[int], None]) -> Iterator[PastMail]:
     """Yield all recorded mail by identity and date, read in short steps."""
-    spell_id = str if "total" in columns else fold  # as an update will do
+    spell_id = str if "total" in columns else fold  # as the update will do
     place, done = Place(), 0
     while True:
         with brief_read(transaction):
@@ -5338,14 +5373,14 @@ def read_mails(transaction: Transaction, columns: Sequence[str],
         skip = count_last(mails)
         if skip == len(mails) and place.date == last.date and (
                 spell_id(place.identity) == last.identity):
-            skip += place.skip  # more of one second than a step takes
+            skip += place.skip  # one second has more rows than a step reads
         place = Place(rows[-1][0], last.date, skip)
 
 
 def read_mails_from(transaction: Transaction, columns: Sequence[str],
               place: Place) -> list[Row]:
     """Read the next rows, in the order of the index mail_count_total."""
-    cost = "1"  # the first versions of the original had no other
+    cost = "1"  # early versions of the original had no such column
     if "recipient_count" in columns:
         cost = "COALESCE(recipient_count, 1)"
     select = f"SELECT id, date, {cost} FROM mail_count WHERE"
@@ -5362,7 +5397,7 @@ def read_mails_from(transaction: Transaction, columns: Sequence[str],
 
 
 def count_last(mails: Sequence[PastMail]) -> int:
-    """Count the mails that have identity and date of the last one."""
+    """Count the mails with the identity and date of the last one."""
     identity, date, _ = mails[-1]
     for count, mail in enumerate(reversed(mails)):
         if (mail.identity, mail.date) != (identity, date):
@@ -5372,7 +5407,7 @@ def count_last(mails: Sequence[PastMail]) -> int:
 
 @contextlib.contextmanager
 def brief_read(transaction: Transaction) -> Iterator[None]:
-    """Read in a transaction of its own, so that no writer waits for it."""
+    """Read in a separate transaction, so that no writer waits for it."""
     if transaction.backend.begin_reading:
         transaction.later(transaction.backend.begin_reading)
     yield
@@ -5381,7 +5416,7 @@ def brief_read(transaction: Transaction) -> Iterator[None]:
 
 def find_terms(transaction: Transaction, settings: Settings,
                in_force: Settings, identity: str) -> Terms | None:
-    """Return what an identity is judged by; None: that cannot be done."""
+    """Return the terms for an identity, or None if it cannot be judged."""
     rule, former = rule_of(settings, identity), rule_of(in_force, identity)
     if rule.count not in SUMMED or (
             former.by and not counts_alike(rule, former)):
@@ -5392,14 +5427,14 @@ def find_terms(transaction: Transaction, settings: Settings,
                 QUERY_FAILED, ask_limits, settings.sql_limits_by_id, identity)
         if asked is not None:
             return Terms(rule.name, asked, asked)
-    in_file: Limits = ()  # of a quota that is new
+    in_file: Limits = ()  # for a new quota
     if former.by == rule.by:
         in_file = limits_in(in_force, former, identity)
     return Terms(rule.name, limits_in(settings, rule, identity), in_file)
 
 
 def counts_alike(rule: Rule, other: Rule) -> bool:
-    """Say whether two rules count the same mail by the same."""
+    """Say whether two rules count the same mail under the same keys."""
     return (rule.by, rule.when, rule.count) == (
         other.by, other.when, other.count)
 
@@ -5423,11 +5458,11 @@ def is_looser(limits: Limits, others: Limits) -> bool:
 
 def try_limits(mails: Iterable[PastMail], limits: Limits,
                windows: Iterable[int]) -> Trial:
-    """Judge the mail of one identity as it came; a refused one adds nothing.
+    """Judge the mail of one identity in its order; count no refused mail.
 
-    Each comes at its date, which is its time rounded up to a second; the
-    daemon, which knew the time, may have counted one second more.
-    windows: the lengths whose peaks are wanted, the limits' among them.
+    A mail's date is its time rounded up to a second; the daemon, which knew
+    the exact time, may have counted one second more.
+    windows: the seconds to return peaks for, including those of the limits.
     """
     sent = {seconds: SlidingSum(seconds) for seconds in windows}
     passed = {limit.seconds: SlidingSum(limit.seconds) for limit in limits}
@@ -5453,7 +5488,7 @@ def try_limits(mails: Iterable[PastMail], limits: Limits,
 
 
 class SlidingSum:
-    """What was sent within a number of seconds, told in the order of dates.
+    """The sum of what was sent within a window, added in order of date.
 
     It keeps one number for each second in which there was mail.
     """
@@ -5475,7 +5510,7 @@ class SlidingSum:
 
     def used(self, now: int) -> int:
         """Return the sum within the window that ends now."""
-        oldest = now - self._seconds  # this one has left, as in the ledger
+        oldest = now - self._seconds  # just outside, as in the ledger
         while self._dates and self._dates[0] <= oldest:
             self._dates.popleft()
             self._sum -= self._costs.popleft()
@@ -5483,9 +5518,9 @@ class SlidingSum:
 
 
 def read_hints(transaction: Transaction, now: int) -> tuple[int, int]:
-    """Return how many refusals are noted, and how many overrides hold."""
+    """Return how many refusals are recorded and overrides are in force."""
     refusals, overrides = 0, 0
-    if columns_of(transaction, "mail_refused"):  # the original has neither
+    if columns_of(transaction, "mail_refused"):  # the original lacks both
         [refusals] = transaction.run(
             "SELECT COALESCE(SUM(hits), 0) FROM mail_refused").fetchone()
     if columns_of(transaction, "mail_limit"):
@@ -5495,19 +5530,19 @@ def read_hints(transaction: Transaction, now: int) -> tuple[int, int]:
 
 def note_limits(result: Simulation, refusals: int, overrides: int,
                 ) -> Iterator[str]:
-    """Yield where other limits held than those that were tried."""
+    """Yield where the limits in force differed from those that were tried."""
     if result.looser:
         yield (f"looser than the limits of the file for"
                f" {quantity(result.looser, 'identity')}: refused mail is not"
-               f" recorded ({quantity(refusals, 'refusal')} noted), so more"
+               f" recorded ({quantity(refusals, 'refusal')} counted), so more"
                " would have been sent than is shown")
     if overrides:
         yield (f"limits of --limit or --block, now in force for"
-               f" {quantity(overrides, 'identity')}, are left out here")
+               f" {quantity(overrides, 'identity')}, are ignored here")
 
 
 def note_changes(settings: Settings, in_force: Settings) -> Iterator[str]:
-    """Yield what differs that cannot be tried on the past."""
+    """Yield changes whose effect recorded mail cannot show."""
     for name in COUNTING:
         if getattr(settings, name) != getattr(in_force, name):
             yield (f"{name}: a change has no effect here: recorded mail stays"
@@ -5515,12 +5550,12 @@ def note_changes(settings: Settings, in_force: Settings) -> Iterator[str]:
     newly_limited = unlimited_in(in_force) - unlimited_in(settings)
     if newly_limited:
         names = ", ".join(sorted(newly_limited))
-        yield (f"mail is recorded only where a limit counts it; the file has"
+        yield (f"only mail with limits is recorded, and the file has"
                f" no limits for {printable(names[:MAX_TOLD])}")
 
 
 def unlimited_in(settings: Settings) -> set[str]:
-    """Return the names and patterns that the file leaves without limits."""
+    """Return the names and patterns that have no limits in the file."""
     first, *_ = settings.rules
     patterns = first.limits_by_id
     names = {name for name, limits in patterns.texts.items() if not limits}
@@ -5533,29 +5568,29 @@ def unlimited_in(settings: Settings) -> set[str]:
 
 def note_quotas(settings: Settings, in_force: Settings,
                 result: Simulation) -> Iterator[str]:
-    """Yield which quotas could not be judged, and how the others were."""
+    """Yield which quotas could not be judged, or only separately."""
     formers = {rule.name: rule for rule in in_force.rules[1:]}
     found = {quota for quota, _ in result.peaks}
     for rule in settings.rules[1:]:
         former = formers.pop(rule.name, rule)
         if rule.count not in SUMMED:
-            yield (f"quota {rule.name}: not judged: of different values only"
-                   " the last time of each is recorded")
+            yield (f"quota {rule.name}: not judged: only the last time of each"
+                   " different value is recorded")
         elif not counts_alike(rule, former):
-            yield (f"quota {rule.name}: not judged: so far it counted other"
-                   " mail, or by something else")
+            yield (f"quota {rule.name}: not judged: its by, when or count is"
+                   " not that of the file")
         elif rule.name not in found:
             yield f"quota {rule.name}: not judged: nothing is recorded for it"
     for name in formers:
-        yield (f"quota {name}: left out, but mail that it refused is not"
+        yield (f"quota {name}: removed here, but mail that it refused is not"
                " recorded")
     if result.keys:
-        yield ("identities and keys of quotas are judged one by one: mail"
+        yield ("identities and quota keys are judged separately: mail"
                " refused for one still counts for the others here")
 
 
 def percentile(found: Counter[int], percent: int) -> int:
-    """Return the least number that so many percent do not exceed."""
+    """Return the value that so many percent of the counted do not exceed."""
     left = -(-sum(found.values()) * percent // 100)  # rounded up
     for value in sorted(found):
         left -= found[value]
@@ -5580,16 +5615,19 @@ def simulation_as_json(result: Simulation) -> dict[str, Any]:
 
 def show_simulation(result: Simulation, columns: int, lines: int,
                     ) -> Iterator[str]:
-    """Yield lines that tell the result: what fits the terminal, or all."""
+    """Yield lines that show the result: as many as fit, or all.
+
+    columns, lines: the size of the terminal; lines 0: all.
+    """
     if result.since is None:
-        yield "nothing is recorded that could be judged"
+        yield "no recorded mail can be judged"
         yield from result.notes
         return
     mails = sum(offender.refused for offender in result.refused)
     sum_up = "no mail would have been refused"
     if mails:
         sum_up = (f"{quantity(len(result.refused), 'identity')} would have"
-                  f" been refused, {quantity(mails, 'mail')}")
+                  f" had mail refused, {quantity(mails, 'mail')} in all")
     keys = f" and {quantity(result.keys, 'quota key')}" if result.keys else ""
     yield (f"{quantity(result.mails, 'mail')} of"
            f" {quantity(result.identities, 'identity')}{keys}"
@@ -5599,11 +5637,11 @@ def show_simulation(result: Simulation, columns: int, lines: int,
     shown = result.refused
     if lines:
         taken = sum(-(-len(line) // columns) for line in below)
-        shown = shown[:max(3, lines - taken - 4)]  # and two heads, a prompt
+        shown = shown[:max(3, lines - taken - 4)]  # headings and prompt
     if shown:
         yield from align(list(show_offenders(shown)), columns)
     if len(shown) < len(result.refused):
-        yield f"and {len(result.refused) - len(shown):,} more: --json has all"
+        yield f"and {len(result.refused) - len(shown):,} more; see --json"
     yield from below
 
 
@@ -5616,12 +5654,12 @@ def show_offenders(offenders: Iterable[Offender],
          f"{one.peak:,} in {span(one.limit.seconds, 'a ')}"
          f" (limit {one.limit.mails:,})") for one in offenders]
     widest = max(len(at_most) for *_, at_most in rows)
-    for identity, mails, refused, at_most in rows:  # two spaces, text left
+    for identity, mails, refused, at_most in rows:  # pad; last column left
         yield identity, f" {mails}", f" {refused}", f" {at_most:<{widest}}"
 
 
 def show_peaks(quota: str, seconds: int, found: Counter[int]) -> str:
-    """Return a line that tells how much is usual within a window."""
+    """Return a line that shows how much is usual within a window."""
     whose = f"a key of quota {quota}" if quota else "an identity"
     return (f"busiest {span(seconds)} of {whose}:"
             f" median {percentile(found, 50):,},"
@@ -5630,7 +5668,7 @@ def show_peaks(quota: str, seconds: int, found: Counter[int]) -> str:
 
 
 def span(seconds: int, article: str = "") -> str:
-    """Return a window in words, exactly: "minute", "a minute", "2 hours"."""
+    """Return a window in words, not rounded: "a minute", "2 hours"."""
     size, unit = next((size, unit) for size, unit in (
         (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
         if seconds % size == 0)
@@ -5640,7 +5678,7 @@ def span(seconds: int, article: str = "") -> str:
 
 
 def quantity(count: int, noun: str) -> str:
-    """Return how many there are: "1 mail", "2 identities"."""
+    """Return a number with its noun: "1 mail", "2 identities"."""
     if count == 1:
         return f"1 {noun}"
     plural = noun[:-1] + "ies" if noun.endswith("ty") else noun + "s"

@@ -6725,7 +6725,7 @@ class SimulateTest(FolderTest):
             f"{'newsletter@example.org':104}  2,000       56"
             "  61 in a minute (limit 5)",
             f"{name:104}      7        7  7 in a minute (limit 5)",
-            "3 identities would have been refused, 203 mails",
+            "3 identities would have had mail refused, 203 mails in all",
             "busiest minute of an identity: median 1, 90% 61, 99% 61, most"
             " 61",
             "busiest day of an identity: median 7, 90% 240, 99% 240, most"
@@ -6736,8 +6736,8 @@ class SimulateTest(FolderTest):
             out, _ = self.simulate(limits=[[0, seconds]])
             self.assertIn(f"\nbusiest {words}", out)
             self.assertRegex(out, rf"\njoe +1 +1  1 in (an? )?{words}.* \("
-                             r"limit 0\)\n1 identity would have been refused,"
-                             r" 1 mail\n")
+                             r"limit 0\)\n1 identity would have had mail"
+                             r" refused, 1 mail in all\n")
 
     def test_what_is_shown_fits_the_terminal(self) -> None:
         self.record([(f"somebody-{n}@mail.a-very-long-name.example.org",
@@ -6759,8 +6759,8 @@ class SimulateTest(FolderTest):
                     self.assertLess(len(shown), rows)
                 self.assertGreaterEqual(len(table), 3)
                 if len(table) < 50:
-                    self.assertIn(f"and {50 - len(table)} more: --json has"
-                                  " all", shown)
+                    self.assertIn(f"and {50 - len(table)} more; see --json",
+                                  shown)
 
     def test_it_changes_nothing(self) -> None:
         self.record([("joe", 1000 + n, 1) for n in range(10)])
@@ -6881,14 +6881,15 @@ class SimulateTest(FolderTest):
         self.config = self.write("test.yaml", json.dumps({
             "limits": [[5, 60]], "quotas": quotas,
             "limits_by_id": {"boss": [], "10.0.0.0/8": [], "free": []}}))
-        no_quotas = [f"quota {name}: left out, but" for name in (
+        no_quotas = [f"quota {name}: removed here" for name in (
             "sasl_domain", "sender", "server", "places", "helo_name")]
         for told, settings in (
-                ({"places: not judged: of different", "helo_name: not judged:"
-                  " nothing is recorded", "one by one"}, {"limits": [[3, 60]]}
-                 ),
-                ({"quota sender: not judged: so far", "quota server: left out",
-                  "quota places: left", "quota helo_name: left", "one by one"},
+                ({"places: not judged: only the", "helo_name: not judged:"
+                  " nothing is recorded", "judged separately"},
+                 {"limits": [[3, 60]]}),
+                ({"quota sender: not judged: its by", "quota server: removed",
+                  "quota places: removed", "quota helo_name: removed",
+                  "judged separately"},
                  {"quotas": [quotas[0], {**quotas[1], "count": "bytes"}]}),
                 ({"limit_by_sender: a change", "count_mode: a change",
                   *no_quotas}, {"quotas": [],
@@ -6897,7 +6898,8 @@ class SimulateTest(FolderTest):
                  {"limits_by_id": {"boss": [[1, 60]], "free": []},
                   "quotas": []}),
                 ({"looser than the limits of the file for 1 identity",
-                  "places: not judged", "helo_name: not judged", "one by one"},
+                  "places: not judged", "helo_name: not judged",
+                  "judged separately"},
                  {"limits": [[5, 59], [100, 90]]})):
             with self.subTest(settings=settings):
                 out, err = self.simulate(**settings)
@@ -6945,7 +6947,7 @@ class SimulateTest(FolderTest):
         self.assertIn("\nno mail would have been refused\n", out)
         looser, by_hand = out.splitlines()[-2:]
         self.assertIn("1 identity", looser)
-        self.assertIn("(1,234 refusals noted)", looser)
+        self.assertIn("(1,234 refusals counted)", looser)
         self.assertIn("--limit or --block, now in force for 1 identity",
                       by_hand)
         out, _ = self.simulate(limits=[[5, 60], [151, 86400]])
@@ -6976,7 +6978,7 @@ class SimulateTest(FolderTest):
     def test_an_empty_table_and_none(self) -> None:
         self.record([])
         self.assertEqual(self.simulate()[0],
-                         "nothing is recorded that could be judged\n")
+                         "no recorded mail can be judged\n")
         self.assertEqual(self.found(), {
             "mails": 0, "identities": 0, "since": None, "refused": [],
             "windows": []})
@@ -9016,7 +9018,7 @@ class ProcessTest(NetTest):
         os.unlink(old.socket)  # an admin's mistake, and another instance
         new = self.daemon(WIDE, "-o", f"SOCKET={old.socket}", name="new")
         old.send(signal.SIGCONT)
-        old.wait_log("another process listens there")
+        old.wait_log("another process is listening there")
         self.assertEqual(old.stop(), 0)
         self.assertTrue(os.path.exists(old.socket))
         with Client(old.socket) as client:
@@ -9169,7 +9171,7 @@ class ProcessTest(NetTest):
                 os.unlink(daemon.socket)
                 other.bind(daemon.socket)
                 other.listen()
-                daemon.wait_log("another process listens there")
+                daemon.wait_log("another process is listening there")
                 manager.setblocking(False)
                 with contextlib.suppress(BlockingIOError):
                     while True:
@@ -9201,7 +9203,7 @@ class ProcessTest(NetTest):
             done = run("--check", "--standalone", self.folder,
                        "-o", f"SOCKET={path}")
             self.assertEqual(done.returncode, status_, done.stderr)
-        self.assertIn("too long a path", done.stderr)
+        self.assertIn("path too long for a socket", done.stderr)
         self.daemon(WIDE, "-o", f"SOCKET={self.path('x' * room)}")
         self.assertEqual(asks(self.path("x" * room), 1), [PASS])
 
@@ -9350,9 +9352,10 @@ class PingTest(NetTest):
                         time.sleep(0.01)
 
         for name, pieces, reason in (
-                ("mute", None, "no answer in time"),
-                ("slow", itertools.repeat(b"x", 500), "no answer in time"),
-                ("gone", (), "hung up"), ("smtp", [b"220 hi\n\n"], "220 hi")):
+                ("mute", None, "timed out"),
+                ("slow", itertools.repeat(b"x", 500), "timed out"),
+                ("gone", (), "closed without"),
+                ("smtp", [b"220 hi\n\n"], "220 hi")):
             with self.subTest(name), socket.socket(socket.AF_UNIX) as server:
                 server.bind(self.path(name))
                 server.listen()
