@@ -178,11 +178,11 @@ class CleanError(PolicydError):
 
 
 class LedgerError(PolicydError):
-    """The database is away, or refuses."""
+    """The database is unavailable or refused a statement."""
 
     def __init__(self, message: str, undone: bool = False) -> None:
         super().__init__(message)
-        self.undone = undone  # it answers, and for certain wrote nothing
+        self.undone = undone  # it answered, and certainly wrote nothing
 
 
 class BadRequest(PolicydError):
@@ -886,7 +886,8 @@ class Settings:
         as_fail_action, "the action for a mail of a blocked identity")
     db_error_action: str = setting(
         "dunno", as_action,
-        "the action for a mail within the limits while the database is away")
+        "the action for a mail within the limits while the database is"
+        " unavailable")
     report: bool = setting(
         False, as_bool, "--clean mails a report of who hit a limit")
     report_from: str | None = setting(
@@ -3728,7 +3729,7 @@ def drop_override(transaction: Transaction, identity: str) -> int:
 # ---------------------------------------------------------------------------
 # 9. Batches and outages
 #
-# Many requests, one commit; and what happens while the database is away.
+# Many requests share a commit; what happens while the database is unavailable.
 # ---------------------------------------------------------------------------
 
 MAX_FAILED = 3  # identities that cannot be stored before all have to wait
@@ -4216,7 +4217,7 @@ def open_ledger(settings: Settings) -> Ledger:
 # ---------------------------------------------------------------------------
 # 10. Service
 #
-# A request in, an action out: what the daemon is for.
+# Takes a request and returns an action: what the daemon is for.
 # ---------------------------------------------------------------------------
 
 COUNTED = ("requests", "passed", "refused", "database_errors",
@@ -4230,22 +4231,28 @@ class Service:
                  clock: Callable[[], float] = time.time,
                  alarm: Callable[..., int] = lambda *_: 1,
                  outage: Callable[..., None] = lambda *_: None) -> None:
-        """Take a clock, an alarm that counts refusals, and one of outages."""
+        """Take what depends on the process.
+
+        clock: returns the time in seconds since the epoch.
+        alarm: called with each refusal; returns how many there were in a row.
+        outage: called with the error when the database becomes unavailable,
+        and with None when it is available again.
+        """
         self.settings = settings
         self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self.ledger = ledger
         self.clock = clock
         self._alarm, self._outage = alarm, outage
-        self._counted = -math.inf  # when a mail was last counted
-        self._away = False  # the database
-        self._lock = threading.Lock()  # of counts, and a change of _away
+        self._counted = -math.inf  # when Postfix last asked where mail counts
+        self._away = False  # whether the database is unavailable
+        self._lock = threading.Lock()  # guards counts and changes of _away
 
     def answer(self, request: Request, mail: MailSoFar) -> str:
-        """Return the action for a request, having counted its mail.
+        """Count the mail of a request and return the action.
 
-        mail: what the connection was told of the mail that it asks about.
+        mail: what this connection has asked so far about the same mail.
         """
-        settings, now = self.settings, self.clock()  # until the answer
+        settings, now = self.settings, self.clock()  # for the whole request
         self._count("requests")
         if settings.log_requests:
             log.log(NOTICE, "%s: %s", queue_id_of(request), ", ".join(
@@ -4265,19 +4272,19 @@ class Service:
         return settings.success_action
 
     def reload(self, settings: Settings) -> None:
-        """Take new settings, for the next request of each connection."""
+        """Use new settings from the next request of each connection on."""
         self.settings = settings
         self.ledger.query = settings.sql_limits_by_id
         self.ledger.passes_unstored = not refuses(settings.db_error_action)
 
     @property
     def is_database_away(self) -> bool:
-        """Say whether mail is judged from memory now."""
+        """Say whether mail is being judged from memory now."""
         return self._away
 
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
-        """Have the ledger decide on a mail; return the action."""
+        """Let the ledger decide on a mail; log it and return the action."""
         client, attempts = printable(request.client_address)[:45], 0
         mail = Mail(claims, now, request.instance, request.protocol_state,
                     client)
@@ -4294,7 +4301,7 @@ class Service:
             action = explain(verdict, settings.block_action, now)
         usual = broken is None and not verdict.tried
         if not usual:
-            with contextlib.suppress(Exception):  # the answer comes first
+            with contextlib.suppress(Exception):  # Postfix must get an answer
                 attempts = self._alarm(verdict, client, settings, now)
         level = logging.INFO if usual else NOTICE
         if log.isEnabledFor(level):
@@ -4307,13 +4314,13 @@ class Service:
         return action
 
     def _count(self, name: str) -> None:
-        """Count what is told by --prometheus."""
+        """Add one to a counter of --prometheus."""
         with self._lock:
             self.counts[name] += 1
 
     def _count_decision(self, mail: Mail, verdict: Verdict, seconds: float,
                         ) -> None:
-        """Count a decision, and the time that it took."""
+        """Count a decision and the time that it took."""
         outcome = "passed"
         if verdict.broken is not None:
             outcome = "refused"
@@ -4326,7 +4333,7 @@ class Service:
                 self.counts["judged_in_memory"] += 1
 
     def _notice_outage(self, mail: Mail, verdict: Verdict) -> None:
-        """Log the start of an outage, or its end once a mail is written."""
+        """Log the start of an outage, or its end once a mail is stored."""
         if mail.error is not None:
             self.log_outage(mail.error)
         elif self._away and verdict.usage and verdict.broken is None:
@@ -4334,50 +4341,51 @@ class Service:
 
     def _watch_state(self, request: Request, settings: Settings,
                      now: float) -> None:
-        """Warn if Postfix asks only where count_mode never counts."""
+        """Warn if Postfix asks only in states that count_mode ignores."""
         if is_counted(request.protocol_state, settings.count_mode):
             self._counted = now
         elif not self._counted <= now < self._counted + 3600:
             log.warning(
                 "Postfix asks at protocol_state=%s, where count_mode %s counts"
-                " nothing: nothing is limited; put this into main.cf: %s",
+                " nothing, so nothing is limited; put this into main.cf: %s",
                 printable(request.protocol_state), settings.count_mode,
                 main_cf(settings.count_mode, settings.SOCKET), extra=SELDOM)
 
     def log_outage(self, error: LedgerError | None) -> None:
-        """Say once that the database is away, and once that it is back."""
+        """Log and report, once each, the start and the end of an outage."""
         away = error is not None
         with self._lock:
             if away == self._away:
                 return
             self._away = away
         if away:
-            log.error("the database is away: counting in memory, within the"
-                      " limits the answer is %s: %s",
+            log.error("the database is unavailable: counting in memory,"
+                      " answering %s to mail within the limits: %s",
                       self.settings.db_error_action, error)
         else:
-            log.warning("the database is back: counting again")
+            log.warning("the database is available again")
         with contextlib.suppress(Exception):
             self._outage(error, self.settings)
 
 
 class MailSoFar:
-    """What a connection has asked about its latest mail, and was told.
+    """What a connection has asked about its latest mail, and the answer.
 
-    Postfix may ask at RCPT, at DATA and at END-OF-MESSAGE of one mail.  It is
-    charged where that is asked first, and later no more than the rest.
+    Postfix may ask at RCPT, at DATA and at END-OF-MESSAGE of one mail.  The
+    mail is charged where Postfix asks first; later requests are charged only
+    what exceeds that.
     """
 
-    charged: dict[str, int]  # what it was charged, by identity
-    action: str  # what was answered last
+    charged: dict[str, int]  # identity: what the mail was charged so far
+    action: str  # the last answer
 
     def __init__(self) -> None:
         self._forget()
 
     def begin(self, request: Request) -> None:
-        """Forget the mail before, unless a request is about the same one."""
+        """Forget the previous mail if a request is about another one."""
         if request.protocol_state not in STATES:
-            return  # it is about no mail
+            return  # it is not about a mail
         goes_on = (request.protocol_state == "RCPT" == self._state
                    or self.was_asked_before(request))
         if (not request.instance or request.instance != self._instance
@@ -4385,40 +4393,40 @@ class MailSoFar:
             self._forget()
 
     def was_asked_before(self, request: Request) -> bool:
-        """Say whether the same mail was decided on at an earlier state."""
+        """Say whether this mail was decided on in an earlier state."""
         if not self._state or request.protocol_state not in STATES:
             return False
         return (STATES.index(request.protocol_state)
                 > STATES.index(self._state))
 
     def go_on(self, request: Request) -> str:
-        """Return what was answered before; it has now come to this state."""
+        """Note the mail's new state; return the action answered before."""
         self._state = request.protocol_state
         return self.action
 
     def remember(self, request: Request, charged: Sequence[Claim],
                  settings: Settings, action: str) -> None:
-        """Remember what a request was charged and answered."""
+        """Remember what a request was charged, and its answer."""
         self._instance = request.instance
         self._state = request.protocol_state
         self.action = action
         if request.protocol_state == "RCPT":
-            self.action = settings.success_action  # another recipient's
-        for claim in charged:  # the ones charged last stay longest
+            self.action = settings.success_action  # refusal: one recipient
+        for claim in charged:  # move to the end: the oldest is dropped first
             before = self.charged.pop(claim.identity, 0)
             self.charged[claim.identity] = before + claim.cost
         while len(self.charged) > MAX_ATTRIBUTES:
             del self.charged[next(iter(self.charged))]
 
     def _forget(self) -> None:
-        """Start with a mail that nothing was asked about."""
+        """Start with a mail about which nothing was asked."""
         self.charged = {}
         self.action = ""
         self._instance = self._state = ""
 
 
 def queue_id_of(request: Request) -> str:
-    """Return the queue id as Postfix's own log has it."""
+    """Return the queue id as Postfix's own log writes it."""
     return printable(request.queue_id) or "NOQUEUE"
 
 
@@ -5688,22 +5696,22 @@ def quantity(count: int, noun: str) -> str:
 # ---------------------------------------------------------------------------
 # 13. Reports and alerts
 #
-# What people are told.  No answer to Postfix waits for any of it.  What only
-# this section needs of the standard library is imported here when it is used:
-# it would take a sixth of the time of a start.
+# What is sent to people.  No answer to Postfix waits for it.  Modules that
+# only this section needs are imported where they are used, because loading
+# them would take a sixth of the startup time.
 # ---------------------------------------------------------------------------
 
-MAIL_PATIENCE = 30  # seconds for a step of the mail server, or for a program
-REPORT_LINES = 1000  # identities that one report names: nobody reads more
+MAIL_PATIENCE = 30  # seconds to wait for each SMTP reply, or for a program
+REPORT_LINES = 1000  # lines of a report: nobody reads more
 ALERTS_AN_HOUR = 20
-MAX_STREAKS = 10000  # identities and windows remembered, of 300 bytes each
+MAX_STREAKS = 10000  # remembered, one per identity and window, 300 bytes each
 
 
 def send_reports(database: Database, settings: Settings) -> None:
-    """Mail the refusals that no report has told of yet.
+    """Mail a report of the refusals that have not been reported yet.
 
-    They count as told if every address accepts the report; otherwise all
-    addresses get them again with the next one.
+    Raise CleanError if an address does not accept the report; all addresses
+    then get the same refusals again with the next one.
     """
     if not settings.report_to:
         return
@@ -5717,7 +5725,7 @@ def send_reports(database: Database, settings: Settings) -> None:
             raise CleanError(
                 f"the report was not accepted for {failures(failed)}; the next"
                 " one repeats it to every address in report_to")
-    for some in chunks(untold, 100):  # the daemon waits for each
+    for some in chunks(untold, 100):  # the daemon has to wait for each write
         database.transact(record_told, some)
 
 
@@ -5736,7 +5744,7 @@ def report(refusals: Sequence[Refusal]) -> str:
 
 
 def record_told(transaction: Transaction, rows: Sequence[Refusal]) -> None:
-    """Record that a report told of refusals, as many as were read."""
+    """Record as reported the refusals that were read, not later ones."""
     for row in rows:
         transaction.later(
             "UPDATE mail_refused SET told = ? WHERE id = ? AND seconds = ?"
@@ -5745,7 +5753,7 @@ def record_told(transaction: Transaction, rows: Sequence[Refusal]) -> None:
 
 
 def import_old_refusals(transaction: Transaction, now: int) -> None:
-    """Move the refusals that the original recorded into our table."""
+    """Move the refusals that the original recorded into mail_refused."""
     if not columns_of(transaction, "limit_report"):
         return
     hits: Counter[tuple[str, int]] = Counter()
@@ -5758,11 +5766,11 @@ def import_old_refusals(transaction: Transaction, now: int) -> None:
 
 
 def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
-    """Mail a text to all of report_to; return who refused it, and why.
+    """Mail a text to all of report_to; return {address: why it failed}.
 
-    It is one message, but each address has a delivery of its own: at DATA
-    Postfix tells a policy service the recipient only if there is just one,
-    and is_own_report() has to see it.
+    The message is delivered to each address separately, because Postfix
+    tells a policy service the recipient at DATA only if there is just one
+    (SMTPD_POLICY_README), and is_own_report() has to see it.
     """
     import smtplib
 
@@ -5774,9 +5782,9 @@ def send_mail(settings: Settings, subject: str, text: str) -> dict[str, str]:
             start_tls_and_login(smtp, settings)
             reasons = {address: deliver(smtp, message, address)
                        for address in addresses.values()}
-            with contextlib.suppress(OSError):  # it has the mail already
+            with contextlib.suppress(OSError):  # the mail is delivered
                 smtp.quit()
-    except Exception as error:  # of the network, TLS, the login
+    except Exception as error:  # from the network, TLS or the login
         return dict.fromkeys(addresses.values(), smtp_reason(error))
     return {address: reason for address, reason in reasons.items() if reason}
 
@@ -5799,16 +5807,16 @@ def compose(settings: Settings, subject: str, text: str) -> EmailMessage:
 
 
 def deliver(smtp: smtplib.SMTP, message: EmailMessage, address: str) -> str:
-    """Hand a message to the server for one address; return why that failed."""
+    """Send a message to one address; return why that failed, or ""."""
     try:
         smtp.send_message(message, to_addrs=[address])
-    except Exception as error:  # a strange address raises many kinds
+    except Exception as error:  # odd addresses raise many kinds
         return smtp_reason(error)
     return ""
 
 
 def failures(failed: Mapping[str, str]) -> str:
-    """Return in one line which addresses refused a mail, and why."""
+    """Return in one line which deliveries failed, and why."""
     addresses: dict[str, list[str]] = {}
     for address, reason in failed.items():
         addresses.setdefault(reason, []).append(address)
@@ -5817,7 +5825,10 @@ def failures(failed: Mapping[str, str]) -> str:
 
 
 def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
-    """Encrypt and log in as the settings say; no password in the clear."""
+    """Encrypt and log in as set; send no password over a network in clear.
+
+    Raise OSError or smtplib.SMTPException if that fails.
+    """
     import ssl
 
     assert smtp.sock is not None
@@ -5830,17 +5841,17 @@ def start_tls_and_login(smtp: smtplib.SMTP, settings: Settings) -> None:
             context.verify_mode = ssl.CERT_NONE
         smtp.starttls(context=context)
     elif settings.smtp_credentials and not local:
-        raise OSError("smtp_credentials are sent encrypted only: set"
+        raise OSError("smtp_credentials are only sent encrypted; set"
                       " smtp_starttls: True")
     if settings.smtp_credentials:
         smtp.login(*settings.smtp_credentials)
 
 
 def smtp_reason(error: Exception) -> str:
-    """Return in one line why a mail was not taken."""
+    """Return in one line why a mail was not accepted."""
     text: Any = getattr(error, "smtp_error", "") or str(error) or repr(error)
     recipients = getattr(error, "recipients", None)
-    if recipients:  # SMTPRecipientsRefused has the answer to each
+    if recipients:  # SMTPRecipientsRefused has the reply for each
         [(_, text), *_] = recipients.values()
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
@@ -5849,16 +5860,16 @@ def smtp_reason(error: Exception) -> str:
 
 @dataclass
 class Streak:
-    """The refusals of an identity by a window's limit, one after another."""
+    """Successive refusals of an identity by the limit of one window."""
 
     last: float  # when it was refused last
-    attempts: int = 0  # since a whole window passed without a refusal
-    alerted: float | None = None  # when somebody was last told
+    attempts: int = 0  # refused since a whole window passed without any
+    alerted: float | None = None  # when the last alert was sent
     since_alert: int = 0  # refusals since then
 
 
 class Alert(NamedTuple):
-    """What somebody is to be told, and under which settings."""
+    """What an alert says, and the settings by which it is sent."""
 
     settings: Settings
     facts: Mapping[str, str]
@@ -5866,22 +5877,23 @@ class Alert(NamedTuple):
 
 
 class Alarm:
-    """Tells at once who exceeds a limit, from a thread of its own."""
+    """Sends alerts about refusals and outages from a separate thread."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Take the clock by which the alerts of an hour are counted."""
+        """Take the clock by which alerts per hour are counted."""
         self._clock = clock
-        # Refusals may fill two thirds of it, so that an outage has room.
+        # Refusals may fill two thirds, so that there is room for outages.
         self._queue: queue.Queue[Alert] = queue.Queue(3 * ALERTS_AN_HOUR)
         self._lock = threading.Lock()
         self._streaks: OrderedDict[tuple[str, int], Streak] = OrderedDict()
 
     def refused(self, verdict: Verdict, client: str, settings: Settings,
                 now: float) -> int:
-        """Count a refused mail, and alert somebody if that is due.
+        """Count a refused mail, and queue an alert if one is due.
 
         Return how many attempts were refused since a whole window passed
-        without any.  What is only tried counts too, but is no attempt.
+        without a refusal.  Mail over a limit with dry_run can cause an alert,
+        but is not counted as an attempt.
         """
         attempts = 0
         for use in filter(None, (verdict.broken, *verdict.tried)):
@@ -5899,18 +5911,19 @@ class Alarm:
         return attempts
 
     def outage(self, error: Exception | None, settings: Settings) -> None:
-        """Alert that the database is away, or is back if there is no error."""
+        """Queue an alert about an outage; no error: it is over."""
         if settings.alert:
-            state = f"is away: {error}" if error else "is back"
+            state = (f"is unavailable: {error}" if error
+                     else "is available again")
             notice = printable(f"the database {state}")
             self._put(Alert(settings, {
                 "notice": notice, "host": socket.gethostname()}, True))
 
     def send(self) -> None:
-        """Send alerts for ever, but not too many within an hour."""
+        """Send queued alerts forever, at most ALERTS_AN_HOUR of each kind."""
         never = [-math.inf] * ALERTS_AN_HOUR
         refusals, outages = deque(never, len(never)), deque(never, len(never))
-        silent = -math.inf  # when the notice went out that no more come
+        silent = -math.inf  # when the notice of this limit was last sent
         while True:
             alert, now = self._queue.get(), self._clock()
             sent = outages if alert.is_outage else refusals
@@ -5920,12 +5933,12 @@ class Alarm:
             elif now >= silent + 3600 and not alert.is_outage:
                 silent = now
                 send_alert(alert.settings, {
-                    "notice": f"{ALERTS_AN_HOUR} alerts within an hour:"
-                              " the rest is left to the report",
+                    "notice": f"{ALERTS_AN_HOUR} alerts within an hour;"
+                              " further refusals are only in the report",
                     "host": socket.gethostname()})
 
     def _count(self, use: Usage, now: float) -> Streak:
-        """Count a refusal, and return the streak that it belongs to."""
+        """Count a refusal and return the streak that it belongs to."""
         window = use.limit.seconds
         key = use.claim.identity, window
         streak = self._streaks.setdefault(key, Streak(now))
@@ -5941,13 +5954,13 @@ class Alarm:
 
     def _put(self, alert: Alert) -> None:
         """Hand an alert to the thread that sends it."""
-        with contextlib.suppress(queue.Full):  # the report will tell
+        with contextlib.suppress(queue.Full):  # the report will include it
             self._queue.put_nowait(alert)
 
 
 def is_due(streak: Streak, window: int, settings: Settings, now: float,
            ) -> bool:
-    """Say whether somebody is to be told: once in each window."""
+    """Say whether an alert is due: at most one per window."""
     named = settings.report_limits
     if not settings.alert or (named is not None and window not in named):
         return False
@@ -5956,7 +5969,7 @@ def is_due(streak: Streak, window: int, settings: Settings, now: float,
 
 def facts_of(use: Usage, verdict: Verdict, client: str, settings: Settings,
              now: float, since_alert: int) -> dict[str, str]:
-    """Return what an alert says of a refusal, line by line."""
+    """Return what an alert says about a refusal, {name: text}."""
     claim, limit = use.claim, use.limit
     facts = {
         "identity": printable(claim.identity),
@@ -5968,23 +5981,23 @@ def facts_of(use: Usage, verdict: Verdict, client: str, settings: Settings,
     if verdict.block is not None and verdict.block.reason:
         facts["blocked"] = describe_override(verdict.block)
     if use is not verdict.broken:
-        facts["dry_run"] = "this limit is only tried, it refused nothing"
+        facts["dry_run"] = "this limit is only tried; nothing was refused"
     if limit.mails > 0:
         facts["to_block_the_sender"] = block_command(use, verdict)
     return facts
 
 
 def block_command(use: Usage, verdict: Verdict) -> str:
-    """Return the command that blocks whoever sent a mail."""
+    """Return the command that blocks the sender of a mail."""
     senders = [usage.claim.identity for usage in verdict.usage
-               if not usage.claim.rule.by]  # not all who share a quota
+               if not usage.claim.rule.by]  # not everyone who shares a quota
     sender = printable(senders[0] if senders else use.claim.identity)
     separator = "=" if sender.startswith("-") else " "
     return f"{PROGRAM} --block{separator}{shlex.quote(sender)}"
 
 
 def send_alert(settings: Settings, facts: Mapping[str, str]) -> None:
-    """Run alert_command, or else mail report_to; log what fails."""
+    """Run alert_command, or else mail report_to; log a failure."""
     about = facts.get("identity") or facts["notice"]
     subject = f"{PROGRAM} alert on {facts['host']}: {about}"
     text = "".join(f"{name}: {fact}\n" for name, fact in facts.items())
@@ -5997,12 +6010,15 @@ def send_alert(settings: Settings, facts: Mapping[str, str]) -> None:
     except Exception as error:  # the next alert may work
         failed = {settings.alert_command[0]: smtp_reason(error)}
     if failed:
-        log.warning("no alert to %s", failures(failed), extra=SELDOM)
+        log.warning("alert not sent to %s", failures(failed), extra=SELDOM)
 
 
 def run_program(command: Sequence[str], facts: Mapping[str, str],
                 patience: float = MAIL_PATIENCE) -> None:
-    """Run a program with facts in its environment; kill it if it hangs."""
+    """Run a program with facts in its environment.
+
+    Kill it after patience seconds.  Raise OSError if it fails.
+    """
     told = {f"POLICYD_{name.upper()}": fact for name, fact in facts.items()}
     with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -6010,7 +6026,7 @@ def run_program(command: Sequence[str], facts: Mapping[str, str],
         try:
             code = child.wait(patience)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # and what it started
+            os.killpg(child.pid, signal.SIGKILL)  # also its children
             code = child.wait()
     if code:
         raise OSError(f"exit status {code}")
@@ -6019,12 +6035,12 @@ def run_program(command: Sequence[str], facts: Mapping[str, str],
 # ---------------------------------------------------------------------------
 # 14. Status
 #
-# What people see: who has used how much, and what the daemon counted.
+# What people look up: usage per identity and the daemon's counters.
 # ---------------------------------------------------------------------------
 
-SURVEY_STEP = 200  # identities read in a transaction: some milliseconds
+SURVEY_STEP = 200  # identities read per transaction: a few milliseconds
 MAX_VALUES = 100  # different values shown of an identity, the latest
-MAX_FULLEST = 100  # identities in --prometheus that nothing else puts there
+MAX_FULLEST = 100  # identities in --prometheus only because of their usage
 RED, PLAIN_COLOUR = "\033[31m", "\033[0m"
 
 
@@ -6034,7 +6050,7 @@ class LimitUse(NamedTuple):
     mails: int
     seconds: int
     used: int
-    room_at: int | None  # when a mail passes again; None: now, or never
+    room_at: int | None  # when a mail passes again; None: now or never
     refusals: int
 
 
@@ -6044,45 +6060,45 @@ class Status(NamedTuple):
     identity: str
     last_mail: int | None  # None: no mail is recorded
     source: str  # where its limits come from, "" if it is not counted
-    override: Override | None  # those of --limit or --block
-    dry_run: bool  # are they only tried?
+    override: Override | None  # set by --limit or --block
+    dry_run: bool  # whether the limits are only tried
     limits: tuple[LimitUse, ...]
     refused_by: tuple[Refusal, ...]
-    values: tuple[tuple[str, int], ...] = ()  # those counted, when last seen
-    when: tuple[str, ...] = ()  # attributes that a mail must have, unknown
+    values: tuple[tuple[str, int], ...] = ()  # (counted value, last seen)
+    when: tuple[str, ...] = ()  # attributes in `when` that are not known
 
     @property
     def is_overridden(self) -> bool:
-        """Say whether its limits are those of --limit or --block."""
+        """Say whether its limits were set by --limit or --block."""
         return self.override is not None
 
     @property
     def until(self) -> int | None:
-        """Return when those of --limit end, if they do."""
+        """Return when its override ends, None if it does not or is none."""
         return None if self.override is None else self.override.ends
 
     @property
     def refusals(self) -> int:
-        """Return how often it was refused by any limit."""
+        """Return the number of refusals by all of its limits."""
         return sum(row.hits for row in self.refused_by)
 
 
 class Judged(NamedTuple):
-    """By what the mails of an identity are judged."""
+    """The rule and the limits that judge the mail of an identity."""
 
-    rule: Rule | None  # None: of a quota that is no longer in the file
+    rule: Rule | None  # None: its quota is no longer in the file
     limits: Limits
     source: str
-    override: Override | None = None  # of --limit or --block
+    override: Override | None = None  # set by --limit or --block
 
 
 def survey(transaction: Transaction, settings: Settings, now: int,
            *chosen: str, wanted: Callable[[str], bool] | None = None,
            ) -> list[Status]:
-    """Read how identities stand: chosen ones, or all that matter.
+    """Return the status of the chosen identities, or of all that matter.
 
-    wanted: says by its name which identity matters; without it, it matters
-    who has used anything, was refused or has limits of --limit.
+    wanted: says of an identity whether it matters; without it, those matter
+    that have used anything, were refused or have an override.
     """
     surveyor = Surveyor(transaction, settings, now)
     if chosen:
@@ -6098,17 +6114,17 @@ def survey(transaction: Transaction, settings: Settings, now: int,
 
 
 def matters(status: Status) -> bool:
-    """Say whether an identity belongs into the list of all."""
+    """Say whether an identity belongs in the list of all."""
     return bool(status.is_overridden or status.refused_by
                 or any(use.used for use in status.limits))
 
 
 class Surveyor:
-    """Reads how identities stand, some at a time."""
+    """Reads the status of identities, some at a time."""
 
     def __init__(self, transaction: Transaction, settings: Settings,
                  now: int) -> None:
-        """See which tables there are: the original has only mail_count."""
+        """Look up which tables exist: the original has only mail_count."""
         self._transaction = transaction
         self._settings = settings
         self._now = now
@@ -6131,8 +6147,8 @@ class Surveyor:
     def read_names(self) -> Iterator[list[str]]:
         """Yield the names of all identities, some at a time, each once.
 
-        In between the transaction ends and another begins.  As long as one
-        reads, SQLite cannot start its log anew, and mails have to wait later.
+        Each step has a transaction of its own: while one reads, SQLite cannot
+        reset its WAL (sqlite.org/wal.html), whose growth delays mail later.
         """
         seen: set[str] = set()
         for table in self._tables:
@@ -6146,7 +6162,7 @@ class Surveyor:
                 self._start_anew()
 
     def read(self, names: Sequence[str]) -> list[Status]:
-        """Return how some identities stand."""
+        """Return the status of some identities."""
         if not names:
             return []
         judged = {name: self._judge(name) for name in names}
@@ -6174,7 +6190,7 @@ class Surveyor:
                          name, MAX_VALUES).fetchall())
 
     def _judge(self, name: str) -> Judged:
-        """Return which limits apply to an identity, and where from."""
+        """Return which limits apply to an identity and where they were set."""
         rule = judging_rule(self._settings, name)
         if name in self._overrides:
             override = self._overrides[name]
@@ -6194,7 +6210,7 @@ class Surveyor:
 
     def _read_used(self, judged: Mapping[str, Judged],
                    ) -> tuple[dict[str, dict[int, int]], dict[str, int]]:
-        """Return what was used of each window, and the last mails' dates."""
+        """Return {identity: {window: used}} and {identity: last date}."""
         windows = sorted({limit.seconds for one in judged.values()
                           for limit in one.limits})
         sums = "".join(f", SUM(CASE WHEN date > {self._now - window}"
@@ -6226,7 +6242,7 @@ class Surveyor:
             rows, operator.attrgetter("identity"))}
 
     def _table_of(self, rule: Rule) -> str:
-        """Return where what a rule counts is recorded."""
+        """Return the subquery of what a rule counts."""
         counts_mails = rule.count in ("", "recipients", "mails", "bytes")
         return self._mails if counts_mails else self._values
 
@@ -6244,9 +6260,9 @@ class Surveyor:
 
     def _room_at(self, table: str, name: str, limit: Limit, used: int,
                  ) -> int | None:
-        """Return when a mail for one recipient passes a limit that is full.
+        """Return when a mail for one recipient passes an exhausted limit.
 
-        None: that is not known, of tables that only the original has used.
+        None: unknown, since the original's tables hold no totals.
         """
         over, since = used + 1 - limit.mails, self._now - limit.seconds
         if table == self._values:
@@ -6267,14 +6283,14 @@ class Surveyor:
     def _start_anew(self) -> None:
         """End the transaction and begin another."""
         self._transaction.run("COMMIT")
-        time.sleep(0.002)  # the daemon's turn
+        time.sleep(0.002)  # let the daemon write
         begin = self._transaction.backend.begin_reading
         if begin:
             self._transaction.later(begin)
 
 
 def placeholders(values: Sequence[object]) -> str:
-    """Return a placeholder for each of some values."""
+    """Return as many SQL placeholders as there are values."""
     return ", ".join("?" * len(values))
 
 
@@ -6282,7 +6298,8 @@ def judging_rule(settings: Settings, identity: str) -> Rule | None:
     """Return the rule that judges what is recorded under an identity.
 
     None: it is the key of a quota that is no longer in the file.  A sender
-    may look like such a key; where senders count, only attributes' names do.
+    may look like such a key; with limit_by_sender, only the names of
+    attributes are taken for a quota's.
     """
     rule = rule_of(settings, identity)
     prefix, equals, value = identity.partition("=")
@@ -6297,13 +6314,14 @@ def judging_rule(settings: Settings, identity: str) -> Rule | None:
 
 
 def related_keys(settings: Settings, name: str) -> dict[str, tuple[str, ...]]:
-    """Return the keys under which mail of a name counts.
+    """Return {key: unknown} for each key under which a name's mail counts.
 
-    These are what claims_of() makes of such a mail, as far as that follows
-    from the name.  What a quota's `when` asks for beyond that comes with it.
+    The keys are those of the claims that claims_of() makes, as far as they
+    follow from the name.  unknown: the attributes in the quota's `when` that
+    do not.
     """
     known = [{"sasl_username": name}]
-    if "@" in name:  # logged in with it, or not
+    if "@" in name:  # with a login of this name, or without a login
         known = [{"sasl_username": name, "sender": name}, {"sender": name}]
     if parse_address(name):
         known = [{"client_address": name}]
@@ -6316,9 +6334,9 @@ def related_keys(settings: Settings, name: str) -> dict[str, tuple[str, ...]]:
 
 def likely_claims(settings: Settings, known: Mapping[str, str],
                   ) -> Iterator[tuple[Claim, tuple[str, ...]]]:
-    """Yield what a mail may claim of which only this is known.
+    """Yield the claims of a mail of which only some attributes are known.
 
-    With each claim comes on what else that depends.
+    With each come the attributes on which it depends that are unknown.
     """
     for claim in claims_of(mail_from(known), at_data(settings)):
         if not claim.rule.by:
@@ -6332,17 +6350,17 @@ def likely_claims(settings: Settings, known: Mapping[str, str],
 
 
 def at_data(settings: Settings, *quotas: Rule) -> Settings:
-    """Return settings that count at DATA, with other quotas if any."""
+    """Return settings that count at DATA, with the quotas given, if any."""
     return replace(settings, count_mode=1, quotas=quotas or settings.quotas)
 
 
 def without_unknown(quota: Rule, known: Mapping[str, str],
                     ) -> tuple[Rule, tuple[str, ...]]:
-    """Return a quota without conditions on what is not known, and on what."""
+    """Return a quota without conditions on unknown attributes, and these."""
     kept, unknown = [], []
     for name, choice in quota.when:
         source = DERIVED.get(name, name)
-        if source in (*known, "sasl_username", ""):  # if unknown: no login
+        if source in (*known, "sasl_username", ""):  # unknown means no login
             kept.append((name, choice))
         else:
             unknown.append(name)
@@ -6350,9 +6368,9 @@ def without_unknown(quota: Rule, known: Mapping[str, str],
 
 
 def mail_from(known: Mapping[str, str], quota: Rule = Rule()) -> Request:
-    """Return the request about a mail of which only this is known.
+    """Return a request about a mail of which only some attributes are known.
 
-    If a quota counts something else of it, then that has any value.
+    If the quota counts another attribute, that gets an arbitrary value.
     """
     attributes = {**known, "size": "1"}
     counted = DERIVED.get(quota.count, quota.count)
@@ -6366,7 +6384,10 @@ def mail_from(known: Mapping[str, str], quota: Rule = Rule()) -> Request:
 
 
 def matcher_of(text: str) -> Callable[[str], bool] | None:
-    """Return what finds the identities of a pattern; None if it is a name."""
+    """Return a test for identities that a pattern matches.
+
+    None: the text is a name, not a pattern.
+    """
     if not (text.startswith("@") or "/" in text and "=" not in text):
         return None
     try:
@@ -6377,40 +6398,41 @@ def matcher_of(text: str) -> Callable[[str], bool] | None:
         return None
 
     def fits(identity: str) -> bool:
-        """Say whether an identity, or a value in a key, fits."""
+        """Say whether an identity, or a value in a key, matches."""
         values = [identity]
         for value in identity.partition("=")[2].split("|"):
-            values += [value, f"@{value}"]  # it may be a domain
+            values += [value, f"@{value}"]  # the value may be a domain
         return any(map(patterns.find, values))
 
     return fits
 
 
 class Tally:
-    """Tells what the daemon counts: in the log, and in a file.
+    """Publishes the daemon's counters: in the log and in a file.
 
-    --prometheus finds that beside the pidfile: it needs no database, whose
-    errors it tells, and no protocol for strangers to ask by.
+    --prometheus reads the file, beside the pidfile.  So the counters can be
+    read during an outage of the database, and no network protocol exposes
+    them.
     """
 
     def __init__(self, pidfile: str, counts: Mapping[str, float],
                  clock: Callable[[], float] = time.monotonic) -> None:
-        """Take counts that go on, and a clock for the hours."""
+        """Take the counters, which go on changing, and a monotonic clock."""
         self.path = pidfile + ".prom"
         self._counts = counts
         self._clock = clock
-        self._last = dict(counts)  # an hour ago
-        self._began = clock()  # the hour
+        self._last = dict(counts)  # at the start of this hour
+        self._began = clock()  # the start of this hour
 
     def publish(self, asked: bool = False) -> None:
-        """Write the file, and log a summary each hour or when asked."""
+        """Write the file; log a summary every hour, or now if asked."""
         counts, path = dict(self._counts), self.path + ".new"
         lines = [line for name, value in counts.items()
                  for line in metric_lines(f"{name}_total", {"": value})]
         with contextlib.suppress(OSError):
             os.unlink(path)
         with contextlib.suppress(OSError):  # the daemon must go on
-            with open(path, "x", encoding="utf-8") as file:  # follows no link
+            with open(path, "x", encoding="utf-8") as file:  # follow no link
                 file.write("\n".join([*lines, ""]))
             os.replace(path, self.path)
         past = self._clock() - self._began
@@ -6418,31 +6440,34 @@ class Tally:
         if asked or (past >= 3600 and new["requests"]):
             seconds = new.pop("decision_seconds")
             decided = new["passed"] + new["refused"] + new["database_errors"]
-            log.log(NOTICE, "in %d minutes: %s; %.1f ms a decision", past / 60,
+            log.log(NOTICE, "in %d minutes: %s; %.1f ms per decision",
+                    past / 60,
                     ", ".join(f"{new[name]} {name}" for name in new),
                     1000 * seconds / (decided or 1))
         if past >= 3600:
             self._last, self._began = counts, self._clock()
 
 
-METRICS = {  # names without policyd_rate_limit_, and what --prometheus says
+METRICS = {  # names without policyd_rate_limit_: HELP text of --prometheus
     "up": "Whether the daemon answers.",
     "requests_total": "Requests that Postfix has sent.",
     "passed_total": "Mails that were counted and let through.",
     "refused_total": "Mails that were refused.",
-    "database_errors_total": "Mails let through while the database was away.",
-    "judged_in_memory_total": "Mails judged while the database was away.",
-    "decision_seconds_total": "Seconds that decisions took.",
-    "used": "What an identity has used within its window of seconds.",
-    "limit": "What it may use within that window.",
-    "refusals_total": "Refusals by the limit of the window, until cleaned.",
-    "limit_ends": "When a limit of --limit or --block ends, in epoch seconds.",
-    "dry_run": "1 if the limits of an identity are only tried.",
+    "database_errors_total":
+        "Mails given db_error_action while the database was unavailable.",
+    "judged_in_memory_total":
+        "Mails judged in memory while the database was unavailable.",
+    "decision_seconds_total": "Seconds spent on decisions.",
+    "used": "What an identity has used within the window, in seconds.",
+    "limit": "What an identity may use within the window.",
+    "refusals_total": "Recorded refusals by the limit of the window.",
+    "limit_ends": "When --limit or --block ends, in seconds since the epoch.",
+    "dry_run": "1 if the limits of an identity are only tried (dry_run).",
 }
 
 
 def metric_lines(metric: str, values: Mapping[str, object]) -> Iterator[str]:
-    """Yield a metric's lines: what it means, its kind, its values."""
+    """Yield a metric's lines: HELP, TYPE and a value for each label set."""
     name = f"policyd_rate_limit_{metric}"
     kind = "counter" if metric.endswith("_total") else "gauge"
     yield f"# HELP {name} {METRICS[metric]}"
@@ -6452,20 +6477,20 @@ def metric_lines(metric: str, values: Mapping[str, object]) -> Iterator[str]:
 
 
 def read_counters(pidfile: str) -> list[str]:
-    """Return the lines that a running daemon wrote, none if none runs."""
+    """Return the lines that a running daemon wrote; none if none runs."""
     try:
         with open(pidfile + ".prom", encoding="utf-8") as file:
             is_fresh = time.time() < os.fstat(file.fileno()).st_mtime + 60
             return file.read().splitlines() if is_fresh else []
     except (OSError, ValueError) as error:
         if not isinstance(error, FileNotFoundError):
-            log.warning("no counters of the daemon: %s", error)
+            log.warning("cannot read the daemon's counters: %s", error)
         return []
 
 
 def show_metrics(database: Database, settings: Settings, answered: bool,
                  ) -> Iterator[str]:
-    """Yield the lines of --prometheus: of the daemon, then of identities.
+    """Yield the lines of --prometheus: the daemon's, then the identities'.
 
     answered: whether the daemon has just answered a request.
     """
@@ -6475,13 +6500,13 @@ def show_metrics(database: Database, settings: Settings, answered: bool,
     try:
         statuses = database.read(survey, settings, now)
     except LedgerError as error:
-        log.warning("only the daemon's counters: %s", error)
+        log.warning("printing only the daemon's counters: %s", error)
     for metric, values in measure(most_urgent(statuses, now)).items():
         yield from metric_lines(metric, values)
 
 
 def most_urgent(statuses: Sequence[Status], now: int) -> list[Status]:
-    """Return who was refused or has limits of --limit, and the fullest."""
+    """Return those refused or overridden, and the fullest of the others."""
     noted = [status for status in statuses
              if status.refused_by or status.is_overridden]
     others = [status for status in statuses
@@ -6491,7 +6516,7 @@ def most_urgent(statuses: Sequence[Status], now: int) -> list[Status]:
 
 
 def measure(statuses: Sequence[Status]) -> dict[str, dict[str, object]]:
-    """Return the metrics of identities: for each its labels, and values."""
+    """Return {metric: {labels: value}} for the metrics of identities."""
     used: dict[str, object] = {}
     limits: dict[str, object] = {}
     refusals: dict[str, object] = {}
@@ -6513,14 +6538,14 @@ def measure(statuses: Sequence[Status]) -> dict[str, dict[str, object]]:
 
 
 def labels_of(status: Status, window: int | None = None) -> str:
-    """Return the labels of a metric of an identity, or of its window."""
+    """Return the labels of an identity's metric, with its window if any."""
     name = re.sub(r'(["\\])', r"\\\1", printable(status.identity))
     seconds = "" if window is None else f',window="{window}"'
     return f'{{identity="{name}"{seconds}}}'
 
 
 def urgency(status: Status, now: int) -> tuple[float, ...]:
-    """Return what puts an identity ahead of others: refused now, then full."""
+    """Return a sort key: refused now, then overridden, then the fullest."""
     refused = max((row.hits for row in status.refused_by
                    if row.last + row.seconds > now), default=0)
     fullest = max([(use.used / (use.mails or 1), use.used)
@@ -6529,7 +6554,7 @@ def urgency(status: Status, now: int) -> tuple[float, ...]:
 
 
 def as_json(status: Status) -> dict[str, object]:
-    """Return what --json shows of an identity."""
+    """Return what --json shows about an identity."""
     return {
         "identity": status.identity, "last_mail": status.last_mail,
         "source": status.source or None, "until": status.until,
@@ -6549,7 +6574,7 @@ def as_json(status: Status) -> dict[str, object]:
 
 def show_most(statuses: Sequence[Status], now: int, colour: bool,
               ) -> Iterator[str]:
-    """Yield lines that show the first: what fits the terminal, or all."""
+    """Yield a table of the first identities: as many as fit, or all."""
     columns, lines = shutil.get_terminal_size(
         (80 if sys.stdout.isatty() else 999, 0))
     rows: list[tuple[str, ...]] = [
@@ -6557,7 +6582,7 @@ def show_most(statuses: Sequence[Status], now: int, colour: bool,
     left = len(statuses)
     for status in statuses:
         more = list(show_rows(status, now, colour))
-        if lines and len(rows) + len(more) > lines - 2:  # and a prompt
+        if lines and len(rows) + len(more) > lines - 2:  # "and ...", prompt
             break
         rows += more
         left -= 1
@@ -6568,7 +6593,7 @@ def show_most(statuses: Sequence[Status], now: int, colour: bool,
 
 def show_rows(status: Status, now: int, colour: bool,
               ) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of an identity, its refusals in the first row."""
+    """Yield the rows of an identity; the first one has its refusals."""
     last = max((row.last for row in status.refused_by), default=None)
     first = [str(status.refusals or ""), short(last, now)]
     until = "dry_run" if status.dry_run else ""
@@ -6586,10 +6611,10 @@ def show_rows(status: Status, now: int, colour: bool,
 def show_identity(statuses: Sequence[Status],
                   origins: Mapping[tuple[str, ...], str], colour: bool,
                   ) -> Iterator[str]:
-    """Yield the lines that tell all about an identity.
+    """Yield the lines that show all about an identity.
 
-    The first status is its own, the others are those of the quotas that
-    judge its mails, too.
+    The first status is its own; the others are those of quotas that also
+    judge its mail.  origins: where the file sets each setting.
     """
     last = max((row for status in statuses for row in status.refused_by),
                key=operator.attrgetter("last"), default=None)
@@ -6608,17 +6633,17 @@ def show_identity(statuses: Sequence[Status],
 
 def show_one(status: Status, origins: Mapping[tuple[str, ...], str],
              colour: bool) -> Iterator[str]:
-    """Yield the lines with the limits, the values, the refusals of one."""
+    """Yield the lines with the limits, values and refusals of one status."""
     if status.source:
         tried = ", only tried" if status.dry_run else ""
         when = ""
         if status.when:
             named = " and ".join(status.when)
-            when = f", where the mail's {named} fits `when`"
+            when = f", if the mail's {named} matches `when`"
         yield (f"limits, from {status.source} ({origin_of(status, origins)})"
                f"{tried}{when}:")
     else:
-        yield "limits: none, the configuration counts no mail of this name"
+        yield "limits: none; the configuration counts no mail of this name"
     for use in status.limits:
         span, bar, used = show_use(use, colour)
         room = f"room at {moment(use.room_at)}" if use.room_at else ""
@@ -6634,7 +6659,7 @@ def show_one(status: Status, origins: Mapping[tuple[str, ...], str],
 
 
 def origin_of(status: Status, origins: Mapping[tuple[str, ...], str]) -> str:
-    """Return where limits were set: a line of a file, until when, ..."""
+    """Return where limits were set: in which line, or by which command."""
     if status.override is not None:
         return describe_override(status.override)
     found = [names for names in origins if names[:1] == (status.source,)
@@ -6643,7 +6668,7 @@ def origin_of(status: Status, origins: Mapping[tuple[str, ...], str]) -> str:
 
 
 def show_use(use: LimitUse, colour: bool) -> tuple[str, str, str]:
-    """Return a limit's window, a bar of what is used, and the figures."""
+    """Return a limit's window, a bar of its usage, and "used/mails"."""
     filled = min(10, math.ceil(10 * use.used / max(use.mails, 1)))
     bar = f"[{'#' * filled:.<10}]"
     size, unit = next((size, unit) for size, unit in (
@@ -6658,7 +6683,7 @@ def show_use(use: LimitUse, colour: bool) -> tuple[str, str, str]:
 
 
 def short(date: int | None, now: int) -> str:
-    """Return a time as a table shows it: of today the time, else the date."""
+    """Return a date for a table: the time if it is today, else the day."""
     if not date:
         return ""
     day, today = time.localtime(date), time.localtime(now)
@@ -6668,27 +6693,28 @@ def short(date: int | None, now: int) -> str:
 # ---------------------------------------------------------------------------
 # 15. Configuration file
 #
-# YAML, as much of it as such files hold, or the assignments of an old .conf;
-# then each -o; then the checks of the Settings table.
+# Reads the YAML that ordinary configuration files contain, or the assignments
+# of an old .conf file; then applies each -o, then the checks of the Settings
+# table.
 # ---------------------------------------------------------------------------
 
 CONFIG_FILES = (
     "~/.config/policyd-rate-limit.conf", "~/.config/policyd-rate-limit.yaml",
     "/etc/policyd-rate-limit.conf", "/etc/policyd-rate-limit.yaml")
 MAX_FILE = 2**26  # bytes; a file with a million limits_by_id has 2**25
-SECRET = re.compile("(?i)pass|credential")  # what a message must not show
-Lines = dict[Names, int]  # of a setting, or of an entry in one
+SECRET = re.compile("(?i)pass|credential")  # names whose values are secret
+Lines = dict[Names, int]  # the line of a setting, or of an entry in one
 
 
 class Config(NamedTuple):
-    """What the configuration says, before it is checked."""
+    """A configuration before its values are checked."""
 
     path: str | None
     values: dict[str, Any]
-    places: dict[Names, str]  # the file and line, or the option
+    places: dict[Names, str]  # "file:line", or the option
 
     def place(self, *names: str) -> str:
-        """Return where a setting is, or an entry in it."""
+        """Return where a setting, or an entry in it, was set."""
         while names and names not in self.places:
             names = names[:-1]
         return self.places.get(names) or self.path or "the defaults"
@@ -6699,18 +6725,21 @@ class MissingFile(ConfigError):
 
 
 def read_config(path: str | None) -> Config:
-    """Read a configuration file, the first that there is if path is None."""
+    """Read a configuration file; if path is None, the first one found.
+
+    Raise MissingFile or ConfigError.
+    """
     path, text = read_first([path] if path else [
         os.path.expanduser(name) for name in CONFIG_FILES])
     parse = read_conf if path.endswith(".conf") else read_yaml
     values, lines = parse(text, path)
-    if "limited_netword" in values:  # as the original once spelt it
+    if "limited_netword" in values:  # a misspelling of the original
         values.setdefault("limited_networks", values.pop("limited_netword"))
         lines.setdefault(("limited_networks",), lines["limited_netword",])
     config = Config(path, values, {
         names: f"{path}:{line}" for names, line in lines.items()})
     known = default_values()
-    for name in map(str, values):  # old files carry old names: only warn
+    for name in map(str, values):  # old files have old names: only warn
         if name not in known and name != "config_file":
             log.warning("%s: %s: no such setting%s", config.place(name), name,
                         suggest(name, known))
@@ -6718,7 +6747,7 @@ def read_config(path: str | None) -> Config:
 
 
 def read_first(paths: Sequence[str]) -> tuple[str, str]:
-    """Return the first path with a file that can be read, and its text."""
+    """Return the first path whose file can be read, and its text."""
     for path in paths:
         try:
             return path, read_file(path)
@@ -6736,17 +6765,17 @@ def read_first(paths: Sequence[str]) -> tuple[str, str]:
 
 
 def read_file(path: str) -> str:
-    """Return the text of a file; wait for nobody who might write it."""
+    """Return the text of a file, without waiting for a FIFO's writer."""
     with open(path, "rb", opener=open_at_once) as file:
         is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
         if is_fifo and not path.startswith(("/dev/fd/", "/dev/stdin")):
-            raise ConfigError(f"{path}: cannot be read: it is a FIFO, write"
-                              " the configuration into a file")
-        os.set_blocking(file.fileno(), True)  # for what a shell pipes to us
+            raise ConfigError(f"{path}: cannot be read: it is a FIFO; write"
+                              " the configuration to a file")
+        os.set_blocking(file.fileno(), True)  # for a pipe from a shell
         content = bytearray()
         while len(content) <= MAX_FILE and (more := file.read(65536)):
             content += more
-    if is_fifo and not content:  # a reload finds that of the start used up
+    if is_fifo and not content:  # on reload the pipe has already been read
         raise ConfigError(f"{path}: cannot be read: the pipe is empty")
     if len(content) > MAX_FILE:
         raise ConfigError(f"{path}: cannot be read: it is larger than"
@@ -6757,17 +6786,17 @@ def read_file(path: str) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(
             f"{path}:{line}: byte 0x{content[error.start]:02X} is not UTF-8;"
-            " convert the file, such as by iconv -f latin1 -t utf-8"
+            " convert the file, for example with iconv -f latin1 -t utf-8"
             ) from None
 
 
 def open_at_once(path: str, flags: int) -> int:
-    """Open a file; of a FIFO without a writer too, this returns at once."""
+    """Open a file; return at once even if it is a FIFO without a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_yaml(text: str, path: str) -> tuple[dict[str, Any], Lines]:
-    """Read YAML; what our reader refuses, PyYAML reads if it is there."""
+    """Read YAML; use PyYAML, if installed, for what our parser refuses."""
     try:
         values, lines = parse_with_either(text)
         if not isinstance(values, (dict, type(None))):
@@ -6780,7 +6809,7 @@ def read_yaml(text: str, path: str) -> tuple[dict[str, Any], Lines]:
 
 
 def parse_with_either(text: str) -> tuple[object, Lines]:
-    """Parse YAML with our reader, else with PyYAML, or raise YamlError."""
+    """Parse YAML with our parser, else with PyYAML, or raise YamlError."""
     try:
         return parse_yaml(text)
     except YamlError as refused:
@@ -6788,12 +6817,12 @@ def parse_with_either(text: str) -> tuple[object, Lines]:
             return parse_with_pyyaml(text)
         except YamlError:
             raise
-        except Exception:  # ours names the line just as well
+        except Exception:  # our own error names the line, too
             raise refused from None
 
 
 def find_assignment(text: str) -> YamlError | None:
-    """Return what to write for a line such as limits = [], if there is one."""
+    """Return an error for the first line such as "limits = []", or None."""
     found = re.search(rf"^[ \t]*({'|'.join(default_values())})[ \t]*=", text,
                       re.MULTILINE)
     if not found:
@@ -6804,7 +6833,7 @@ def find_assignment(text: str) -> YamlError | None:
 
 
 def parse_with_pyyaml(text: str) -> tuple[object, Lines]:
-    """Do the same as parse_yaml; raise any error."""
+    """Do the same as parse_yaml(); raise any kind of exception."""
     import yaml
     loader: Any = yaml.SafeLoader(text)
     loader.yaml_implicit_resolvers = {
@@ -6814,8 +6843,8 @@ def parse_with_pyyaml(text: str) -> tuple[object, Lines]:
            for first in "-+0123456789"}}
     root, lines = loader.get_single_node(), Lines()
     nodes: list[tuple[Names, Any]] = [((), root)]
-    seen: set[int] = set()  # or aliases of aliases are without end
-    for names, node in nodes:  # which grows
+    seen: set[int] = set()  # nodes; aliases could repeat them endlessly
+    for names, node in nodes:  # this list grows meanwhile
         if id(node) in seen:
             continue
         seen.add(id(node))
@@ -6829,7 +6858,7 @@ def parse_with_pyyaml(text: str) -> tuple[object, Lines]:
 
 def pyyaml_entries(loader: Any, node: Any, names: Names, lines: Lines,
                    ) -> Iterator[tuple[Names, Any]]:
-    """Yield the names and values of a mapping, and record their lines."""
+    """Yield the names and values of a mapping; record their lines."""
     keys: dict[Any, int] = {}
     for key, value in node.value:
         found = key.value
@@ -6842,21 +6871,21 @@ def pyyaml_entries(loader: Any, node: Any, names: Names, lines: Lines,
 
 def record_line(lines: Lines, names: Names, line: int, key: Any,
                 keys: dict[Any, int]) -> None:
-    """Record where a key is; refuse the second of two that are the same.
+    """Record a key's line; raise YamlError if the key is there already.
 
-    keys: those before it in its mapping, with their lines; 1 and 1.0 are one.
+    keys: the earlier keys of its mapping with their lines; 1 equals 1.0.
     """
     before = keys.get(key) or lines.get(names)
     if before:
         raise YamlError(
-            f"{names[-1]} is given twice, in line {before} before", line)
+            f"{names[-1]} is given twice, first in line {before}", line)
     lines[names] = keys[key] = line
 
 
 def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
-    """Read the assignments of an old .conf, which is Python; run nothing."""
+    """Read the assignments of an old .conf file without running its Python."""
     log.warning("%s: this format is obsolete; write YAML", path)
-    text = re.sub("\r\n?", "\n", text)  # as Python counts lines
+    text = re.sub("\r\n?", "\n", text)  # count lines as Python does
     try:
         body: list[Any] = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -6870,7 +6899,7 @@ def read_conf(text: str, path: str) -> tuple[dict[str, Any], Lines]:
             [target] = node.targets
             values[target.id] = evaluate(node.value, known | values)
             lines[(target.id,)] = node.lineno
-        except Exception:  # it may be any statement of Python
+        except Exception:  # it may be any Python statement
             shown = text.split("\n")[node.lineno - 1].strip()[:60]
             if SECRET.search(shown):
                 shown = shown.partition("=")[0]
@@ -6886,7 +6915,10 @@ ARITHMETIC: Mapping[type, Callable[..., Any]] = {
 
 
 def evaluate(node: Any, known: Mapping[str, Any]) -> Any:
-    """Return the value of a literal, a known name, or arithmetic, or raise."""
+    """Return the value of a literal, a known name, or arithmetic.
+
+    Raise any kind of exception for other expressions.
+    """
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
@@ -6900,14 +6932,17 @@ def evaluate(node: Any, known: Mapping[str, Any]) -> Any:
         return parts
     if isinstance(node, ast.Tuple):
         return tuple(parts)
-    for part in parts:  # text times a number could fill the memory
+    for part in parts:  # a text times a number could fill the memory
         if not isinstance(part, (int, float)) or abs(part) >= 2**63:
             raise ValueError
     return ARITHMETIC[type(node.op)](*parts)
 
 
 def apply_option(config: Config, text: str) -> None:
-    """Apply -o NAME=VALUE to a configuration; the value is YAML."""
+    """Apply -o NAME=VALUE to a configuration; the value is YAML.
+
+    Raise ConfigError if it cannot be applied.
+    """
     name, equals, value = text.partition("=")
     top, known = name.split(".")[0], default_values()
     is_secret = bool(SECRET.search(name)) or top in secret_settings()
@@ -6926,7 +6961,7 @@ def apply_option(config: Config, text: str) -> None:
         config.values[top] = known[top]
     mapping, key = descend(config.values, name)
     if mapping is config.values and key != top:
-        raise ConfigError(f"{place}: {top} holds no names")
+        raise ConfigError(f"{place}: {top} has no named entries")
     mapping[key] = parsed
     changed = (top,) if key == top else (top, key)
     for names in config.places:
@@ -6936,7 +6971,7 @@ def apply_option(config: Config, text: str) -> None:
 
 
 def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """Return the mapping and the key in it that a dotted name means."""
+    """Return the mapping, and the key in it, that a dotted name means."""
     head, _, rest = name.partition(".")
     while name not in values and isinstance(values.get(head), dict):
         values, name = values[head], rest
@@ -6945,7 +6980,7 @@ def descend(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
 
 
 def default_values() -> dict[str, Any]:
-    """Return all settings' defaults, as a file would have them."""
+    """Return the defaults of all settings, as a file would write them."""
     return {entry.name: copy.copy(entry.metadata["default"])
             for entry in fields(Settings)}
 
@@ -6957,12 +6992,15 @@ def secret_settings() -> list[str]:
 
 
 def check_settings(config: Config) -> Settings:
-    """Return the settings, or raise what says which one is wrong."""
+    """Return the checked settings.
+
+    Raise ConfigError, or SocketMalformed for SOCKET, naming the place.
+    """
     values, checked = mend_values(config), {}
     for entry in fields(Settings):
         value, known = values.get(entry.name), entry.metadata
         if value is None:
-            continue  # left out or left empty: the default holds
+            continue  # left out or left empty: the default applies
         try:
             checked[entry.name] = check_entry(
                 known["check"], value, entry.name, secret=known["secret"])
@@ -6974,7 +7012,7 @@ def check_settings(config: Config) -> Settings:
 
 
 def mend_values(config: Config) -> dict[str, Any]:
-    """Return the values, of what only 1.x took the plain meaning."""
+    """Return the values; correct those that only 1.x accepted."""
     values = dict(config.values)
     for name, mend in MENDS.items():
         if name in values:
@@ -6996,14 +7034,14 @@ def mend_values(config: Config) -> dict[str, Any]:
 
 
 def is_boolean(name: object) -> bool:
-    """Say whether a setting has this name and is True or False."""
+    """Say whether this is the name of a setting that is True or False."""
     return any(entry.name == name and entry.metadata["check"] is as_bool
                for entry in fields(Settings))
 
 
 def mend_entry(config: Config, mend: Callable[[Any], object], value: object,
                *names: str) -> object:
-    """Return what a value means; warn where it is not what it says."""
+    """Return a value as mend() corrects it; warn if that changes it."""
     mended = mend(value)
     if mended is not value:
         log.warning("%s: %s: found %s, taken as %s; write it like that",
@@ -7013,26 +7051,26 @@ def mend_entry(config: Config, mend: Callable[[Any], object], value: object,
 
 
 YAML_DEPTH = 50  # levels of nesting
-YAML_DASH = ("- ", "-\t", "-\n")  # starts an item
-YAML_KEY = 1024  # characters in a key, PyYAML's own bound
+YAML_DASH = ("- ", "-\t", "-\n")  # start an item
+YAML_KEY = 1024  # characters in a key (YAML 1.2, implicit keys)
 YAML_WORDS = {"yes": True, "true": True, "on": True, "no": False,
               "false": False, "off": False, "null": None, "~": None}
-# Beside each pattern: an example that it takes, and one that it does not.
+# Beside each pattern: an example that it matches, and one that it does not.
 YAML_FLOAT = re.compile(r"[-+]?[0-9]{1,15}\.[0-9]{0,15}")  # "1.5", not "1e5"
 YAML_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")  # "-12", not "1_0"
 YAML_HUGE = re.compile(  # "1000000000000000000", not "1"
     r"[-+]?[1-9][0-9]{18,}")
-# Text to us: a login 0123 stays as it is, and 1:30 is no 90.
+# Read as text: a login 0123 stays as it is, and 1:30 does not become 90.
 YAML_PLAIN = re.compile(  # "0666", not "0"
     r"0[0-9]+\Z|[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?\Z")
-YAML_ODD = re.compile(r"""  # "1_0", not "1.2.3": text, but not to all readers
+YAML_ODD = re.compile(r"""  # "1_0", not "1.2.3": parsers disagree on these
     [-+]? \.?[0-9][0-9_]* (?: \.[0-9_]* )? (?: [eE][-+]?[0-9]+ )?  # 1_0 1e5
   | [-+]? (?: 0[bx][0-9a-fA-F_]+ | \.(?i:inf|nan) )  # 0x1F .inf
   | [0-9]{4} - [0-9]{1,2} - [0-9]{1,2} (?: [Tt\ ].* )?  # 2024-12-31
   | << | =
 """, re.VERBOSE)
-# Control characters, half characters, line ends few would expect, and marks
-# of where a document starts or ends; but one --- may come first, ... last.
+# Control characters, surrogates, unusual line breaks, and document markers;
+# one --- at the start and one ... at the end are removed before.
 YAML_BAD = re.compile(  # "\a", not "a"
     r"[^\t\n -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
     r"|[\u2028\u2029\ufeff]|^(?:---|\.\.\.)(?=[ \t\n])", re.MULTILINE)
@@ -7040,20 +7078,20 @@ YAML_START = re.compile(  # "# a\n---\n", not "a\n---\n"
     r"\A(?P<before>(?: *(?:#.*)?\n)*)---(?: +#.*| *)\n")
 YAML_END = re.compile(  # "...\n# a\n", not "...\na\n"
     r"^\.\.\.(?: +#.*| *)\n(?: *(?:#.*)?\n)*\Z", re.MULTILINE)
-# To the next thing to read, and the same to one on a later line.
+# The gap before the next token, and a gap that includes an end of line.
 YAML_GAP = re.compile(r"(?: *(?:#.*)?\n)* *")  # " # a\n ", not "a"
 YAML_EOL = re.compile(r"(?: *(?:#.*)?\n)+ *")  # " # a\n ", not " "
-YAML_ESCAPE = re.compile(  # "\\x41", not "A": also space, and a line's end
+YAML_ESCAPE = re.compile(  # "\\x41", not "A": also spaces and line ends
     r"\\(?:(?P<code>x..|u....)|\n[ \t]*|(?P<sign>.))"
     r"|[ \t]*\n(?P<blank>(?:[ \t]*\n)*)[ \t]*|[ \t]+")
 
 
 @functools.cache  # "it's\n  a:b", not "a: b"
 def text_pattern(flow: bool, indent: int) -> re.Pattern[str]:
-    """Return what matches a text, quoted or words, and a key's colon.
+    """Return the pattern of a scalar, quoted or plain, and a key's colon.
 
-    Its further lines are indented by more than a number of spaces.  A colon
-    before a space ends a text; inside brackets, more characters do.
+    flow: the scalar is inside brackets, where more characters end it.
+    indent: its continuation lines must be indented by more spaces than this.
     """
     deeper = f" {{{indent + 1},}}"
     line = rf"\n(?=[ \t]*\n|{deeper})"
@@ -7072,7 +7110,7 @@ def text_pattern(flow: bool, indent: int) -> re.Pattern[str]:
 
 
 class YamlError(Exception):
-    """Say what in a document cannot be read, and on which line."""
+    """A document cannot be read: why, and on which line."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -7080,7 +7118,10 @@ class YamlError(Exception):
 
 
 def parse_yaml(text: str) -> tuple[object, Lines]:
-    """Return the document's value and the line of each key by its path."""
+    """Return a document's value, and the line of each key by its path.
+
+    Raise YamlError.
+    """
     reader = YamlReader(text)
     value = reader.read(nest=True) if reader.column() >= 0 else None
     if reader.column() >= 0:
@@ -7089,7 +7130,7 @@ def parse_yaml(text: str) -> tuple[object, Lines]:
 
 
 def unescape(found: re.Match[str]) -> str:
-    """Return what an escape means, or the end of a line; space stays."""
+    """Return what a match of YAML_ESCAPE means: folds lines, keeps spaces."""
     sign, code = found["sign"], found["code"]
     if sign or code:
         return (chr(int(code[1:], 16)) if code else
@@ -7100,16 +7141,16 @@ def unescape(found: re.Match[str]) -> str:
 
 
 class YamlReader:
-    """Read a document; each method goes on from the position reached."""
+    """Parses a document; each method continues at the current position."""
 
     def __init__(self, text: str) -> None:
-        """Check the characters, blank out --- and ..., find the start."""
+        """Remove --- and ..., check the characters, skip to the start."""
         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
         text = YAML_START.sub(r"\g<before>\n", text.rstrip("\n") + "\n")
         self.text = YAML_END.sub("\n", text)
         self.pos, self.line = 0, 1
-        self.indent = -1  # the column of the keys or dashes around
-        self.names: list[str] = []  # the keys of what is being read
+        self.indent = -1  # the column of the enclosing keys or dashes
+        self.names: list[str] = []  # the path of keys to what is being read
         self.lines: Lines = {}
         bad = YAML_BAD.search(self.text)
         if bad:
@@ -7118,7 +7159,7 @@ class YamlReader:
         self.skip(YAML_GAP)
 
     def skip(self, gap: re.Pattern[str]) -> None:
-        """Go over spaces, comments and ends of lines."""
+        """Skip spaces, comments and line ends; refuse anything else."""
         found = gap.match(self.text, self.pos)
         if not found:
             self.refuse("cannot read this (no quotes?):")
@@ -7126,20 +7167,20 @@ class YamlReader:
         self.pos = found.end()
 
     def column(self) -> int:
-        """Tell the column reached; the end of the text is left of all."""
+        """Return the current column, or -1 at the end of the text."""
         start = self.text.rfind("\n", 0, self.pos) + 1
         return self.pos - start if self.pos < len(self.text) else -1
 
     def at(self, *signs: str) -> bool:
-        """Tell whether one of the signs comes next."""
+        """Say whether one of the signs comes next."""
         return self.text.startswith(signs, self.pos)
 
     def at_text(self, flow: bool) -> re.Match[str] | None:
-        """Return the text that comes next, with the colon behind it."""
+        """Match the text that comes next and the colon after it."""
         return text_pattern(flow, self.indent).match(self.text, self.pos)
 
     def read(self, flow: bool = False, nest: bool = False) -> Any:
-        """Read a value and, if it may nest, all lines that belong to it."""
+        """Read a value; nest: it may be a block of several lines."""
         if len(self.names) == YAML_DEPTH:
             self.refuse(f"more than {YAML_DEPTH} levels of nesting:")
         text = self.at_text(flow)
@@ -7149,7 +7190,7 @@ class YamlReader:
             value = self.read_flow()
         elif text and not text["colon"]:
             value = self.read_text(text["text"])
-            self.skip(text.re)  # over this text
+            self.skip(text.re)  # skip this text
         else:
             self.refuse("put quotes around")
         if not flow:
@@ -7158,18 +7199,18 @@ class YamlReader:
 
     def read_block(self) -> Any:
         """Read the lines that start with a dash, or a key, in this column."""
-        found: dict[Any, Any] = {}  # the keys of a list are its places
-        keys: dict[Any, int] = {}  # and their lines
+        found: dict[Any, Any] = {}  # the keys of a list are its indices
+        keys: dict[Any, int] = {}  # the line of each key
         column, dash = self.column(), self.at(*YAML_DASH)
         around, self.indent = self.indent, column
         while self.column() == column and self.at(*YAML_DASH) == dash:
             key = len(found) if dash else self.read_key(False, keys)
             self.names.append(str(key))
-            self.pos += 1  # over the dash or colon
+            self.pos += 1  # skip the dash or colon
             line = self.line
             self.skip(YAML_GAP)
             below = self.line > line
-            least = column + 1  # where the value may start in a line below
+            least = column + 1  # the leftmost column of a value below
             if not dash and self.at(*YAML_DASH):
                 least = column  # a list below a key need not be indented
             empty = below and self.column() < least
@@ -7180,11 +7221,11 @@ class YamlReader:
 
     def read_flow(self) -> Any:
         """Read [a, b] or {a: b, c: d}, on one line or more."""
-        found: dict[Any, Any] = {}  # the keys of a list are its places
-        keys: dict[Any, int] = {}  # and their lines
+        found: dict[Any, Any] = {}  # the keys of a list are its indices
+        keys: dict[Any, int] = {}  # the line of each key
         close, more = "]" if self.at("[") else "}", True
         while more:
-            self.pos += 1  # over the bracket or comma
+            self.pos += 1  # skip the bracket or comma
             self.skip(YAML_GAP)
             if self.at(close):
                 break
@@ -7200,12 +7241,12 @@ class YamlReader:
             self.skip(YAML_GAP)
             more = self.at(",")
         if not self.at(close):
-            self.refuse(f"no , or {close} before")
+            self.refuse(f"missing , or {close} before")
         self.pos += 1
         return list(found.values()) if close == "]" else found
 
     def read_key(self, flow: bool, keys: dict[Any, int]) -> Any:
-        """Read a key, up to its colon; keys are those before it."""
+        """Read a key, up to its colon; keys: the earlier ones, by line."""
         found = self.at_text(flow)
         if (not found or not found["colon"] or "\n" in found[0]
                 or len(found[0]) > YAML_KEY + 1):
@@ -7238,7 +7279,7 @@ class YamlReader:
         return text
 
     def refuse(self, why: str) -> NoReturn:
-        """Refuse what stands here, for the reason given or a better one."""
+        """Raise YamlError at this position, for this or a better reason."""
         rest = self.text[self.pos:self.pos + 60].split("\n")[0] or "the end"
         if any(map(SECRET.search, self.names)):
             rest = f"the value of {self.names[-1]}"
@@ -7604,7 +7645,7 @@ class Systemd:
         counts, before = self._hour[-1], self._hour[0]
         new = {name: counts[name] - before[name] for name in counts}
         mails = new["passed"] + new["refused"] + new["database_errors"]
-        database = ("away: mail is judged from memory"
+        database = ("unavailable: mail is judged from memory"
                     if self._service.is_database_away else "available")
         return (f"STATUS={mails} mails in the last hour, {new['refused']} of"
                 f" them refused; the database is {database}")
