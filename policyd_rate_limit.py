@@ -7294,29 +7294,34 @@ class YamlReader:
 # ---------------------------------------------------------------------------
 # 16. Process
 #
-# What root does before it stops being root, the pidfile, signals, systemd.
+# What the daemon does as root before it drops privileges; the pidfile;
+# signals; systemd.
 # ---------------------------------------------------------------------------
 
 CLEAN_PAUSE = 10  # seconds between two steps of the daemon's cleaning
-# What a reload cannot change, since it was used up at the start.
+# What a reload cannot change, since it is used only at startup.
 FIXED = ("user", "group", "pidfile", "SOCKET", "socket_permission", "backend",
          "sqlite_config", "mysql_config", "pgsql_config", "db_timeout")
-COLLECT_PAUSE = 3600  # seconds between two looks at all objects; 50 ms each
-OLDEST_GENERATION = 2  # of the garbage collector; all objects
+COLLECT_PAUSE = 3600  # seconds between full garbage collections; 50 ms each
+OLDEST_GENERATION = 2  # of the garbage collector (gc): a full collection
 STATUS_PAUSE = 10  # seconds between two lines for systemctl status
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-Owner = Optional[pwd.struct_passwd]  # whom root becomes, None to stay
+Owner = Optional[pwd.struct_passwd]  # the user that root becomes; None: none
 
 
 class Folder(NamedTuple):
-    """How to make a folder that a start needs."""
+    """How to create a folder that the daemon needs."""
 
     mode: int
-    for_postfix: bool = False  # hand it to group postfix, if there is one
+    for_postfix: bool = False  # give it to group postfix, if there is one
 
 
 def find_owner(settings: Settings, standalone: str | None) -> Owner:
-    """Return the user, with the group of the settings; raise UnknownUser."""
+    """Return the user that root becomes, with the group of the settings.
+
+    None: keep the current user.  Raise UnknownUser, or PolicydError for
+    unsafe links (see refuse_planted_links).
+    """
     if os.geteuid() != 0:
         return None
     if standalone:
@@ -7327,16 +7332,16 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner:
         group = grp.getgrnam(settings.group)
     except KeyError:
         raise UnknownUser(
-            f"no user {settings.user} or no group {settings.group}; make them:"
+            f"no user {settings.user} or no group {settings.group}; to add:"
             f" adduser --system --group --home /run/{PROGRAM}"
             f" --no-create-home {settings.user}") from None
     return pwd.struct_passwd((*user[:3], group.gr_gid, *user[4:]))
 
 
 def refuse_planted_links(settings: Settings) -> None:
-    """Raise PolicydError if root would write through a stranger's link.
+    """Raise PolicydError if root would write through another user's link.
 
-    With --standalone root stays root, in a folder that may be another's.
+    With --standalone root stays root, in a folder that may be someone else's.
     """
     database = os.path.abspath(settings.sqlite_config["database"])
     with contextlib.suppress(FileNotFoundError):
@@ -7348,12 +7353,12 @@ def refuse_planted_links(settings: Settings) -> None:
             found = os.lstat(path)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 raise PolicydError(
-                    f"{path}: is a link, in a folder that is not root's alone;"
+                    f"{path}: is a link in a folder that is not root's alone;"
                     " remove it, or run this as the folder's owner")
 
 
 def drop_root(owner: Owner) -> None:
-    """Give up root's rights for good, and check that they are gone."""
+    """Drop root privileges permanently; raise PolicydError if any remain."""
     os.umask(0o077)
     if owner is None:
         return
@@ -7362,12 +7367,12 @@ def drop_root(owner: Owner) -> None:
     os.setgid(gid)
     os.setuid(uid)
     if os.getresuid() != (uid,) * 3 or os.getresgid() != (gid,) * 3:
-        raise PolicydError("could not give up the rights of root")
-    os.environ["HOME"] = owner.pw_dir  # where database drivers look for files
+        raise PolicydError("could not drop root privileges")
+    os.environ["HOME"] = owner.pw_dir  # database drivers look for files there
 
 
 def folders(settings: Settings) -> Mapping[str, Folder]:
-    """Return the folders that a start needs, and how to make them."""
+    """Return the folders that the daemon needs, and how to create them."""
     needed = {}
     if settings.pidfile != os.devnull:
         needed[settings.pidfile] = Folder(0o755)
@@ -7381,14 +7386,14 @@ def folders(settings: Settings) -> Mapping[str, Folder]:
 
 
 def make_folders(settings: Settings, owner: Owner) -> None:
-    """Make the folders that are missing, and hand them to their owner."""
+    """Create the folders that are missing and give them to their owner."""
     os.umask(0o022)
     for path, folder in folders(settings).items():
         if not os.path.isdir(path):
             os.makedirs(path, folder.mode)
         elif owner is None or not is_volume(path):
             continue
-        # The daemon's user may put a link there at any moment.
+        # O_NOFOLLOW: the daemon's user may put a link there at any moment.
         opened = os.open(path, os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             hand_over(opened, folder, owner)
@@ -7397,7 +7402,7 @@ def make_folders(settings: Settings, owner: Owner) -> None:
 
 
 def hand_over(opened: int, folder: Folder, owner: Owner) -> None:
-    """Give an open folder to its owner, and to Postfix if it is for that."""
+    """Give an open folder to its owner, and to group postfix if wanted."""
     if owner is not None:
         os.fchown(opened, owner.pw_uid, owner.pw_gid)
     if folder.for_postfix:
@@ -7407,20 +7412,20 @@ def hand_over(opened: int, folder: Folder, owner: Owner) -> None:
 
 
 def is_volume(folder: str) -> bool:
-    """Say whether a folder is root's and empty, as a container's volume."""
-    status = os.lstat(folder)  # of a link too, which is no folder
+    """Say whether a folder is root's and empty, like a container's volume."""
+    status = os.lstat(folder)  # a link is not a folder
     return (stat.S_ISDIR(status.st_mode) and status.st_uid == 0
-            and status.st_mode & 0o222 == 0o200  # else as /tmp has, or shut
+            and status.st_mode & 0o222 == 0o200  # not like /tmp, not readonly
             and not os.listdir(folder))
 
 
 @contextlib.contextmanager
 def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
-    """Write the pidfile and hold it until the end; raise AlreadyRunning."""
+    """Write the pidfile; lock it, or raise AlreadyRunning; remove it."""
     if path == os.devnull:
-        yield  # there is to be no pidfile
+        yield  # the settings ask for no pidfile
         return
-    with hold_lock(path):  # else it is stale, whatever process has its id
+    with hold_lock(path):  # an unlocked pidfile is stale, whatever its id
         with open_own_file(path, 0o644) as file:
             file.write(f"{os.getpid()}\n")
             if owner is not None:
@@ -7433,8 +7438,8 @@ def hold_pidfile(path: str, owner: Owner) -> Iterator[None]:
 
 
 def serve(settings: Settings, owner: Owner,
-          announce: Callable[[Any], None],  # an address for clients
-          read: Callable[[], Settings]) -> None:
+          announce: Callable[[Any], None],  # called with the address bound
+          read: Callable[[], Settings]) -> None:  # called for each reload
     """Run the daemon until a signal ends it."""
     make_folders(settings, owner)
     alarm = Alarm()
@@ -7455,11 +7460,11 @@ def serve(settings: Settings, owner: Owner,
             server.max_connections, raise_file_limit() - 64))
         housekeeping = Housekeeping(service)
         gc.callbacks.append(freeze_survivors)
-        # Opens the ledger, and says if it cannot; with an old one, for hours.
+        # Opens the ledger and logs an outage; updating one can take hours.
         signals.run(housekeeping.do_step)
         if signals.ended:
             return
-        threading.stack_size(512 * 1024)  # address space, not memory
+        threading.stack_size(512 * 1024)  # bytes of address space per thread
         threading.Thread(target=server.serve_forever, args=(0.1,),
                          daemon=True).start()
         threading.Thread(target=alarm.send, daemon=True).start()
@@ -7477,40 +7482,41 @@ def serve(settings: Settings, owner: Owner,
 
 
 class Signals:
-    """The signals that came; made before anybody could send one.
+    """Delivers signals to the main thread; created before the pidfile.
 
-    Whatever thread the kernel gives a signal to, a socket wakes the main one
-    at once; with a queue it would see it when the next cleaning is due.
+    Whichever thread the kernel interrupts, a socket wakes the main thread at
+    once; waiting on a queue, it would notice only when cleaning is next due.
     """
 
     def __init__(self) -> None:
         """Catch signals from now on."""
-        self.ended = False  # by one of ENDING
+        self.ended = False  # whether a signal of ENDING has arrived
         self._numbers, sender = socket.socketpair()
         sender.setblocking(False)
-        signal.set_wakeup_fd(  # open until the end; full: it wakes all the
-            sender.detach(), warn_on_full_buffer=False)  # same
+        signal.set_wakeup_fd(  # never closed; if it is full, the main thread
+            sender.detach(), warn_on_full_buffer=False)  # wakes up anyway
         for number in ENDING:
             signal.signal(number, self._end)
         for number in signal.SIGHUP, signal.SIGUSR2:
             signal.signal(number, lambda *_: None)
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the socket."""
         self._numbers.close()
 
     def wait(self, seconds: float) -> bytes:
-        """Return the numbers of signals that came, none if time is up."""
+        """Return the numbers of the signals received, b"" after a timeout."""
         self._numbers.settimeout(max(0.001, seconds))
         try:
-            return self._numbers.recv(4096)  # a storm of them is one
+            return self._numbers.recv(4096)  # many signals count as one
         except socket.timeout:
             return b""
 
     def run(self, work: Callable[[], object]) -> None:
-        """Do some work, until it is done or a signal ends the daemon.
+        """Do some work until it is done or a signal ends the daemon.
 
-        It gets a thread of its own: what waits for SQLite sees no signal.
+        It runs in a separate thread, because Python handles no signal while
+        the main thread waits for SQLite.  Exceptions are raised here.
         """
         failures: list[Exception] = []
 
@@ -7528,17 +7534,17 @@ class Signals:
             raise failures[0]
 
     def _end(self, *_: object) -> None:
-        """Note that the daemon is to end."""
+        """Handle a signal of ENDING."""
         self.ended = True
 
 
 def keep_to_one_processor() -> None:
-    """Keep all threads on one processor, where the system lets us.
+    """Keep all threads on one processor, where the system allows that.
 
-    Python runs one of them at a time; to hand over to another processor costs
-    a third to a half of the speed at 16 connections.
+    Python runs one thread at a time (the GIL); passing it between processors
+    costs a third to a half of the speed with 16 connections.
     """
-    with contextlib.suppress(AttributeError, OSError):  # Linux has it
+    with contextlib.suppress(AttributeError, OSError):  # only on Linux
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {allowed[os.getpid() % len(allowed)]})
 
@@ -7552,10 +7558,10 @@ def raise_file_limit() -> int:
 
 
 def freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
-    """Hide from the garbage collector what it has found to be in use.
+    """Exclude objects that survived a full garbage collection from the next.
 
-    It would stop all threads for 50 ms each time it went through 100,000
-    identities in memory.  Counting references still frees what is hidden.
+    Otherwise each one would stop all threads for 50 ms with 100,000
+    identities in memory.  Reference counting still frees frozen objects.
     """
     if phase == "stop" and info["generation"] == OLDEST_GENERATION:
         gc.freeze()
@@ -7564,9 +7570,9 @@ def freeze_survivors(phase: str, info: Mapping[str, int]) -> None:
 def run_until_signal(signals: Signals, service: Service,
                      housekeeping: Housekeeping, tally: Tally,
                      read: Callable[[], Settings]) -> None:
-    """Reload at HUP, sum up at USR2 until ended; clean meanwhile."""
+    """Reload on HUP, log a summary on USR2, clean, until a signal ends it."""
     tally.publish()
-    due = time.monotonic() + CLEAN_PAUSE  # whatever signals come meanwhile
+    due = time.monotonic() + CLEAN_PAUSE  # signals do not postpone cleaning
     collect_at = time.monotonic() + COLLECT_PAUSE
     while not signals.ended:
         numbers = signals.wait(due - time.monotonic())
@@ -7580,13 +7586,13 @@ def run_until_signal(signals: Signals, service: Service,
             due = time.monotonic() + CLEAN_PAUSE
         if time.monotonic() >= collect_at:
             gc.unfreeze()
-            gc.collect()  # also cycles that were in use when hidden
+            gc.collect()  # also cycles that were in use when frozen
             collect_at = time.monotonic() + COLLECT_PAUSE
         tally.publish(asked=signal.SIGUSR2 in numbers)
 
 
 def reload(service: Service, read: Callable[[], Settings]) -> None:
-    """Replace the settings; a broken file leaves the old ones in force."""
+    """Replace the settings; keep the old ones if the file is broken."""
     try:
         new = read()
     except PolicydError as error:
@@ -7606,29 +7612,29 @@ def warn_if_alert_command_missing(settings: Settings) -> None:
         return
     for program in settings.alert_command[:1]:
         if not shutil.which(program):
-            log.warning("alert_command: %s: not there or not executable",
+            log.warning("alert_command: %s: missing or not executable",
                         program)
 
 
 class Systemd:
-    """Tells systemd, time and again, that and what the daemon works.
+    """Reports the daemon's status to systemd and keeps its watchdog alive.
 
-    From a thread of its own: the main one may wait for the database, and that
-    is no reason to start the daemon again.
+    It has a separate thread: the main one may wait for the database, which is
+    no reason to restart the daemon.
     """
 
     def __init__(self, server: PolicyServer) -> None:
-        """Take the server that is to answer; it may not run yet."""
+        """Take the server to watch; it need not run yet."""
         self._server, self._service = server, server.service
         seconds = watchdog_seconds()
         self._watched = seconds is not None
-        # Four tries before systemd's patience is over.
+        # Four attempts before systemd's timeout.
         self._pause = min(STATUS_PAUSE, (seconds or math.inf) / 4)
         self._hour = deque([dict(self._service.counts)],
                            math.ceil(3600 / self._pause))  # oldest first
 
     def inform(self) -> None:
-        """Tell systemd for ever."""
+        """Keep systemd informed forever."""
         told = ""
         while True:
             time.sleep(self._pause)
@@ -7652,9 +7658,9 @@ class Systemd:
 
 
 def watchdog_seconds() -> float | None:
-    """Return how long systemd waits for a keep-alive (sd_watchdog_enabled(3)).
+    """Return the seconds that systemd waits for a keep-alive message.
 
-    None: it does not watch this process.
+    None: it does not watch this process (sd_watchdog_enabled(3)).
     """
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     watched = os.environ.get("WATCHDOG_PID", str(os.getpid()))
@@ -7664,9 +7670,9 @@ def watchdog_seconds() -> float | None:
 
 
 def notify(state: str) -> None:
-    """Tell systemd a state (sd_notify(3)), where there is a systemd."""
+    """Send a state to systemd (sd_notify(3)), if it started this process."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if address.startswith("@"):  # the abstract namespace
+    if address.startswith("@"):  # unix(7): an abstract socket address
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as message, \
             contextlib.suppress(OSError):
@@ -7676,14 +7682,14 @@ def notify(state: str) -> None:
 # ---------------------------------------------------------------------------
 # 17. Checks
 #
-# What --check looks at besides the settings: whether a start would work, and
-# whether Postfix asks, in time and in the right place.  Nothing is changed.
+# What --check looks at besides the settings: whether the daemon could start,
+# and whether Postfix asks it at the right stage and place.  Changes nothing.
 # ---------------------------------------------------------------------------
 
-NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, or a start by"
-             " systemd")
+NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, and so will a"
+             " start by systemd")
 CONNECT_PATIENCE = 2  # seconds; a daemon that is not busy takes 1 ms
-TAKEN = "another program listens there, or a daemon that does not answer"
+TAKEN = "in use by another program, or by a daemon that does not answer"
 Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
 
 
@@ -7697,7 +7703,7 @@ def is_running(settings: Settings) -> bool:
 
 
 def find_obstacles(settings: Settings, running: bool) -> Iterator[str]:
-    """Yield what would keep a start by this user from working.
+    """Yield what would prevent this user from starting the daemon.
 
     Raise OSError or PolicydError for an address that cannot be bound at all.
     """
@@ -7719,24 +7725,24 @@ def find_obstacles(settings: Settings, running: bool) -> Iterator[str]:
 
 
 def find_file_obstacle(path: str) -> Iterator[str]:
-    """Yield why a start could not write a file of its own, if so."""
+    """Yield why the daemon could not write one of its files, if so."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
-        return  # check_folders() says whether it can be made
+        return  # check_folders() says whether it can be created
     except OSError as error:
         yield f"{path}: {error.strerror}"
         return
     if not stat.S_ISREG(status.st_mode):
         yield f"{path}: is not a regular file"
     elif status.st_nlink > 1:
-        yield f"{path}: has a second name (a hard link); remove it"
+        yield f"{path}: has a second hard link; remove it"
     elif not os.access(path, os.W_OK):
         yield f"{path}: cannot be written; remove it"
 
 
 def find_address_obstacle(address: str | tuple[str, int]) -> Iterator[str]:
-    """Yield why an address cannot be bound while no daemon runs, if so."""
+    """Yield why an address cannot be bound, if so; no daemon is running."""
     if not isinstance(address, str):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         with socket.socket(family) as server:
@@ -7753,7 +7759,7 @@ def find_address_obstacle(address: str | tuple[str, int]) -> Iterator[str]:
         error_number = client.connect_ex(address)
     if error_number in (0, errno.EAGAIN):
         yield f"{address}: {TAKEN}"
-    elif error_number == errno.ECONNREFUSED:  # what a start would remove
+    elif error_number == errno.ECONNREFUSED:  # stale: a start removes it
         yield from find_removal_obstacle(address)
     elif error_number not in (errno.ENOENT, errno.ENOTDIR):
         yield f"{address}: {os.strerror(error_number)}"
@@ -7768,7 +7774,7 @@ def find_removal_obstacle(path: str) -> Iterator[str]:
 
 
 def find_makeable(settings: Settings, owner: Owner) -> list[str]:
-    """Return the folders that a start makes, or hands to its user."""
+    """Return the folders that a start creates or gives to its user."""
     return [folder for folder in folders(settings)
             if (owner is not None and is_volume(folder)
                 if os.path.isdir(folder) else can_write(folder))]
@@ -7777,7 +7783,7 @@ def find_makeable(settings: Settings, owner: Owner) -> list[str]:
 def check_folders(settings: Settings, makeable: Sequence[str],
                   owner: Owner) -> None:
     """Raise PolicydError for a folder that this user could not use."""
-    usual = folders(Settings())  # the unit sees that these are there
+    usual = folders(Settings())  # the systemd unit creates these
     for folder in folders(settings):
         if can_write(folder):
             continue
@@ -7785,37 +7791,37 @@ def check_folders(settings: Settings, makeable: Sequence[str],
             raise PolicydError(f"{folder}: cannot be written")
         if owner is not None and folder not in usual:
             log.warning(
-                "%s: missing, or not writable for %s: a start as root puts"
-                " that right, but not one by systemd as %s: install -d -o %s"
+                "%s: missing, or not writable for %s; a start as root fixes"
+                " that, but not one by systemd as %s: install -d -o %s"
                 " %s", folder, *[owner.pw_name] * 3, folder)
 
 
 def can_write(folder: str) -> bool:
-    """Say whether this user could make files in a folder, or the folder."""
+    """Say whether this user could create files in a folder, or the folder."""
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def can_reload(options: argparse.Namespace) -> bool:
-    """Say whether the file, which root has read, is for this user too."""
+    """Say whether this user, too, can read the file that root has read."""
     return options.file is None or os.access(options.file, os.R_OK)
 
 
 def warn_of_strangers(settings: Settings) -> None:
-    """Warn if others than Postfix may ask, and so exhaust a limit."""
+    """Warn if not only Postfix can send requests and exhaust limits."""
     if not is_local(settings.SOCKET):
         log.warning(
             "SOCKET: every host that can reach %s can exhaust someone's"
-            " limits: let a firewall admit only your mail hosts",
+            " limits; let a firewall admit only your mail hosts",
             format_address(settings.SOCKET))
     elif anyone_may_connect(settings):
-        log.warning("SOCKET: any account on this host can connect, and"
+        log.warning("SOCKET: any account on this host can connect and"
                     " exhaust someone's limits")
 
 
 def is_local(address: str | tuple[str, int]) -> bool:
-    """Say whether nobody but this host can reach an address."""
+    """Say whether only this host can reach an address."""
     if isinstance(address, str):
         return True
     host = parse_address(address[0])
@@ -7823,11 +7829,11 @@ def is_local(address: str | tuple[str, int]) -> bool:
 
 
 def anyone_may_connect(settings: Settings) -> bool:
-    """Say whether any account of this host may connect."""
+    """Say whether any account on this host may connect."""
     if not isinstance(settings.SOCKET, str):
         return True
     above = pathlib.Path(os.path.abspath(settings.SOCKET)).parents
-    shuts = os.geteuid() == 0 and any(  # what it is going to make
+    shuts = os.geteuid() == 0 and any(  # a missing folder gets mode 0750
         group.gr_name == "postfix" for group in grp.getgrall())
     return bool(settings.socket_permission & 0o2) and all(
         os.stat(path).st_mode & 0o1 if os.path.isdir(path) else not shuts
@@ -7835,27 +7841,27 @@ def anyone_may_connect(settings: Settings) -> bool:
 
 
 def examine_database(transaction: Transaction, query: str | None) -> None:
-    """Raise an error where mails could not be counted; warn of less."""
+    """Raise an error if mail could not be counted; warn of lesser problems."""
     check_counting(transaction, query)
     warn_if_clocks_differ(ask_clock_difference(transaction))
     for name, value_query, durable in transaction.backend.durable:
         [value] = transaction.run(value_query).fetchone()
         if str(value) not in durable:
             log.warning(
-                "%s is %s on the database server, so mail that was let"
-                " through can be forgotten if it crashes: set it to %s",
+                "%s is %s on the database server, so a crash can lose the"
+                " count of accepted mail; set it to %s",
                 name, value, durable[0])
 
 
 def check_counting(transaction: Transaction, query: str | None) -> None:
-    """Raise an error where mails could not be counted."""
+    """Raise an error if mail could not be counted."""
     backend = transaction.backend
     present = columns_of(transaction, "mail_count")
     if not are_complete(transaction):
         for statement in creations(backend):
             transaction.run(backend.try_table.format(statement))
     for table in TABLES:
-        if columns_of(transaction, table):  # may its rows be changed?
+        if columns_of(transaction, table):  # try each right; change no row
             transaction.run(f"INSERT INTO {table} SELECT * FROM {table}"
                             " WHERE 1 = 0")
             column, *_ = TABLES[table].split()
@@ -7865,18 +7871,19 @@ def check_counting(transaction: Transaction, query: str | None) -> None:
     if present and "total" not in present and backend.try_total:
         transaction.run(backend.try_total)
     if query and (columns_of(transaction, "rate_limits")
-                  or "rate_limits" not in query):  # else a start makes it
+                  or "rate_limits" not in query):  # else a start creates it
         try:
             ask_limits(transaction, query, "Zoë дима 😀")
         except Exception as error:
             raise LedgerError(f"sql_limits_by_id: {error}") from error
 
 
-# What Postfix does.  postconf(1) reads its files; all but read_postfix() are
-# functions of its text, of the settings and of the folders that these name.
+# How Postfix is configured.  postconf(1) reads its files; except for
+# read_postfix(), the functions depend only on its output, the settings and
+# the folders that these name.
 
 POSTCONF_PATIENCE = 10  # seconds; it takes 10 ms
-DELAYED = {  # lists that smtpd_delay_reject moves to each RCPT
+DELAYED = {  # lists that smtpd_delay_reject postpones until RCPT (postconf(5))
     "smtpd_client_restrictions": "CONNECT",
     "smtpd_helo_restrictions": "HELO",
     "smtpd_sender_restrictions": "MAIL"}
@@ -7887,29 +7894,29 @@ LISTS = {  # the protocol_state of the requests that a list makes
     "smtpd_data_restrictions": "DATA",
     "smtpd_end_of_data_restrictions": "END-OF-MESSAGE",
     "smtpd_etrn_restrictions": "ETRN"}
-ENDS = ("permit", "reject", "defer")  # nothing behind them is reached
+ENDS = ("permit", "reject", "defer")  # nothing after them is reached
 LOGIN = ("sasl_username", "sasl_domain", "sasl_method", "sasl_sender")
 TO = ("recipient", "recipient_domain")
 
 
 class Smtpd(NamedTuple):
-    """A service of master.cf that takes mail, and the parameters it has."""
+    """An smtpd service of master.cf with its parameters."""
 
     name: str  # such as submission/inet
     chroot: bool
-    parameters: Mapping[str, str]  # of main.cf, but for its own
-    own: Mapping[str, str] = {}  # those that master.cf gives it
+    parameters: Mapping[str, str]  # of main.cf, overridden by its own
+    own: Mapping[str, str] = {}  # those set by -o in master.cf
 
 
 class Postfix(NamedTuple):
-    """What postconf tells of the Postfix on this host."""
+    """The configuration of the Postfix on this host, as postconf prints it."""
 
     main: Mapping[str, str]  # parameters of main.cf, and needed defaults
     services: Sequence[Smtpd]
 
     @property
     def queue(self) -> str:
-        """Return the queue directory: chrooted services see nothing else."""
+        """Return the queue directory, the root of chrooted services."""
         return self.main.get("queue_directory", "/var/spool/postfix")
 
     def file(self, name: str) -> str:
@@ -7919,18 +7926,18 @@ class Postfix(NamedTuple):
 
 
 class PolicyCheck(NamedTuple):
-    """A check_policy_service that a service of Postfix has in a list."""
+    """A check_policy_service in a restriction list of a Postfix service."""
 
     name: str  # of the list, or of a restriction class
-    text: str  # the argument, which tells one connection from another
-    state: str  # the protocol_state of its requests; "" if that is unknown
+    text: str  # its argument; Postfix has a connection for each different one
+    state: str  # the protocol_state of its requests; "": unknown
     endpoint: Endpoint
-    behind_login: bool  # permit_sasl_authenticated stands before it
-    only_warns: bool  # warn_if_reject stands before it
+    behind_login: bool  # permit_sasl_authenticated precedes it
+    only_warns: bool  # warn_if_reject precedes it
 
 
 def read_postfix() -> Postfix:
-    """Ask postconf for all that it knows; raise PolicydError or OSError."""
+    """Return Postfix's configuration; raise PolicydError or OSError."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath),
                             "/usr/sbin", "/usr/local/sbin"])
     program = shutil.which("postconf", path=path)
@@ -7938,7 +7945,7 @@ def read_postfix() -> Postfix:
         raise PolicydError("there is no postconf on this host")
     config = os.environ.get("MAIL_CONFIG")
     if config and not os.path.exists(f"{config}/main.cf"):
-        # postconf would say so, too, but only after a second.
+        # postconf would report this, too, but only after a second.
         raise PolicydError(f"there is no {config}/main.cf")
     of_main_cf = run_postconf(program, "-nx") + run_postconf(
         program, "-x", "queue_directory", "config_directory", "mail_owner",
@@ -7954,7 +7961,7 @@ def run_postconf(program: str, *options: str) -> str:
             [program, *options], stdin=subprocess.DEVNULL, check=False,
             capture_output=True, timeout=POSTCONF_PATIENCE)
     except subprocess.TimeoutExpired:
-        raise PolicydError("postconf does not answer") from None
+        raise PolicydError("postconf timed out") from None
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise PolicydError(printable(said[-1]) if said else "postconf failed")
@@ -7981,7 +7988,7 @@ def parse_postfix(main_cf: str, services: str, overrides: str) -> Postfix:
 
 
 def parse_parameters(text: str) -> dict[str, str]:
-    """Parse lines name = value."""
+    """Parse lines of the form "name = value"."""
     parameters = {}
     for line in unfold(text).splitlines():
         name, equals, value = line.partition("=")
@@ -7991,12 +7998,12 @@ def parse_parameters(text: str) -> dict[str, str]:
 
 
 def unfold(text: str) -> str:
-    """Join lines that are continued by lines that begin with a space."""
+    """Join each line with its continuation lines, which begin with a space."""
     return re.sub(r"\n[ \t]+", " ", text)
 
 
 def split_list(text: str) -> list[str]:
-    """Split at commas and spaces, but for those inside of braces."""
+    """Split at commas and spaces, except inside braces."""
     words, depth = [""], 0
     for character in text:
         if depth <= 0 and (character == "," or character.isspace()):
@@ -8008,10 +8015,10 @@ def split_list(text: str) -> list[str]:
 
 
 def words_of(text: str, classes: Mapping[str, str]) -> list[str]:
-    """Split a restriction list, with the restriction classes in it."""
+    """Split a restriction list; expand the restriction classes in it."""
     words = []
     for word in split_list(text):
-        if word in classes:  # which cannot name itself
+        if word in classes:  # a class cannot contain itself
             others = {name: text for name, text in classes.items()
                       if name != word}
             words += words_of(classes[word], others)
@@ -8021,10 +8028,10 @@ def words_of(text: str, classes: Mapping[str, str]) -> list[str]:
 
 
 def find_checks(smtpd: Smtpd, queue: str) -> Iterator[PolicyCheck]:
-    """Yield each check_policy_service that a service comes to.
+    """Yield each check_policy_service that a service reaches.
 
-    A restriction class that no list names may be the result of a look-up in
-    a table, in any list.
+    A restriction class that no list names may be the result of a table
+    lookup in any list, so its state is unknown.
     """
     given = smtpd.parameters
     classes = {name: given.get(name, "") for name in split_list(
@@ -8045,7 +8052,7 @@ def find_checks(smtpd: Smtpd, queue: str) -> Iterator[PolicyCheck]:
 
 def checks_in(words: Sequence[str], name: str, state: str, chroot: bool,
               queue: str) -> Iterator[PolicyCheck]:
-    """Yield each check_policy_service that is reached in a list."""
+    """Yield each check_policy_service that a list reaches."""
     behind_login = False
     before = ""
     for word, text in zip(words, [*words[1:], ""]):
@@ -8064,8 +8071,8 @@ def checks_in(words: Sequence[str], name: str, state: str, chroot: bool,
 def parse_endpoint(text: str, chroot: bool, queue: str) -> Endpoint:
     """Return where check_policy_service connects to.
 
-    A path is relative to the queue directory, which a chrooted service takes
-    for the root directory.
+    A path is relative to the queue directory, which is also the root
+    directory of a chrooted service.
     """
     inner = text[1:-1] if text.startswith("{") else text
     kind, _, where = (split_list(inner) or [""])[0].partition(":")
@@ -8073,13 +8080,13 @@ def parse_endpoint(text: str, chroot: bool, queue: str) -> Endpoint:
         inside = where.lstrip("/") if chroot else where
         return os.path.normpath(os.path.join(queue, inside))
     host, _, port = where.rpartition(":")
-    with contextlib.suppress(OSError):  # it may be a name of /etc/services
+    with contextlib.suppress(OSError):  # it may be a name in /etc/services
         port = str(socket.getservbyname(port, "tcp"))
     return host.strip("[]").lower() or "localhost", parse_count(port)
 
 
 def leads_to(endpoint: Endpoint, address: str | tuple[str, int]) -> bool:
-    """Say whether who connects to an endpoint connects to an address."""
+    """Say whether connecting to an endpoint reaches an address."""
     if isinstance(endpoint, str) or isinstance(address, str):
         return (isinstance(endpoint, str) and isinstance(address, str)
                 and os.path.realpath(endpoint) == os.path.realpath(address))
@@ -8088,22 +8095,22 @@ def leads_to(endpoint: Endpoint, address: str | tuple[str, int]) -> bool:
     asked, ours = parse_address(endpoint[0]), parse_address(address[0])
     if ours is None or ours.is_unspecified:  # it listens everywhere
         return True
-    if asked is None:  # a name; we do not ask whose
+    if asked is None:  # a host name, which is not looked up
         return endpoint[0] != "localhost" or ours.is_loopback
     return asked == ours
 
 
 class Asking(NamedTuple):
-    """A service of Postfix, and whom it asks."""
+    """A service of Postfix and the policy services that it asks."""
 
     smtpd: Smtpd
     ours: Sequence[PolicyCheck]  # the checks that lead to SOCKET
     others: Sequence[PolicyCheck]
-    lost: Sequence[str]  # lists of main.cf with ours that it overrides
+    lost: Sequence[str]  # lists with our check in main.cf that it overrides
 
 
 def sort_checks(smtpd: Smtpd, postfix: Postfix, settings: Settings) -> Asking:
-    """Return whom a service asks."""
+    """Return which policy services a service asks."""
     def is_ours(check: PolicyCheck) -> bool:
         return leads_to(check.endpoint, settings.SOCKET)
 
@@ -8117,11 +8124,11 @@ def sort_checks(smtpd: Smtpd, postfix: Postfix, settings: Settings) -> Asking:
 
 
 def warn_of_postfix(postfix: Postfix, settings: Settings) -> Iterator[str]:
-    """Yield what in Postfix's configuration turns limits off."""
+    """Yield what in Postfix's configuration prevents limits from working."""
     services = [sort_checks(smtpd, postfix, settings)
                 for smtpd in postfix.services]
     if not any(service.ours for service in services):
-        if is_local(settings.SOCKET) and services:  # else others may ask
+        if is_local(settings.SOCKET) and services:  # else other hosts may ask
             yield nobody_asks(postfix, settings, services)
         return
     for service in services:
@@ -8140,11 +8147,11 @@ def describe_postfix(postfix: Postfix, settings: Settings) -> str:
         ours = sort_checks(smtpd, postfix, settings).ours
         (asking if ours else silent).append(smtpd.name)
     if not postfix.services:
-        return "Postfix: takes no mail by SMTP on this host"
+        return "Postfix: accepts no mail by SMTP on this host"
     if not asking:
         return "Postfix: does not ask on this host"
-    text = f"Postfix: asks for mail that comes to {', '.join(asking)}"
-    return text + (f", not to {', '.join(silent)}" if silent else "")
+    text = f"Postfix: asks about mail that arrives at {', '.join(asking)}"
+    return text + (f", not at {', '.join(silent)}" if silent else "")
 
 
 def nobody_asks(postfix: Postfix, settings: Settings,
@@ -8178,7 +8185,7 @@ def is_reachable(postfix: Postfix, settings: Settings,
 
 
 def place_of(postfix: Postfix, service: Asking, check: PolicyCheck) -> str:
-    """Return where a check stands: the file, and the list in it."""
+    """Return where a check is: the file, and the list in it."""
     if check.name in service.smtpd.own:
         return (f"{postfix.file('master.cf')}: {service.smtpd.name}:"
                 f" {check.name}")
@@ -8186,12 +8193,12 @@ def place_of(postfix: Postfix, service: Asking, check: PolicyCheck) -> str:
 
 
 def address_in(check: PolicyCheck) -> str:
-    """Return the address in a check, as Postfix has it."""
+    """Return the address in a check, as Postfix's files write it."""
     return printable(split_list(check.text.strip("{}"))[0])
 
 
 def remedy(postfix: Postfix, settings: Settings, stage: str = "") -> str:
-    """Return what to write into main.cf, so that Postfix asks."""
+    """Return what to write into main.cf so that Postfix asks the daemon."""
     name, _, _ = main_cf(settings.count_mode, "").partition(" = ")
     if stage:
         name = f"smtpd_{stage}_restrictions"
@@ -8204,7 +8211,7 @@ def remedy(postfix: Postfix, settings: Settings, stage: str = "") -> str:
 
 def why_unreachable(postfix: Postfix, settings: Settings, service: Asking,
                     check: PolicyCheck) -> str:
-    """Say if a chrooted service looks for our socket in its own folder."""
+    """Return why a chrooted service cannot reach SOCKET, "" if it can."""
     meant = parse_endpoint(check.text, False, postfix.queue)
     if not service.smtpd.chroot or not leads_to(meant, settings.SOCKET):
         return ""
@@ -8214,9 +8221,10 @@ def why_unreachable(postfix: Postfix, settings: Settings, service: Asking,
 
 def warn_of_override(postfix: Postfix, settings: Settings,
                      service: Asking) -> Iterator[str]:
-    """Yield where master.cf takes away a list that has the check.
+    """Yield where master.cf overrides a list that has the check.
 
-    What a content filter gives back, over loopback, is not to be counted.
+    A service on a loopback address is left alone: mail that a content filter
+    returns there must not be counted again.
     """
     name = service.smtpd.name
     host = name.rpartition("/")[0].rpartition(":")[0].strip("[]")
@@ -8225,13 +8233,13 @@ def warn_of_override(postfix: Postfix, settings: Settings,
     check = policy_check(settings.SOCKET, postfix.queue)
     for lost in service.lost:
         yield (f"{postfix.file('master.cf')}: {name}: -o {lost}"
-               " overrides the list of main.cf, so mail that comes there is"
+               " overrides the list of main.cf, so mail that arrives there is"
                f" not limited: put this first in it: {check}")
 
 
 def warn_of_unreachable(postfix: Postfix, settings: Settings,
                         service: Asking) -> Iterator[str]:
-    """Yield the checks that a chrooted service looks for in vain."""
+    """Yield the checks whose path a chrooted service cannot reach."""
     for check in service.others:
         reason = why_unreachable(postfix, settings, service, check)
         if reason:
@@ -8242,7 +8250,7 @@ def warn_of_unreachable(postfix: Postfix, settings: Settings,
 
 def warn_of_stage(postfix: Postfix, settings: Settings,
                   service: Asking) -> Iterator[str]:
-    """Yield what keeps a service that asks from limiting mail."""
+    """Yield why mail of a service that asks is not limited, or wrongly."""
     counted = [check for check in service.ours
                if is_asked_in_time(check, settings)]
     for check in service.ours:
@@ -8258,35 +8266,35 @@ def warn_of_stage(postfix: Postfix, settings: Settings,
              for check in counted if check.state}
     if len(texts) > 1:
         found = [f"{place} {text}" for text, place in texts.items()]
-        yield ("every mail counts twice, since the check is not written the"
-               f" same everywhere: make these equal: {'; '.join(found)}")
+        yield ("every mail is counted twice, since the check is not written"
+               f" the same everywhere; make these equal: {'; '.join(found)}")
     logs_in = service.smtpd.parameters.get("smtpd_sasl_auth_enable") == "yes"
     if (counted and logs_in and counts_logins(settings)
             and all(check.behind_login for check in counted)):
         yield (f"{place_of(postfix, service, counted[0])}:"
                " permit_sasl_authenticated stands before the check, so mail"
-               " from users who logged in is not limited: put the check"
+               " from users who have logged in is not limited: put the check"
                " first")
 
 
 def is_asked_in_time(check: PolicyCheck, settings: Settings) -> bool:
-    """Say whether what a check asks is counted, as far as one can know."""
+    """Say whether what a check asks is counted, as far as is known."""
     return not check.state or is_counted(check.state, settings.count_mode)
 
 
 def counts_logins(settings: Settings) -> bool:
-    """Say whether any limit is one for logins."""
+    """Say whether any limit applies to logins."""
     return settings.limit_by_sasl or any(
         name in LOGIN for quota in settings.quotas for name in quota.by)
 
 
 def warn_of_quotas(postfix: Postfix, settings: Settings,
                    services: Sequence[Asking]) -> Iterator[str]:
-    """Yield the quotas that need to be asked at another stage."""
+    """Yield the quotas for which Postfix has to ask at another stage."""
     states = {check.state for service in services for check in service.ours
               if is_asked_in_time(check, settings)}
     if "" in states or not states:
-        return  # unknown, or said before
+        return  # unknown, or warned about already
     auto = "" if settings.count_mode == "auto" else "; set count_mode: auto"
     for quota in settings.quotas:
         of = {*quota.by, quota.count, *(name for name, _ in quota.when)}
@@ -8296,19 +8304,19 @@ def warn_of_quotas(postfix: Postfix, settings: Settings,
                    f" {remedy(postfix, settings, 'recipient')}{auto}")
         if quota.count == "bytes" and states != {"END-OF-MESSAGE"}:
             yield (f"quotas: {quota.name}: the real size is known only at"
-                   " END-OF-MESSAGE, so do not ask before; until then it is"
+                   " END-OF-MESSAGE, so ask only there; before, it is"
                    " what the client declares:"
                    f" {remedy(postfix, settings, 'end_of_data')}{auto}")
 
 
 # Whether Postfix may connect.
 
-OVERFLOW_ID = 65534  # what the kernel shows of users outside of a namespace
+OVERFLOW_ID = 65534  # user_namespaces(7): the id of unmapped users
 
 
 def warn_of_shut_doors(postfix: Postfix, settings: Settings, owner: Owner,
                        makeable: Sequence[str]) -> Iterator[str]:
-    """Yield what keeps Postfix's user from connecting to a unix socket."""
+    """Yield what prevents Postfix's user from connecting to a unix socket."""
     try:
         user = pwd.getpwnam(postfix.main.get("mail_owner", "postfix"))
     except KeyError:
@@ -8318,12 +8326,12 @@ def warn_of_shut_doors(postfix: Postfix, settings: Settings, owner: Owner,
     path = os.path.realpath(settings.SOCKET)
     queue = pathlib.Path(os.path.realpath(postfix.queue))
     above = list(pathlib.Path(path).parents)
-    if queue in above:  # smtpd is in there already when it looks
+    if queue in above:  # smtpd's working directory is the queue
         above = above[:above.index(queue)]
     for folder in map(str, reversed(above)):
         if folder not in makeable and not may_enter(user, folder):
             yield (f"{folder}: Postfix's user {user.pw_name} may not enter"
-                   " it, so Postfix cannot ask: let its group in, or chmod"
+                   " it, so Postfix cannot ask: admit its group, or chmod"
                    " o+x")
             return
     uid, gid = os.geteuid(), os.getegid()
@@ -8338,7 +8346,7 @@ def warn_of_shut_doors(postfix: Postfix, settings: Settings, owner: Owner,
 
 
 def may_enter(user: pwd.struct_passwd, folder: str) -> bool:
-    """Say whether a user may use what is in a folder, if that is known."""
+    """Say whether a user may enter a folder; True if that is unknown."""
     try:
         status = os.stat(folder)
     except OSError:
@@ -8351,7 +8359,10 @@ def may_enter(user: pwd.struct_passwd, folder: str) -> bool:
 
 def may_use(user: pwd.struct_passwd, uid: int, gid: int, mode: int,
             right: int) -> bool:
-    """Say whether a user has a right, one of those of all others, too."""
+    """Say whether a user has a right on a file of uid, gid and mode.
+
+    right: the bit for others, such as stat.S_IXOTH.
+    """
     if user.pw_uid == 0:
         return True
     if user.pw_uid == uid:
@@ -8362,8 +8373,8 @@ def may_use(user: pwd.struct_passwd, uid: int, gid: int, mode: int,
 
 
 def has_acl(path: str) -> bool:
-    """Say whether a path has an access control list beyond its mode."""
-    with contextlib.suppress(AttributeError, OSError):  # Linux has it
+    """Say whether a path has an access control list (acl(5))."""
+    with contextlib.suppress(AttributeError, OSError):  # only on Linux
         return "system.posix_acl_access" in os.listxattr(path)
     return False
 
@@ -8377,7 +8388,7 @@ def has_acl(path: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     sys.stdout = sys.stdout or io.StringIO()  # None: the caller closed it
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
+    for stream in (sys.stdout, sys.stderr):  # escape what the locale lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     log_to_stderr()
@@ -8386,24 +8397,24 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.ExitStack() as options.at_end:
             options.command(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as head(1) does
+    except BrokenPipeError:  # the reader has ended, as head(1) does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (PolicydError, OSError, RuntimeError) as error:  # no more threads
+    except (PolicydError, OSError, RuntimeError) as error:  # no thread
         log.error("%s", error)
         return getattr(error, "exit_code", PolicydError.exit_code)
     return 0
 
 
 def log_to_stderr() -> None:
-    """Log to stderr, with priorities where that is the journal."""
+    """Log to stderr, with priorities if stderr is the journal."""
     logging.basicConfig(format="%(levelname)s%(message)s", level=NOTICE,
                         handlers=[stderr_handler()])
-    logging.raiseExceptions = False  # a full disk under the log stops nothing
-    logging._srcfile = None  # do not look for the caller (logging's HOWTO)
+    logging.raiseExceptions = False  # a log that cannot be written is ignored
+    logging._srcfile = None  # faster: no call stack (Python's logging HOWTO)
     logging.setLogRecordFactory(LineRecord)
     journal = sys.stderr is not None and os.environ.get(
         "JOURNAL_STREAM") == "{0.st_dev}:{0.st_ino}".format(os.fstat(2))
-    for level, priority, label in (  # as sd-daemon(3) has it
+    for level, priority, label in (  # the prefixes of sd-daemon(3)
             (logging.INFO, "<6>", ""), (NOTICE, "<5>", ""),
             (logging.WARNING, "<4>", "warning: "),
             (logging.ERROR, "<3>", "error: ")):
@@ -8411,7 +8422,7 @@ def log_to_stderr() -> None:
 
 
 def stderr_handler() -> logging.Handler:
-    """Return what writes the log to stderr, also if that is no file."""
+    """Return a handler that logs to stderr, even if it is not a real file."""
     try:
         return LineHandler(sys.stderr.fileno(), sys.stderr.encoding)
     except (AttributeError, OSError):  # closed by the caller; replaced
@@ -8419,10 +8430,10 @@ def stderr_handler() -> logging.Handler:
 
 
 class LineRecord(logging.LogRecord):
-    """What a line of the log needs.
+    """A log record with only what a line of the log needs.
 
-    To find out the rest, such as the thread's name, takes longer than to
-    write the line.
+    Looking up the rest, such as the thread's name, takes longer than writing
+    the line.
     """
 
     def __init__(self, name: str, level: int, pathname: str, lineno: int,
@@ -8435,19 +8446,19 @@ class LineRecord(logging.LogRecord):
 
 
 class LineHandler(logging.Handler):
-    """Writes each line of the log to stderr with one call of the system."""
+    """Writes each line of the log to stderr with one system call."""
 
     def __init__(self, descriptor: int, encoding: str) -> None:
-        """Take an open file."""
+        """Take an open file descriptor and its encoding."""
         super().__init__()
         self._descriptor, self._encoding = descriptor, encoding
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, one after the other; a slow reader is waited for."""
+        """Write one line; wait for a slow reader."""
         line = (self.format(record) if record.exc_info else
                 record.levelname + record.getMessage())
         left = f"{line}\n".encode(self._encoding, "backslashreplace")
-        with contextlib.suppress(OSError):  # no reader, no room on the disk
+        with contextlib.suppress(OSError):  # no reader, or the disk is full
             while left:
                 left = left[os.write(self._descriptor, left):]
 
@@ -8463,7 +8474,7 @@ Examples:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Write the usage as help2man expects it."""
+    """Writes the usage as help2man(1) expects it."""
 
     def add_usage(self, usage: Any, actions: Any, groups: Any,
                   prefix: str | None = None) -> None:
@@ -8480,18 +8491,19 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         "Without an option, run the daemon in the foreground.")
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--clean", action="store_true",
-           help="clean old records from the database, send the report")
+           help="delete old records from the database and send the report")
     one_of("--check", action="store_true",
-           help="check the configuration, the folders and the database")
+           help="check the configuration, the folders, the database and"
+           " Postfix; change nothing")
     one_of("--prometheus", action="store_true",
            help="show usage and the daemon's counters, for node_exporter")
     one_of("--ping", action="store_true",
-           help="say how long the running daemon takes to answer")
+           help="show how long the running daemon takes to answer")
     one_of("--status", metavar="ID", nargs="?", const="",
            help="show usage per identity, or all about one identity")
-    one_of("--simulate", action="store_true", help="show what the limits, also"
-           " those of -o, would have done to the mail that is recorded")
-    one_of("--reset", metavar="ID", help="forget the mails of an identity")
+    one_of("--simulate", action="store_true", help="show what the limits,"
+           " including those of -o, would have done to recorded mail")
+    one_of("--reset", metavar="ID", help="forget what an identity has used")
     one_of("--limit", nargs=2, metavar=("ID", "LIMITS"), help="give an"
            " identity other limits at once, such as 500/day or 10/min,90/h")
     one_of("--block", metavar="ID", help="refuse all mail from an identity,"
@@ -8504,12 +8516,13 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
          " 90s, 30min, 2h; default: permanently")
     also("--json", action="store_true",
          help="print --status or --simulate as JSON")
-    also("--file", "-f", metavar="CONFIG_PATH", help="path to a config file")
+    also("--file", "-f", metavar="CONFIG_PATH",
+         help="path of the configuration file")
     also("-o", dest="overrides", metavar="NAME=VALUE", action="append",
          default=[], help="override a setting; may be repeated")
     also("--standalone", metavar="DIR", type=os.path.abspath,
-         help="run from a directory, without a configuration file and as"
-         " whoever calls: socket, database and pidfile are in DIR")
+         help="keep socket, database and pidfile in DIR; run as the calling"
+         " user, without a configuration file unless -f names one")
     also("--version", action="version", version=f"{PROGRAM} {VERSION}")
     words = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(mark_ids([spell_out(word) for word in words]))
@@ -8528,19 +8541,22 @@ def parse_term(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-# What a command needs to reach the database, as the right user.
+# The settings that a command needs to reach the database as the right user.
 DATABASE_SETTINGS = (
     "user", "group", "pidfile", "SOCKET", "backend", "sqlite_config",
     "mysql_config", "pgsql_config", "db_timeout")
 TAKES_ID = ("--status", "--reset", "--block", "--unlimit")
 NEEDS_ID = ("--limit", "--reset", "--block", "--unlimit")
-AS_IT_IS = "\0"  # before an ID, so that argparse takes no dash for an option's
-# Cron jobs abbreviate these, some by letters with which others begin now.
+AS_IT_IS = "\0"  # precedes an ID whose dash argparse must not see
+# Cron jobs may abbreviate these in ways that new options made ambiguous.
 ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
 
 
 def spell_out(word: str) -> str:
-    """Return what an abbreviation meant to the original, else the word."""
+    """Return an option that is abbreviated as 1.x allowed, else the word.
+
+    An ID after "=" is marked with AS_IT_IS.
+    """
     name, equals, value = word.partition("=")
     if equals and name in TAKES_ID:
         return f"{name}={AS_IT_IS}{value}"
@@ -8551,7 +8567,7 @@ def spell_out(word: str) -> str:
 
 
 def mark_ids(words: Sequence[str]) -> list[str]:
-    """Mark the IDs that begin with a dash, as argparse wants options to do."""
+    """Mark IDs that begin with a dash, which argparse takes for options."""
     marked = list(words[:1])
     for option, word in zip(words, words[1:]):
         if option in NEEDS_ID and word.startswith("-"):
@@ -8561,7 +8577,7 @@ def mark_ids(words: Sequence[str]) -> list[str]:
 
 
 def choose_command(options: argparse.Namespace) -> None:
-    """Set the command that options mean; ValueError: they go not together."""
+    """Set options.command; raise ValueError for a wrong combination."""
     for option in TAKES_ID:
         given = getattr(options, option[2:])
         if given is not None:
@@ -8572,16 +8588,17 @@ def choose_command(options: argparse.Namespace) -> None:
               if getattr(options, name) not in (None, False)]
     if "get_config" in chosen:
         if not {"get_config", "clean"}.issuperset(chosen):
-            raise ValueError("--get-config goes with no other command")
-        chosen = ["get_config"]  # the original then does not clean
+            raise ValueError("--get-config cannot be combined with another"
+                             " command")
+        chosen = ["get_config"]  # with --clean: like the original
     options.command = run_daemon
-    for name in chosen:  # --json may stand alone
+    for name in chosen:  # the last one; --json alone means --status
         options.command = COMMANDS[name]
     if options.json and options.command not in (
             show_status, show_simulated):
-        raise ValueError("--json goes with --status and --simulate")
+        raise ValueError("--json only works with --status and --simulate")
     if options.term and options.command is not set_limit:
-        raise ValueError("--for goes with --limit and --block")
+        raise ValueError("--for only works with --limit and --block")
     identities = [options.reset, options.block, options.unlimit]
     if "" in (*identities, *(options.limit or ())[:1]):
         raise ValueError("ID is empty")
@@ -8593,9 +8610,12 @@ MAX_DOUBTS = 20  # lines; a file may have 100,000 patterns that match nobody
 
 
 def load_settings(options: argparse.Namespace) -> Settings:
-    """Return the settings of a command, and log as they say."""
+    """Return the settings for a command; set the log level, log doubts.
+
+    Raise ConfigError or SocketMalformed.
+    """
     config = configure(options)
-    options.file = options.file or config.path  # a reload has another $HOME
+    options.file = options.file or config.path  # $HOME changes before reloads
     options.config, options.places = config, config.places
     settings = check_settings(config)
     log.setLevel(logging.INFO if settings.debug else NOTICE)
@@ -8606,7 +8626,7 @@ def load_settings(options: argparse.Namespace) -> Settings:
 
 
 def log_doubts(options: argparse.Namespace, found: Iterable[Doubt]) -> None:
-    """Log what cannot be meant; --check raises where nothing is limited."""
+    """Log doubts, fatal ones first; --check raises ConfigError for these."""
     found = sorted(found, key=lambda doubt: not doubt.fatal)
     for doubt in found[:MAX_DOUBTS]:
         place = options.config.place(*doubt.names)
@@ -8620,7 +8640,7 @@ def log_doubts(options: argparse.Namespace, found: Iterable[Doubt]) -> None:
 
 
 def doubt_readers(settings: Settings, config: Config) -> Iterator[Doubt]:
-    """Yield where other accounts can read a password in the file."""
+    """Yield each password in the file that other accounts can read."""
     passwords = {"smtp_credentials": settings.smtp_credentials}
     for name in ("mysql_config", "pgsql_config"):
         passwords[name] = next((
@@ -8629,19 +8649,19 @@ def doubt_readers(settings: Settings, config: Config) -> Iterator[Doubt]:
     for name, password in passwords.items():
         in_file = config.path and config.place(name).startswith(config.path)
         if password and in_file and can_all_read(str(config.path)):
-            yield Doubt(False, f"{name}: any account of this host can read"
+            yield Doubt(False, f"{name}: any account on this host can read"
                         f" the password; chmod o= {config.path}", (name,))
 
 
 def can_all_read(path: str) -> bool:
-    """Say whether any account of this host can read a file."""
+    """Say whether any account on this host can read a file."""
     path = os.path.abspath(path)
     return bool(os.stat(path).st_mode & 0o4) and all(
         os.stat(folder).st_mode & 0o1 for folder in pathlib.Path(path).parents)
 
 
 def configure(options: argparse.Namespace) -> Config:
-    """Return the configuration: the file, --standalone, then each -o."""
+    """Return the configuration: the file, then --standalone, then each -o."""
     config = Config(None, {}, {})
     try:
         if options.file is not None or not options.standalone:
@@ -8681,13 +8701,13 @@ def run_daemon(options: argparse.Namespace) -> None:
 
 
 def ping_daemon(options: argparse.Namespace) -> None:
-    """Say how long the running daemon takes to answer."""
+    """Print how long the running daemon took to answer."""
     seconds = ping(load_settings(options), PING_PATIENCE)
     print(f"{PROGRAM} answered in {1000 * seconds:.1f} ms")
 
 
 def clean_all(options: argparse.Namespace) -> None:
-    """Delete what no limit can see any more, and send the report."""
+    """Delete records that no limit needs any more, and send the report."""
     settings, database = open_as_owner(options)
     own, deleted = own_window(settings), 0
     try:
@@ -8696,7 +8716,7 @@ def clean_all(options: argparse.Namespace) -> None:
         for some in clean(database, settings, int(time.time())):
             deleted += some
             if some:
-                time.sleep(0.005)  # the daemon's turn
+                time.sleep(0.005)  # let the daemon write
         if settings.report:
             database.transact(import_old_refusals, int(time.time()))
     except LedgerError as error:
@@ -8711,13 +8731,16 @@ def clean_all(options: argparse.Namespace) -> None:
 
 def open_as_owner(options: argparse.Namespace,
                   make: bool = True) -> tuple[Settings, Database]:
-    """Make the folders if so told, give up root's rights; open nothing."""
+    """Load the settings, drop root, return a database not yet opened.
+
+    make: create the missing folders first.
+    """
     return open_with(options, load_settings(options), make)
 
 
 def open_with(options: argparse.Namespace, settings: Settings,
               make: bool) -> tuple[Settings, Database]:
-    """Do so under settings that have been checked."""
+    """Do what open_as_owner() does with settings that are loaded already."""
     owner = find_owner(settings, options.standalone)
     if make:
         make_folders(settings, owner)
@@ -8728,7 +8751,7 @@ def open_with(options: argparse.Namespace, settings: Settings,
 
 
 def show_status(options: argparse.Namespace) -> None:
-    """Show who has used how much."""
+    """Print the usage of all identities, or all about one."""
     settings, database = open_as_owner(options, make=False)
     now, spelt = int(time.time()), options.status or ""
     fits = matcher_of(spelt)
@@ -8753,7 +8776,7 @@ def show_status(options: argparse.Namespace) -> None:
 
 def read_related(settings: Settings, database: Database, spelt: str,
                  now: int) -> list[Status]:
-    """Read how an identity stands, then the quotas that judge its mails."""
+    """Return the status of an identity, then those of its quotas."""
     key = key_of(settings, spelt)
     if rule_of(settings, key).by:
         return database.read(survey, settings, now, key)
@@ -8761,13 +8784,13 @@ def read_related(settings: Settings, database: Database, spelt: str,
     keys = [key, *(other for other in related if other != key)]
     own, *others = database.read(survey, settings, now, *keys)
     if key not in related and not own.is_overridden:
-        own = own._replace(source="", limits=())  # it is not counted
+        own = own._replace(source="", limits=())  # not counted
     return [own, *(status._replace(when=related[status.identity])
                    for status in others)]
 
 
 def show_simulated(options: argparse.Namespace) -> None:
-    """Show what limits would have done to the recorded mail."""
+    """Print what limits would have done to recorded mail."""
     settings, database = open_as_owner(options, make=False)
     in_force = check_settings(options.without_overrides)
     with contextlib.closing(Progress()) as progress:
@@ -8785,34 +8808,34 @@ def show_simulated(options: argparse.Namespace) -> None:
 
 
 class Progress:
-    """Tells on a terminal how far it is, if that takes more than a second."""
+    """Shows progress on a terminal if the work takes more than a second."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._shown = ""
 
     def tell(self, rows: int) -> None:
-        """Tell how many rows have been judged."""
+        """Show how many rows have been judged."""
         if time.monotonic() > self._since + 1:
             self._show(f"{rows:,} records judged")
 
     def close(self) -> None:
-        """Take it off the terminal."""
+        """Clear the line on the terminal."""
         if self._shown:
             self._show("")
 
     def _show(self, text: str) -> None:
-        """Write over what is shown."""
+        """Overwrite the text that is shown."""
         if sys.stderr is None or not sys.stderr.isatty():
             return
-        with contextlib.suppress(OSError):  # nobody has to see it
+        with contextlib.suppress(OSError):  # progress is not essential
             print("\r" + text.ljust(len(self._shown)),
                   end="" if text else "\r", file=sys.stderr, flush=True)
         self._shown = text
 
 
 def show_prometheus(options: argparse.Namespace) -> None:
-    """Show it for node_exporter's textfile collector, which reads UTF-8."""
+    """Print metrics for node_exporter's textfile collector, in UTF-8."""
     settings, database = open_as_owner(options, make=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
@@ -8822,7 +8845,7 @@ def show_prometheus(options: argparse.Namespace) -> None:
 
 
 def reset(options: argparse.Namespace) -> None:
-    """Forget what an identity has used, and say how much that was."""
+    """Forget what an identity has used; print how much that was."""
     settings, database = open_for_change(options)
     key = key_of(settings, options.reset)
     with advice_for_outage(key):
@@ -8831,7 +8854,7 @@ def reset(options: argparse.Namespace) -> None:
         mails = database.transact(forget, key)
     print(f"{printable(key)}: {mails} recorded mails forgotten")
     if status.override is not None and status.override.is_block():
-        print(f"It stays blocked; to end that: {unlimit_command(key)}")
+        print(f"It is still blocked; to end that: {unlimit_command(key)}")
 
 
 def set_limit(options: argparse.Namespace) -> None:
@@ -8845,11 +8868,11 @@ def set_limit(options: argparse.Namespace) -> None:
         status = find_status(settings, database, key)
         if status.last_mail is None and "quotas" not in options.ignored:
             refuse_pattern(settings, spelt, key)
-        what = "the block holds" if override.is_block() else "the limit holds"
+        what = "block" if override.is_block() else "limit"
         warn_if_unknown(settings, database, status,
-                        f"{what} for exactly this name")
+                        f"the {what} applies to exactly this name")
         if status.dry_run:
-            log.warning("%s: dry_run: no mail of it is refused",
+            log.warning("%s: dry_run is set, so none of its mail is refused",
                         printable(key))
         database.transact(set_override, key, override)
     given = ", ".join(map(ratio, limits)) or "no limits"
@@ -8859,25 +8882,25 @@ def set_limit(options: argparse.Namespace) -> None:
 
 
 def unlimit(options: argparse.Namespace) -> None:
-    """Let the limits of file or query hold for an identity again."""
+    """End --limit or --block for an identity."""
     settings, database = open_for_change(options)
     key = key_of(settings, options.unlimit)
     with advice_for_outage(key):
         override = find_status(settings, database, key).override
         database.transact(drop_override, key)
     if override is None:
-        print(f"{printable(key)}: it has its usual limits")
+        print(f"{printable(key)}: already has its usual limits")
         return
     given = ", ".join(map(ratio, override.limits)) or "no limits"
-    print(f"{printable(key)}: its usual limits hold again; it had {given}"
+    print(f"{printable(key)}: its usual limits apply again; it had {given}"
           f" {describe_override(override)}")
 
 
 def open_for_change(options: argparse.Namespace) -> tuple[Settings, Database]:
-    """Do as open_as_owner(), though settings that it needs not are wrong.
+    """Do as open_as_owner(), but ignore wrong settings that are not needed.
 
-    In the night in which somebody has to be blocked, no other line of the
-    file may stand in the way.
+    In an emergency, an unrelated mistake in the file must not prevent a
+    block.
     """
     config = configure(options)
     options.ignored = set()
@@ -8897,14 +8920,14 @@ def open_for_change(options: argparse.Namespace) -> tuple[Settings, Database]:
 
 @contextlib.contextmanager
 def advice_for_outage(key: str) -> Iterator[None]:
-    """Add to an error of the database what can be done meanwhile."""
+    """Add advice to a LedgerError: what can be done meanwhile."""
     try:
         yield
     except LedgerError as error:
         raise LedgerError(
-            f"{error}; nothing was changed: repeat this once the database is"
+            f"{error}; nothing was changed: repeat this when the database is"
             f" available.  To stop {printable(key)} now, change its password,"
-            " or write [[0, 60]] for it into limits_by_id and reload"
+            " or give it [[0, 60]] in limits_by_id and reload"
             ) from error
 
 
@@ -8914,34 +8937,37 @@ def unlimit_command(key: str) -> str:
 
 
 def refuse_pattern(settings: Settings, spelt: str, key: str) -> None:
-    """Raise UsageError for what is counted under no identity's name."""
+    """Raise UsageError for a name under which no mail can be counted."""
     if judging_rule(settings, key) is None:
         name = key.partition("=")[0]
         raise UsageError(f"{spelt}: the configuration has no quota {name};"
                          f" add one to quotas, by: {name}, to limit or block"
                          " its keys")
     if rule_of(settings, key).by:
-        return  # a quota's key, whatever is in it
+        return  # a quota's key, whatever its value looks like
     if "*" in spelt or matcher_of(spelt) is not None:
         domain = spelt.rpartition("@")[2]
         instead = "limits_by_id limits what a pattern matches"
         if "@" in spelt:
             instead = (f"for a whole domain, add a quota by: sasl_domain, then"
                        f" use sasl_domain={domain}")
-        raise UsageError(f"{spelt}: a pattern is no identity, so nobody would"
-                         f" be limited; name one, or in the configuration:"
+        raise UsageError(f"{spelt}: this is a pattern, so nobody would"
+                         f" be limited; name an identity, or configure it:"
                          f" {instead}")
 
 
 def find_status(settings: Settings, database: Database, key: str) -> Status:
-    """Return how an identity stands."""
+    """Return the status of an identity."""
     [status] = database.transact(survey, settings, int(time.time()), key)
     return status
 
 
 def warn_if_unknown(settings: Settings, database: Database, status: Status,
                     result: str) -> None:
-    """Warn if nothing is recorded of an identity, with similar ones."""
+    """Warn if an identity has no records; suggest similar names.
+
+    result: what the command does nevertheless, for the message.
+    """
     named = {f"{rule.name}={text}" if rule.by else text
              for rule in settings.rules for text in rule.limits_by_id.texts
              if text[:1] not in ("@", ".")}  # no mail is counted for these
@@ -8956,7 +8982,7 @@ def warn_if_unknown(settings: Settings, database: Database, status: Status,
 
 
 def find_similar(transaction: Transaction, identity: str) -> list[str]:
-    """Return recorded names that begin as a name does, a few."""
+    """Return up to five recorded names that begin with this local part."""
     begin = identity.partition("@")[0]
     names = [str(name) for [name] in transaction.run(
         "SELECT DISTINCT id FROM mail_count WHERE id >= ? ORDER BY id"
@@ -8965,12 +8991,15 @@ def find_similar(transaction: Transaction, identity: str) -> list[str]:
 
 
 def check_start(options: argparse.Namespace) -> None:
-    """Say whether a start would work, or what is wrong; change nothing."""
+    """Check whether the daemon could start and would be asked; change nothing.
+
+    Print the limits in words and OK, or raise for what is wrong.
+    """
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
     backend = BACKENDS[settings.backend](settings)
     running = is_running(settings)
-    makeable = find_makeable(settings, owner)  # as long as it is root
+    makeable = find_makeable(settings, owner)  # before root is dropped
     for obstacle in find_obstacles(settings, running):
         raise PolicydError(obstacle)
     warn_of_strangers(settings)
@@ -8993,7 +9022,7 @@ def check_start(options: argparse.Namespace) -> None:
 
 def check_postfix(settings: Settings, owner: Owner,
                   makeable: Sequence[str]) -> str:
-    """Warn if Postfix does not ask as it should; return a line about it."""
+    """Warn if Postfix does not ask as it should; return a summary line."""
     try:
         postfix = read_postfix()
     except (PolicydError, OSError) as error:
@@ -9006,7 +9035,7 @@ def check_postfix(settings: Settings, owner: Owner,
 
 
 def get_config(options: argparse.Namespace) -> None:
-    """Print the value of a setting; dotted names go into mappings."""
+    """Print the value of a setting; a dotted name leads into a mapping."""
     config, name = configure(options), options.get_config
     mapping, key = descend({**default_values(), **config.values,
                             "config_file": config.path}, name)

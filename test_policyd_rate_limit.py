@@ -2254,7 +2254,7 @@ class SettingsTest(FolderTest):
             ("quotas: [{by: sender, limits_by_id: {joe@example.org: []}}]", 2,
              "quotas: sender: it has no limits, so it never refuses"),
             (f"alert: True\nalert_command: {self.folder}/no", None,
-             f"alert_command: {self.folder}/no: not there or not"
+             f"alert_command: {self.folder}/no: missing or not"
              " executable")))
 
     def test_a_pattern_that_can_match_nobody_is_told(self) -> None:
@@ -2389,7 +2389,7 @@ class SettingsTest(FolderTest):
                 name = text.partition(":")[0]
                 self.assertEqual(command(
                     "-f", path, "--check", "--standalone", self.folder)[::2],
-                    (0, f"warning: {path}:2: {name}: any account of this host"
+                    (0, f"warning: {path}:2: {name}: any account on this host"
                      f" can read the password; chmod o= {path}\n"
                      if told else ""))
         os.chmod(path, 0o644)
@@ -3708,10 +3708,10 @@ class StoreContract:
         for other, told in (
                 (prl.HostWindow("mx2", 2 * 86400, ""), "the longest window is"
                  " 1 day here and 2 days on mx2; records are kept for the"
-                 " longest"),
+                 " longest window"),
                 (prl.HostWindow("mx2", 86400, "x"), "sql_limits_by_id is not"
-                 " the same here and on mx2: as long as that is so, no records"
-                 " are deleted by this host"),
+                 " the same here and on mx2; until it is, this host deletes no"
+                 " records"),
                 (prl.HostWindow("mx2", 86400, ""), None)):
             with self.subTest(other), quiet() as said:
                 self.execute(ledger, "DELETE FROM mail_window")
@@ -7865,9 +7865,9 @@ class StatusTest(ReportsTest):
                  [PASS]),
                 (("--block", "joe", "--for=30m"), "joe: blocked until 2",
                  [BLOCKED]),
-                (("--unlimit", "joe"), "joe: its usual limits hold again",
+                (("--unlimit", "joe"), "joe: its usual limits apply again",
                  [REFUSED]),
-                (("--unlimit", "joe"), "joe: it has its usual limits",
+                (("--unlimit", "joe"), "joe: already has its usual limits",
                  [REFUSED]),
                 (("--reset", "joe"), "joe: 5 ", [PASS, PASS, REFUSED])):
             with self.subTest(options):
@@ -8107,8 +8107,8 @@ class StatusTest(ReportsTest):
                         *options, "-o", override, config=config)
                     self.assertEqual(result.returncode, 0)
                     self.assertEqual(
-                        f"warning: {key}: dry_run: no mail of it is refused\n"
-                        in result.stderr, told)
+                        f"warning: {key}: dry_run is set, so none of its mail"
+                        " is refused\n" in result.stderr, told)
 
     def test_reset_forgets_and_says_how_much(self) -> None:
         self.spend("joe", 7)
@@ -9660,7 +9660,8 @@ sys.exit(policyd_rate_limit.main())
             "--check", "-f", self.write("test.yaml", ""),
             *here_as_ourselves(self))
         self.assertEqual((status, out), (6, ""))
-        self.assertIn(f"error: {self.path('pid')}: has a second name", err)
+        self.assertIn(f"error: {self.path('pid')}: has a second hard link",
+                      err)
 
     def test_check_finds_that_a_database_s_link_leads_nowhere(self) -> None:
         os.symlink(self.path("gone/db"), self.path("db.sqlite3"))
@@ -9766,8 +9767,8 @@ sys.exit(policyd_rate_limit.main())
                        f'SOCKET=["127.0.0.1", {port}]']
             status, out, err = command("--check", *options)
             self.assertEqual((status, out), (6, ""))
-            self.assertIn(f"error: 127.0.0.1:{port}: another program listens"
-                          " there", err)
+            self.assertIn(f"error: 127.0.0.1:{port}: in use by another"
+                          " program", err)
             self.assertNotEqual(run(*options).returncode, 0)
         self.assertIn("is not running\n", command("--check", *options)[1])
         daemon = self.daemon(WIDE, *options[4:])
@@ -9785,7 +9786,7 @@ sys.exit(policyd_rate_limit.main())
             other.listen()
             status, out, err = command("--check", *options)
             self.assertEqual((status, out), (6, ""))
-            self.assertIn(f"error: {path}: another program listens", err)
+            self.assertIn(f"error: {path}: in use by another program", err)
             self.assertEqual(run(*options).returncode, 3)
 
     def test_check_says_who_may_reach_a_port(self) -> None:
@@ -9893,7 +9894,7 @@ sys.exit(policyd_rate_limit.main())
         daemon.stop()
         os.chmod(daemon.config, 0o600)
         line = (f"{daemon.config}: nobody cannot read it, so a reload will"
-                " fail, or a start by systemd\n")
+                " fail, and so will a start by systemd\n")
         done = run("--check", "-f", daemon.config)
         self.assertEqual((done.returncode, done.stdout[-3:]), (0, "OK\n"))
         self.assertIn(f"warning: {line}", done.stderr)
@@ -9931,7 +9932,7 @@ sys.exit(policyd_rate_limit.main())
                 status, out, err = command(*clean)
                 self.assertEqual((status, err), (0, ""))
                 self.assertRegex(out, "0 records deleted\nnothing is deleted"
-                                 " before 20.*: until then each host")
+                                 " before 20.*: each host that shares")
                 let_clean(path)
                 self.assertEqual(command(*clean), (
                     0, f"{deleted} records deleted\n", ""))
@@ -10039,7 +10040,7 @@ sys.exit(policyd_rate_limit.main())
                 ("--get-config", 2, "expected one argument"),
                 ("-f", 2, "expected one argument"),
                 ("--clean --check", 2, "not allowed with argument"),
-                ("--status --get-config debug", 2, "goes with no other"),
+                ("--status --get-config debug", 2, "cannot be combined"),
                 ("--ping --clean", 2, "not allowed with argument"),
                 ("-h", 0, "Usage: policyd-rate-limit "), ("--help", 0, "")):
             with self.subTest(arguments=arguments):
@@ -10170,9 +10171,9 @@ class CommandsTest(FolderTest):
     def test_an_unknown_name_is_told_with_similar_ones(self) -> None:
         self.record("joe@example.org", "joey@example.org", "ann@example.org")
         for options, result in (
-                (("--block", "joe"), "the block holds for exactly this name"),
+                (("--block", "joe"), "the block applies to exactly this name"),
                 (("--limit", "joe@exmple.org", "5/min"),
-                 "the limit holds for exactly this name"),
+                 "the limit applies to exactly this name"),
                 (("--reset", "jo"), "nothing was recorded")):
             status, _, err = self.command(*options)
             self.assertEqual(status, 0)
@@ -10201,7 +10202,7 @@ class CommandsTest(FolderTest):
         os.mkdir(self.path("db.sqlite3"))
         status, out, err = self.command("--block", "joe")
         self.assertEqual((status, out), (6, ""))
-        for part in ("nothing was changed: repeat this once",
+        for part in ("nothing was changed: repeat this when",
                      "To stop joe now, change its password"):
             self.assertIn(part, err)
 
@@ -10224,13 +10225,13 @@ class CommandsTest(FolderTest):
         _, out, _ = self.command("--block", "joe", "--for", "1h")
         self.assertRegex(out, r"^joe: blocked until 20.*\nTo end that:"
                          r" policyd-rate-limit --unlimit=joe\n$")
-        self.assertIn("It stays blocked; to end that: policyd-rate-limit"
+        self.assertIn("It is still blocked; to end that: policyd-rate-limit"
                       " --unlimit=joe\n", self.command("--reset", "joe")[1])
         self.assertRegex(self.command("--unlimit", "joe")[1], (
-            "^joe: its usual limits hold again; it had blocked until 20.*,"
+            "^joe: its usual limits apply again; it had blocked until 20.*,"
             " since 20"))
         self.assertEqual(self.command("--unlimit", "joe")[1],
-                         "joe: it has its usual limits\n")
+                         "joe: already has its usual limits\n")
 
 
 class FailuresTest(AwayTest):
@@ -10985,10 +10986,10 @@ class PostconfTest(unittest.TestCase):
             (f"{data} warn_if_reject {CHECK}", {}, ["no mail is refused"]),
             (f"{data} {CHECK}\nsmtpd_end_of_data_restrictions ="
              " check_policy_service unix:ratelimit/policy", {},
-             ["every mail counts twice", "unix:ratelimit/policy"]),
+             ["every mail is counted twice", "unix:ratelimit/policy"]),
             ("smtpd_sasl_auth_enable = yes\n"
              f"{data} permit_sasl_authenticated, {CHECK}", {},
-             ["from users who logged in is not limited"]),
+             ["from users who have logged in is not"]),
             (f"{data} {CHECK}", {"quotas": [
                 {"by": "recipient", "limits": [[1, 60]]}]},
              ["quotas: recipient: Postfix names every recipient only at"]),
@@ -11012,7 +11013,7 @@ class PostconfTest(unittest.TestCase):
                  "submission/inet/smtpd_data_restrictions =",
                  "/etc/postfix/master.cf: submission/inet: -o"
                  " smtpd_data_restrictions overrides the list of main.cf, so"
-                 " mail that comes there is not limited"),
+                 " mail that arrives there is not limited"),
                 (SMTP, "smtp/inet/smtpd_data_restrictions = permit",
                  "never asks"),
                 (f"{SMTP}\nsmtpd pass - - n - - smtpd",
@@ -11104,9 +11105,9 @@ class PostfixCheckTest(FolderTest):
                     **{f"smtpd_{stage}_restrictions": CHECK})
                 out, warnings = self.check(postfix, daemon)
                 self.assertEqual(warnings, [])
-                self.assertIn("the daemon is running\nPostfix: asks for mail"
-                              f" that comes to 127.0.0.1:{postfix.port}/inet"
-                              "\n", out)
+                self.assertIn("the daemon is running\nPostfix: asks about"
+                              " mail that arrives at"
+                              f" 127.0.0.1:{postfix.port}/inet\n", out)
                 self.assertEqual(postfix.send("joe"), [250, 250])
                 self.assertEqual(postfix.send("joe"), over)
 
@@ -11176,7 +11177,7 @@ class PostfixCheckTest(FolderTest):
             smtpd_data_restrictions=CHECK, smtpd_end_of_data_restrictions=(
                 "check_policy_service unix:ratelimit/policy"))
         [warning] = self.check(postfix, daemon)[1]
-        self.assertIn("every mail counts twice", warning)
+        self.assertIn("every mail is counted twice", warning)
         self.assertEqual(postfix.send("joe"), [250, 250])
         self.assertEqual(counted(daemon.database), {"joe": 2})
         self.assertEqual(postfix.send("joe"), [250, 450])
@@ -11232,7 +11233,8 @@ class PostfixCheckTest(FolderTest):
                 self.assertEqual(status, 0, err)
                 self.assertEqual([line for line in err.splitlines()
                                   if "any account" not in line], [])
-                self.assertIn("Postfix: asks for mail that comes to smtp", out)
+                self.assertIn("Postfix: asks about mail that arrives at smtp",
+                              out)
 
     def test_what_cannot_be_looked_at_is_told_in_one_line(self) -> None:
         daemon = self.daemon(self.config, "-o", "socket_permission=0600")
@@ -11258,7 +11260,7 @@ class ReadmeTest(FolderTest):
             r"(?s)joe +1m \[.*6/10 +1 .*joe@example\.org: blocked permanently",
         "postqueue -j | jq -r 'select(.sender == \"joe@example.org\")"
         " | .queue_id'": r"^8045F2AB23\npostsuper -d - 8045F2AB23\n$",
-        "policyd-rate-limit --unlimit joe@example.org": "usual limits hold",
+        "policyd-rate-limit --unlimit joe@example.org": "usual limits apply",
         "adduser --system --group --home /run/policyd-rate-limit"
         " --no-create-home policyd-rate-limit":
             r"(?s)^adduser --system.*\nOK\nsystemctl enable --now policyd",
