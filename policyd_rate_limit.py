@@ -3,8 +3,8 @@
 
 Postfix asks this daemon about each mail (postconf(5), check_policy_service;
 SMTPD_POLICY_README).  It counts the mail for a SASL user, a sender or a
-client address, in sliding windows "at most N mails in any S seconds", and
-answers what Postfix is to do.
+client address, in sliding windows ("at most N mails in any S seconds"), and
+answers with the action that Postfix is to take.
 
 The path of one request, by the names of the functions:
 
@@ -12,12 +12,12 @@ The path of one request, by the names of the functions:
         -> [ settle: take_turns, read_pages, decide, write ] COMMIT
         -> explain -> sendall
 
-While the database is unavailable, Ledger.decide asks Memory.decide: the same
-decide(), over what this host remembers.  Later settle() appends to the tables
-what was decided so (append_unstored).
+While the database is unavailable, Ledger.decide calls Memory.decide, which
+runs the same decide() on what this host remembers.  settle() later adds the
+mails counted in this way to the tables (append_unstored).
 
-Sections 1 to 4, 6 and 8 to 11 judge mail.  To trust the program, the others
-can be left unread: they say what is limited and what was found, and look
+Sections 1 to 4, 6 and 8 to 11 judge mail.  The others need not be read to
+trust the program: they read the settings, report what was counted, and look
 after the tables and the process.
 
     1 Vocabulary   2 Settings   3 Protocol   4 Policy   5 Wording
@@ -27,8 +27,8 @@ after the tables and the process.
 
 Exit status: 0 done, or stopped by a signal; 1 --get-config: no such
 setting; 2 no such user or group, or a usage error; 3 another instance is
-running; 4 SOCKET is malformed; 5 no configuration file, or one that cannot
-be used; 6 anything that fails at run time; 8 --clean failed.
+running; 4 SOCKET is malformed; 5 no usable configuration file; 6 any other
+failure; 8 --clean failed.
 
 Try it by hand:
 
@@ -111,22 +111,23 @@ T = TypeVar("T")
 # ---------------------------------------------------------------------------
 # 1. Vocabulary
 #
-# The words that all sections share: constants, values, errors.
+# What all sections share: constants, exceptions, and how identities are
+# compared.
 # ---------------------------------------------------------------------------
 
 PROGRAM = "policyd-rate-limit"
 VERSION = "2.0.0"
 MAX_REQUEST = 32768  # bytes; the largest that Postfix sent in tests is 6 kB
 MAX_ATTRIBUTES = 1000  # Postfix 3.12 sends 32
-MAX_NUMBER = 2**31 - 1  # what a column of type int holds
+MAX_NUMBER = 2**31 - 1  # the largest value of an SQL int column
 MAX_DATE = 2**62  # later than any date
 MAX_TOLD = 100  # characters of a value in the log; a queue id has 20
-MAX_IDENTITY = 190  # characters; of 4 bytes each they fit MySQL's index
-MAX_ADDRESS = 45  # characters of an IP address: IPv6 with IPv4 in the end
-CLOCK_SKEW = 600  # seconds that the clocks of two hosts may differ
-NOTICE = 25  # the log level of what is said even with debug: False
-MAX_SAID = 1000  # messages of which is known when they were logged last
-SELDOM = {"seldom": True}  # marks a log record that a stranger can provoke
+MAX_IDENTITY = 190  # characters; at 4 bytes each they fit MySQL's index
+MAX_ADDRESS = 45  # characters of an IP address: IPv6 that ends in IPv4
+CLOCK_SKEW = 600  # seconds by which the clocks of two hosts may differ
+NOTICE = 25  # the log level of messages shown even with debug: False
+MAX_SAID = 1000  # messages whose last time in the log is remembered
+SELDOM = {"seldom": True}  # marks log records that a stranger can provoke
 log = logging.getLogger(PROGRAM)
 
 
@@ -148,7 +149,7 @@ class UnknownSetting(PolicydError):
 
 
 class UsageError(PolicydError):
-    """A command was given what it can do nothing with."""
+    """A command was given an argument that it cannot use."""
     exit_code = 2
 
 
@@ -186,16 +187,16 @@ class LedgerError(PolicydError):
 
 
 class BadRequest(PolicydError):
-    """What came is not a request of the policy protocol."""
+    """The bytes received are not a request of the policy protocol."""
 
 
 class Seldom(logging.Filter):
     """Lets each message that is marked SELDOM through once a minute."""
 
-    said: dict[str, float] = {}  # when each was let through; the last ones
+    said: dict[str, float] = {}  # when each was let through, oldest first
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Say whether to let a record through."""
+        """Say whether to log a record."""
         seldom = hasattr(record, "seldom")
         if seldom and 0 <= record.created - self.said.get(record.msg, 0) < 60:
             return False
@@ -211,10 +212,11 @@ log.addFilter(Seldom())
 
 
 def fold(identity: str) -> str:
-    """Return the one spelling under which an identity is counted.
+    """Return the spelling under which an identity is counted.
 
     Names are compared without regard to case (RFC 8265, 3.3), addresses by
-    value.  A name too long for a database's key ends in its hash instead.
+    value.  The end of a name too long for a database key is replaced by a
+    hash of the name.
     """
     if len(identity) <= MAX_IDENTITY:
         return fold_short(identity)
@@ -227,23 +229,23 @@ def fold_any(identity: str) -> str:
     if not folded.isascii() and len(folded) <= 512:  # normalize() is quadratic
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
-    if "@" in folded:  # mail for example.org. goes to example.org
+    if "@" in folded:  # example.org. is the same domain as example.org
         return shorten(folded.rstrip(". "))
     return shorten(str(parse_address(folded) or folded))
 
 
-fold_short = functools.lru_cache(10_000)(fold_any)  # 3 MB, for a fifth of 2 us
+fold_short = functools.lru_cache(10_000)(fold_any)  # 3 MB; 0.4 us, not 2 us
 
 
 def shorten(key: str) -> str:
-    """Return a key as it fits into a database, too long a one with its hash.
+    """Return a key that fits the database: the end of a long one is a hash.
 
-    The domain of an address stays, or as many of its parents as fit.
+    The domain of an address is kept, or as many of its parents as fit.
     """
     if len(key) <= MAX_IDENTITY:
         return key
     _, at, domain = key.rpartition("@")
-    parent = domain  # label by label this would take the square, too
+    parent = domain  # cut at once: label by label would be quadratic, too
     if len(domain) >= 100:
         parent = domain[-100:].partition(".")[2]
     end = "#" + hashlib.sha256(key.encode()).hexdigest()
@@ -254,9 +256,9 @@ def shorten(key: str) -> str:
 
 def parse_address(
         text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return the IP address that text spells, IPv4 inside IPv6 as IPv4."""
+    """Return the IP address in text, or None; ::ffff:192.0.2.1 as IPv4."""
     if "%" in text or not (text[:1].isdigit() or ":" in text):
-        return None  # a zone after % would be any text of any length
+        return None  # the zone after "%" could be text of any length
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -268,9 +270,9 @@ def parse_address(
 # 2. Settings
 #
 # The table of all settings: name, default, check and meaning.  A check takes
-# what a file holds and returns it typed, or raises ValueError or TypeError;
-# its docstring tells the admin what was expected.  At the end, the doubts:
-# what passes the checks, but cannot be meant.
+# a value from a file and returns it typed, or raises ValueError or TypeError;
+# messages quote its docstring as what was expected.  At the end, the doubts:
+# settings that pass the checks, but cannot be meant.
 # ---------------------------------------------------------------------------
 
 ATTRIBUTES = (  # SMTPD_POLICY_README
@@ -282,39 +284,39 @@ ATTRIBUTES = (  # SMTPD_POLICY_README
     "encryption_cipher", "encryption_keysize", "etrn_domain", "stress",
     "client_port", "policy_context", "server_address", "server_port",
     "compatibility_level", "mail_version", "tls_sni")
-DERIVED = {  # what is made of such an attribute
+DERIVED = {  # computed from the attribute named on the right
     "sasl_domain": "sasl_username", "sender_domain": "sender",
     "recipient_domain": "recipient", "client_network": "client_address",
     "server": ""}
-ADDRESSES = (  # what may mean a host's address: no client chooses these
+ADDRESSES = (  # may hold a host's address, which no client can choose
     ("client_address",), ("client_network",), ("server_address",),
     ("sasl_username",))
-COUNTS = ("recipients", "mails", "bytes")  # what a quota counts, or values
+COUNTS = ("recipients", "mails", "bytes")  # or an attribute's different values
 FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
-         "room_in")  # what fail_action may name
+         "room_in")  # the variables of fail_action
 ANY_WINDOW = range(1, MAX_NUMBER + 1)
-MAX_LIMITS = 100  # of one identity: each is a column of an SQL statement
-MAX_QUOTAS = 100  # each is a row or more to write for every mail
-MAX_MAILS = 10**15  # in a limit, also of bytes: sums stay below SQL's 2**63
+MAX_LIMITS = 100  # per identity: each is a column of an SQL statement
+MAX_QUOTAS = 100  # each writes at least one row for every mail
+MAX_MAILS = 10**15  # of a limit, also in bytes: sums stay below SQL's 2**63
 UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 ACTIONS = re.compile(  # of access(5), and restrictions of postconf(5)
     r"(?i:ok|[45]\d\d|dunno|defer|defer_if_(?:permit|reject)|bcc|discard"
     r"|filter|hold|info|prepend|redirect|sleep|warn|warn_if_reject"
     r"|(?:permit|reject)(?:_\w+)?|check_\w+)")
-PASSES = re.compile(  # those of them after which a mail goes on its way
+PASSES = re.compile(  # those that let the mail pass
     r"(?i:ok|dunno|bcc|info|prepend|sleep|warn|warn_if_reject|permit(?:_\w+)?)"
     r"|(?![45]\d\d$)\d+")
 STOPS = re.compile(  # those that stop it
     r"(?i:[45]\d\d|defer|defer_if_permit|discard|hold|reject)")
-KEEPS = re.compile("(?i:discard|hold)")  # these without telling the client
-Names = tuple[str, ...]  # they lead to a setting, or to an entry in it
+KEEPS = re.compile("(?i:discard|hold)")  # these, without telling the client
+Names = tuple[str, ...]  # the path to a setting or to an entry in it
 Limits = tuple[Limit, ...]
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Wrong(ValueError):
-    """A value cannot be used: why, and at which places within it."""
+    """A value cannot be used: why, and the paths to the wrong entries."""
 
     def __init__(self, why: str, *places: Names) -> None:
         super().__init__(why)
@@ -323,15 +325,15 @@ class Wrong(ValueError):
 
 
 def show(value: object) -> str:
-    """Return a value as a message shows it."""
+    """Return a value as a message shows it, shortened."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python refuses to write out so long a number
+    except ValueError:  # more digits than sys.get_int_max_str_digits()
         return "a huge number"
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
-    """Return the end of a message: which known name is likely to be meant."""
+    """Return the end of a message: "; is X meant?" for a similar name."""
     spelt = {one.lower(): one for one in known}
     close = difflib.get_close_matches(str(name)[:50].lower(), spelt, 1)
     return f"; is {spelt[close[0]]} meant?" if close else ""
@@ -339,7 +341,10 @@ def suggest(name: object, known: Iterable[str]) -> str:
 
 def check_entry(check: Callable[[Any], T], value: object, *names: str,
                 secret: bool = False) -> T:
-    """Check the value that the names lead to, or raise Wrong."""
+    """Return a value as its check returns it; raise Wrong, naming its place.
+
+    names: the path to the value.  secret: the message must not show it.
+    """
     places: tuple[Names, ...] = ((),)
     try:
         return check(value)
@@ -348,7 +353,7 @@ def check_entry(check: Callable[[Any], T], value: object, *names: str,
     except (KeyError, OverflowError, TypeError, ValueError):
         why = f"found {show(value)}, expected {check.__doc__}"
     if secret:
-        why = (f"expected {check.__doc__}; what was found may hold a"
+        why = (f"expected {check.__doc__}; the value may contain a"
                " password and is not shown")
     raise Wrong(f"{names[-1]}: {why}", *((*names, *more) for more in places))
 
@@ -433,7 +438,7 @@ def as_limits(value: object) -> Limits:
     """a list such as [[10, 60], [150, 86400]] or ["10/min", "150/day"]"""
     listed = value.split(",") if isinstance(value, str) else as_list(value)
     if len(listed) > MAX_LIMITS:
-        raise Wrong(f"found {len(listed)} limits, {MAX_LIMITS} are possible")
+        raise Wrong(f"found {len(listed)} limits, {MAX_LIMITS} are allowed")
     return tuple(map(as_limit, listed))
 
 
@@ -446,12 +451,15 @@ def as_limit(value: object) -> Limit:
         return Limit(int(found[1]), duration(found[2]))
     mails, seconds = as_list(value)
     if as_whole(mails) > MAX_MAILS:
-        raise Wrong(f"{show(mails)} is too large a number; [] is no limit")
+        raise Wrong(f"{show(mails)} is too large; write [] for no limit")
     return Limit(as_whole(mails), as_seconds(seconds))
 
 
 def duration(text: str) -> int:
-    """Parse a time such as 90s, 2h, day or 60; return seconds."""
+    """Parse a time such as 90s, 2h, day or 60; return seconds.
+
+    Raise ValueError with a message for the admin.
+    """
     found = re.fullmatch(r"(?=.)([0-9]{0,9})(|s|sec|second|m|min|minute|h|hour"
                          r"|d|day|w|week)s?", text.strip().lower())
     seconds = int(found[1] or 1) * UNITS[found[2][:1]] if found else 0
@@ -461,10 +469,13 @@ def duration(text: str) -> int:
     return min(seconds, MAX_NUMBER)
 
 
-@functools.lru_cache(1000)  # it takes as long as a third of a decision
+@functools.lru_cache(1000)  # parsing takes a third as long as a decision
 def parse_limits(text: str) -> Limits:
-    """Parse limits as text: 10/min,500/day or [[10, 60], "500/day"]."""
-    # Its parser's recursion kills the process: no more than can be meant.
+    """Parse limits as text: 10/min,500/day or [[10, 60], "500/day"].
+
+    Raise ValueError with a message for the admin.
+    """
+    # Deep nesting can crash Python's parser (ast), so the length is bounded.
     text = str(text)[:1000].strip()
     is_list = text.startswith(("[", "("))
     try:
@@ -486,29 +497,31 @@ def parse_given(text: str) -> Limits:
 
 
 class Prefixes(NamedTuple):
-    """Networks of one length: entries by the bits that they start with."""
+    """Networks of one prefix length: entries by their prefix bits."""
 
-    version: int  # of IP
-    shift: int  # bits of an address that the networks leave open
+    version: int  # of IP: 4 or 6
+    shift: int  # the number of host bits, which a lookup ignores
     entries: Mapping[int, Any]
 
 
 class Patterns(NamedTuple):
-    """Texts and networks by which a value is looked up."""
+    """Entries that a value is matched against: texts and networks."""
 
     texts: Mapping[str, Any]  # a name, "", "@example.org", "@.example.org"
-    networks: tuple[Prefixes, ...] = ()  # the longest first
+    networks: tuple[Prefixes, ...] = ()  # the longest prefix first
 
     def find(self, value: str, is_address: bool = True) -> Any:
-        """Return the entry of the pattern that fits best, or None.
+        """Return the entry of the most specific pattern, or None.
 
-        That is the value itself, the longest network, @domain, or @. and it or
-        the nearest above; for a value that is a domain, the same without @.
-        A value that a client chose is no address, however it is spelt.
+        The order is: the value itself, the longest network, "@domain",
+        "@.domain", then "@." with each parent domain.  A value that is itself
+        a domain is matched without the "@".
+        is_address: whether the value may be an address; one that a client
+        chose never is, whatever it looks like.
         """
         if not self.texts and not self.networks:
             return None
-        host, _, bits = value.partition("/")  # it may be a network
+        host, _, bits = value.partition("/")  # the value may be a network
         address = None if bits.strip("0123456789") else parse_address(host)
         if address and not is_address:
             return None  # a sender 127.0.0.1 is not this host
@@ -525,7 +538,7 @@ class Patterns(NamedTuple):
         return self.texts.get(pattern)
 
     def find_network(self, address: Address) -> Any:
-        """Return the entry of the longest network around an address."""
+        """Return the entry of the longest network that has an address."""
         number, version = int(address), address.version
         for networks in self.networks:
             if networks.version == version:
@@ -551,13 +564,13 @@ class Patterns(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The patterns of which one has to fit, and those that must not."""
+    """Patterns of which one must match, and those that must not match."""
 
-    wanted: Patterns | None  # None: all that is not unwanted
+    wanted: Patterns | None  # None: everything that is not unwanted
     unwanted: Patterns
 
     def fits(self, value: str, is_address: bool = True) -> bool:
-        """Say whether a value is chosen."""
+        """Say whether a value matches; is_address: see Patterns.find()."""
         if self.unwanted.find(value, is_address):
             return False
         return (self.wanted is None
@@ -568,10 +581,10 @@ class Choice(NamedTuple):
 class Rule:
     """Limits for each key that mails are counted under."""
 
-    by: tuple[str, ...] = ()  # attributes; none: as limit_by_... say
-    name: str = ""  # the key's prefix; the first rule's keys have none
+    by: tuple[str, ...] = ()  # attributes; empty: as limit_by_... say
+    name: str = ""  # the prefix of keys; those of the first rule have none
     when: tuple[tuple[str, Choice], ...] = ()
-    count: str = ""  # as count_mode says; recipients, mails, bytes, or what
+    count: str = ""  # one of COUNTS or an attribute; "": as count_mode says
     limits: Limits = ()
     limits_by_id: Patterns = Patterns({})
     fail_action: str = ""
@@ -579,7 +592,7 @@ class Rule:
     block_for: int = 0  # seconds; 0: nobody is blocked
 
     def all_limits(self) -> Iterator[Limit]:
-        """Yield the limits, and those of limits_by_id."""
+        """Yield the limits and those of limits_by_id."""
         yield from self.limits
         for limits in self.limits_by_id.entries():
             yield from limits
@@ -593,21 +606,21 @@ def as_network(text: str) -> Network:
     return ipaddress.ip_network((mapped, bits)) if mapped else network
 
 
-@functools.lru_cache(1000)  # it takes ten times as long as to look it up
+@functools.lru_cache(1000)  # computing it takes ten times as long
 def network_around(address: str) -> str:
-    """Return the network that client_network means, "" if there is none."""
+    """Return the client_network of an address, "" if it is not an address."""
     found = parse_address(address)
     if found is None:
         return ""
-    bits = 24 if found.version == 4 else 64  # what one customer gets
+    bits = 24 if found.version == 4 else 64  # what one customer is assigned
     return str(ipaddress.ip_network((found, bits), strict=False))
 
 
 def as_pattern(key: object) -> str | Network:
-    """Return the text, or the network, that values are compared with."""
+    """Return the text or the network that a YAML key stands for."""
     words = {True: '"yes", like "on"', False: '"no", like "off"',
              None: '"null", like "~"'}
-    if isinstance(key, (bool, type(None))):  # a user called no
+    if isinstance(key, (bool, type(None))):  # a user may be called "no"
         raise Wrong(f"the key {words[key]}, means {key} in YAML; quote it",
                     (str(key),))
     pattern = fold(str(key)) if key != "" else ""
@@ -617,7 +630,7 @@ def as_pattern(key: object) -> str | Network:
 
 
 def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
-    """Sort entries by the kind of their patterns."""
+    """Index entries by their patterns; raise Wrong for equal patterns."""
     texts: dict[str, Any] = {}
     networks: dict[Network, Any] = {}
     names: dict[object, str] = {}
@@ -635,7 +648,7 @@ def as_patterns(entries: Mapping[Any, Any]) -> Patterns:
 
 
 def index_networks(entries: Mapping[Network, Any]) -> tuple[Prefixes, ...]:
-    """Return networks so that each length takes one look-up."""
+    """Index networks so that each prefix length takes one lookup."""
     lengths: dict[tuple[int, int], dict[int, Any]] = {}
     for network, entry in entries.items():
         shift = network.max_prefixlen - network.prefixlen
@@ -736,17 +749,17 @@ def as_quotas(value: object) -> tuple[Rule, ...]:
     rules: dict[str, Rule] = {}
     if len(as_list(value)) > MAX_QUOTAS:
         raise Wrong(f"found {len(as_list(value))} quotas, {MAX_QUOTAS} are"
-                    " possible")
+                    " allowed")
     for number, quota in enumerate(as_list(value)):
         rule = as_quota(as_mapping(quota), str(number))
         if rule.name in rules:
-            raise Wrong(f"two are called {rule.name}", (str(number), "name"))
+            raise Wrong(f"two are named {rule.name}", (str(number), "name"))
         rules[rule.name] = rule
     return tuple(rules.values())
 
 
 def as_quota(entries: Mapping[Any, Any], number: str) -> Rule:
-    """Check the entries of the quota with a number."""
+    """Return the rule of a quota; number: its index, for messages."""
     parts: dict[str, Any] = {}
     for name, item in entries.items():
         if name not in QUOTA:
@@ -765,7 +778,7 @@ def as_socket(value: object) -> str | tuple[str, int]:
             raise ValueError  # inet:127.0.0.1:8552, unix:/path, @name
         return as_text(value)
     host, port = as_list(value)
-    if ":" not in as_text(host):  # else bind() tells, with exit status 6
+    if ":" not in as_text(host):  # IPv6: bind() reports it, exit status 6
         ipaddress.ip_address(host)
     return host, as_whole(port, most=65535)
 
@@ -786,12 +799,12 @@ def as_credentials(value: object) -> tuple[str, str] | None:
 
 
 def expect(expected: str, check: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Give a short check its docstring."""
+    """Give a check that is a lambda its docstring."""
     check.__doc__ = expected
     return check
 
 
-as_seconds = expect("a number of seconds, 1 or more",  # 68 years: for ever
+as_seconds = expect("a number of seconds, 1 or more",  # 68 years: forever
                     lambda value: min(as_whole(value, 1), MAX_NUMBER))
 as_windows = expect("a list of seconds, such as [86400]",
                     lambda value: None if value is None else tuple(
@@ -810,9 +823,9 @@ as_subject = expect("text",
 def setting(default: object, check: Callable[[Any], Any], meaning: str,
             error: type[PolicydError] = ConfigError,
             secret: bool = False) -> Any:
-    """Make an entry of the table.
+    """Return an entry of the table.
 
-    error: what a wrong value raises.  secret: no message may show the value.
+    error: raised for a wrong value.  secret: no message may show the value.
     """
     return field(default_factory=lambda: check(default), metadata={
         "default": default, "check": check, "meaning": meaning,
@@ -821,7 +834,7 @@ def setting(default: object, check: Callable[[Any], Any], meaning: str,
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings; names and defaults are the original's."""
+    """All settings.  Those of the original keep its names and defaults."""
 
     debug: bool = setting(True, as_bool, "log each decision")
     log_requests: bool = setting(
@@ -917,7 +930,7 @@ class Settings:
 
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
-        """Return the rule of the settings themselves, then the quotas."""
+        """Return the settings' own limits as a rule, then the quotas."""
         first = Rule(limits=self.limits, limits_by_id=self.limits_by_id,
                      fail_action=self.fail_action, dry_run=self.dry_run,
                      block_for=self.block_for)
@@ -933,12 +946,12 @@ class Settings:
 
     @functools.cached_property
     def longest_window(self) -> int:
-        """Return the longest of these."""
+        """Return the longest window, in seconds; 86400 if there is none."""
         return max(self.windows, default=86400)
 
     @property
     def noted_windows(self) -> Sequence[int]:
-        """Return the windows whose refusals the report tells of."""
+        """Return the windows whose refusals are reported, in seconds."""
         if not self.report:
             return ()
         if self.report_limits is not None:
@@ -947,7 +960,7 @@ class Settings:
 
 
 def mend_limits(value: object) -> object:
-    """Take whole numbers where 1.x took fractions: [[3, 3600.5]]."""
+    """Round the fractions that 1.x accepted: [[3, 3600.5]]."""
     if not isinstance(value, (list, tuple)):
         return value
     mended = [mend_limit(limit) for limit in value]
@@ -955,7 +968,7 @@ def mend_limits(value: object) -> object:
 
 
 def mend_limit(limit: object) -> object:
-    """Make one limit of whole numbers, the stricter way."""
+    """Round the fractions of one limit to the stricter whole numbers."""
     if not isinstance(limit, (list, tuple)) or len(limit) != 2:
         return limit
     mails, seconds = limit
@@ -973,12 +986,12 @@ def is_fraction(value: object) -> bool:
 
 
 def mend_seconds(value: Any) -> object:
-    """Take the next whole second: 0.5."""
+    """Round up to a whole second: 0.5."""
     return math.ceil(value) if is_fraction(value) else value
 
 
 def mend_windows(value: object) -> object:
-    """Take the next whole seconds, as in limits: [3600.5]."""
+    """Round up to whole seconds, as in limits: [3600.5]."""
     if not isinstance(value, (list, tuple)):
         return value
     mended = list(map(mend_seconds, value))
@@ -986,7 +999,7 @@ def mend_windows(value: object) -> object:
 
 
 def mend_bool(value: object) -> object:
-    """Take as True what 1.x did, if it does not say no: 2, "yes"."""
+    """Turn into True what 1.x took for it, except words for no: 2, "yes"."""
     if type(value) is int and value not in (0, 1):
         return True
     if isinstance(value, str) and value.lower() in ("true", "yes", "on"):
@@ -995,7 +1008,7 @@ def mend_bool(value: object) -> object:
 
 
 def mend_count_mode(value: object) -> object:
-    """Take the number that it says: True, "1"."""
+    """Turn into a number what 1.x took for one: True, "1"."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, str) and re.fullmatch("[012]", value):
@@ -1004,31 +1017,31 @@ def mend_count_mode(value: object) -> object:
 
 
 def mend_socket(value: object) -> object:
-    """Write out an IPv4 address: ["127.1", 8552]."""
+    """Write an abbreviated IPv4 address in full: ["127.1", 8552]."""
     if not isinstance(value, (list, tuple)) or not value:
         return value
     parts = str(value[0]).split(".")
     if len(parts) not in (2, 3) or not all(map(str.isdecimal, parts)):
         return value
-    *first, last = parts  # which stands at the end of the four
+    *first, last = parts  # the last one stays last: inet_aton(3)
     zeros = ["0"] * (4 - len(parts))
     return [".".join([*first, *zeros, last]), *value[1:]]
 
 
 def mend_permission(value: object) -> object:
-    """Leave out what means nothing on a socket, as the sticky bit: 01777."""
+    """Remove bits without meaning for a socket, such as sticky: 01777."""
     octal = str(value).replace("o", "", 1) if value != 0o1777 else "01777"
     found = re.fullmatch("0[1-7]([0-7]{3})", octal)
     return f"0{found[1]}" if found and found[1] != "000" else value
 
 
 def mend_action(value: object) -> object:
-    """Take a space for each tab, which Postfix would take as well."""
+    """Replace tabs by spaces, which Postfix treats alike."""
     return value.replace("\t", " ") if isinstance(value, str) else value
 
 
 def mend_smtp_server(value: object) -> object:
-    """Take host and port apart: "mail.example.org:587"."""
+    """Split "mail.example.org:587" into host and port."""
     if not isinstance(value, str) or parse_address(value):
         return value
     host, _, port = value.rpartition(":")
@@ -1037,9 +1050,9 @@ def mend_smtp_server(value: object) -> object:
     return [host.strip("[]"), int(port)]
 
 
-# What 1.x took and the checks refuse, where it is plain what is meant: an
-# upgrade must not leave a mail host without the daemon.  Each of these
-# returns the very value that it was given where there is nothing to mend.
+# Corrections of values that 1.x accepted and the checks refuse, where the
+# meaning is clear: an upgrade must not leave a mail host without the daemon.
+# Each returns the same object that it was given if nothing has to be mended.
 MENDS: Mapping[str, Callable[[Any], object]] = {
     "limits": mend_limits, "delay_to_close": mend_seconds,
     "report_limits": mend_windows, "count_mode": mend_count_mode,
@@ -1051,32 +1064,32 @@ MENDS: Mapping[str, Callable[[Any], object]] = {
 class Doubt(NamedTuple):
     """A setting that passes the checks, but cannot be meant."""
 
-    fatal: bool  # --check fails, as where nothing at all would be limited
+    fatal: bool  # --check fails; for example, nothing at all is limited
     message: str
-    names: Names  # of the setting
+    names: Names  # the path to the setting
 
 
 class Placed(NamedTuple):
     """A rule, and how messages name it."""
 
     rule: Rule
-    names: Names = ()  # they lead to it
+    names: Names = ()  # the path to it
     label: str = ""
 
 
-# Seconds that are often a window.
+# Common windows, in seconds.
 SPANS = (3600, 7200, 21600, 43200, 86400, 172800, 604800, 2592000)
 COUNTED_AT: Mapping[str | int, Sequence[str]] = {  # by count_mode
     "auto": ("rcpt", "data", "end-of-message"), 0: ("rcpt",),
     1: ("data", "end-of-message"), 2: ("data", "end-of-message")}
 NUMBERS = ("recipient_count", "size", "encryption_keysize", "client_port",
-           "server_port")  # attributes, as Postfix writes them
+           "server_port")  # attributes that Postfix writes as numbers
 EVERYWHERE = (ipaddress.IPv4Network("0.0.0.0/0"),
               ipaddress.IPv6Network("::/0"))
 
 
 def doubts(settings: Settings) -> Iterator[Doubt]:
-    """Yield a doubt for each setting without effect, or with a wrong one."""
+    """Yield a doubt for each setting with no effect or an unlikely one."""
     for find in DOUBTS:
         yield from find(settings)
 
@@ -1090,12 +1103,12 @@ def place_rules(settings: Settings) -> list[Placed]:
 
 
 def limits_nothing(settings: Settings) -> bool:
-    """Say whether no rule can ever refuse a mail, not even on trial."""
+    """Say whether no rule could ever refuse a mail, even without dry_run."""
     return not any(is_effective(settings, rule) for rule in settings.rules)
 
 
 def is_effective(settings: Settings, rule: Rule) -> bool:
-    """Say whether a rule can ever refuse a mail, if only on trial."""
+    """Say whether a rule could ever refuse a mail, leaving dry_run aside."""
     has_limits = any(rule.all_limits())
     if passes(rule.fail_action):
         return False
@@ -1110,18 +1123,18 @@ def is_effective(settings: Settings, rule: Rule) -> bool:
 
 
 def passes(action: str) -> bool:
-    """Say whether Postfix lets a mail pass for an action."""
+    """Say whether an action makes Postfix let a mail pass."""
     return bool(PASSES.fullmatch(action.split()[0]))
 
 
 def refuses(action: str) -> bool:
-    """Say whether a client is told for an action that its mail is refused."""
+    """Say whether an action tells the client that its mail is refused."""
     word = action.split()[0]
     return bool(STOPS.fullmatch(word)) and not KEEPS.fullmatch(word)
 
 
 def excludes_all(networks: Choice) -> bool:
-    """Say whether the networks with "!" exclude all that the others have."""
+    """Say whether the networks with "!" cover all the others."""
     if not networks.unwanted.networks:
         return False
     wanted = (EVERYWHERE if networks.wanted is None
@@ -1132,7 +1145,7 @@ def excludes_all(networks: Choice) -> bool:
 
 
 def join_networks(networks: Iterable[Network]) -> Iterator[Network]:
-    """Yield networks so that two halves are one whole."""
+    """Yield networks, with adjacent ones joined to larger ones."""
     found: list[Any] = list(networks)
     for version in (4, 6):
         yield from ipaddress.collapse_addresses([
@@ -1140,7 +1153,7 @@ def join_networks(networks: Iterable[Network]) -> Iterator[Network]:
 
 
 def is_inside(network: Network, others: Sequence[Prefixes]) -> bool:
-    """Say whether a network is part of one of the others."""
+    """Say whether a network is contained in one of the others."""
     number = int(network.network_address)
     shift = network.max_prefixlen - network.prefixlen
     return any(other.version == network.version and other.shift >= shift
@@ -1148,7 +1161,7 @@ def is_inside(network: Network, others: Sequence[Prefixes]) -> bool:
 
 
 def doubt_identities(settings: Settings) -> Iterator[Doubt]:
-    """Yield where no mail belongs to anybody."""
+    """Yield why no mail would have an identity."""
     nothing, networks = limits_nothing(settings), settings.limited_networks
     if not (settings.limit_by_sasl or settings.limit_by_sender
             or settings.limit_by_ip or settings.quotas):
@@ -1166,14 +1179,14 @@ def doubt_identities(settings: Settings) -> Iterator[Doubt]:
 
 
 def doubt_limits(settings: Settings) -> Iterator[Doubt]:
-    """Yield where there are no limits."""
+    """Yield where limits are missing."""
     if not settings.windows and not settings.sql_limits_by_id:
-        yield Doubt(True, "limits: none here, in limits_by_id, quotas or by"
+        yield Doubt(True, "limits: none here or in limits_by_id, quotas or"
                     " sql_limits_by_id, so nothing is limited", ("limits",))
     for rule, names, label in place_rules(settings):
         if rule.by and not any(rule.all_limits()):
             yield Doubt(limits_nothing(settings), f"{label}it has no limits,"
-                        " so it never refuses", names)
+                        " so it never refuses mail", names)
 
 
 def doubt_numbers(settings: Settings) -> Iterator[Doubt]:
@@ -1195,12 +1208,12 @@ def doubt_numbers(settings: Settings) -> Iterator[Doubt]:
 def look_swapped(mails: int, seconds: int) -> bool:
     """Say whether the mails of a limit look like its seconds."""
     if mails not in SPANS or not 1 < seconds < mails:
-        return False  # [3600, 1] bounds the recipients of a mail
+        return False  # [3600, 1] limits the recipients per mail
     return seconds % 60 != 0 or (mails >= 86400 and seconds < 3600)
 
 
 def doubt_patterns(settings: Settings) -> Iterator[Doubt]:
-    """Yield what in limits_by_id can match nobody."""
+    """Yield entries of limits_by_id that cannot match anybody."""
     for rule, names, label in place_rules(settings):
         patterns, place = rule.limits_by_id, (*names, "limits_by_id")
         for text in patterns.texts:
@@ -1214,7 +1227,7 @@ def doubt_patterns(settings: Settings) -> Iterator[Doubt]:
 
 
 def why_no_key(settings: Settings, rule: Rule, text: str) -> str:
-    """Return why a text in limits_by_id can match nobody, or ""."""
+    """Return why a text in limits_by_id cannot match anybody, or ""."""
     name, equals, value = text.partition("=")
     if equals and name == rule.name:
         return f'leave out "{name}="'
@@ -1223,12 +1236,12 @@ def why_no_key(settings: Settings, rule: Rule, text: str) -> str:
         return (f'it looks like the key of a quota; write "{value}" into'
                 f" limits_by_id of the quota {name}")
     if text == "":
-        return "mail without it is not counted"
+        return "mail with an empty value is not counted"
     if len(rule.by) == 1:
         return why_no_value(rule.by[0], text)
     if rule.by and text[0] not in "@." and (
             text.count("|") != len(rule.by) - 1):
-        return f"values of {', '.join(rule.by)} are joined by bars"
+        return f'values of {", ".join(rule.by)} are joined by "|"'
     return why_no_value("", text)
 
 
@@ -1241,20 +1254,20 @@ def why_no_value(attribute: str, text: str) -> str:
         return f'there is no wildcard; write "{meant}"'
     is_address = parse_address(text) is not None
     if re.fullmatch(r"[0-9]+(?:\.[0-9]+){3}", text) and not is_address:
-        return "this is no IP address"
+        return "this is not an IP address"
     if text == "" and attribute != "server":
         return ""
     if attribute == "server" and text != "all":
-        return 'server has but one value, "all"'
+        return 'the only value of server is "all"'
     if attribute.endswith("_domain") and "@" in text:
         return f'domains are compared; write "{text.rpartition("@")[2]}"'
     if attribute == "client_network":
         return "networks are compared; write one, such as 192.0.2.0/24"
     if attribute in ("client_address", "server_address") and not (
             is_address or text == "unknown"):
-        return "this is no IP address"
+        return "this is not an IP address"
     if is_address and attribute and (attribute,) not in ADDRESSES:
-        return "only what no client chooses is compared with addresses"
+        return "a client can choose this value, so no address matches"
     if attribute in NUMBERS and not re.fullmatch("0|[1-9][0-9]*", text):
         number = f'; write "{text.lstrip("0")}"' if text.isdecimal() else ""
         return f"Postfix writes this as a number{number}"
@@ -1262,7 +1275,7 @@ def why_no_value(attribute: str, text: str) -> str:
 
 
 def doubt_conditions(settings: Settings) -> Iterator[Doubt]:
-    """Yield what in `when` can match no mail."""
+    """Yield conditions in `when` that cannot match any mail."""
     for placed in place_rules(settings):
         for attribute, choice in placed.rule.when:
             yield from doubt_condition(settings, placed, attribute, choice)
@@ -1270,7 +1283,7 @@ def doubt_conditions(settings: Settings) -> Iterator[Doubt]:
 
 def doubt_condition(settings: Settings, placed: Placed, attribute: str,
                     choice: Choice) -> Iterator[Doubt]:
-    """Yield what one attribute of a `when` can never be."""
+    """Yield patterns of one attribute in `when` that cannot match."""
     names = (*placed.names, "when", attribute)
     label = f"{placed.label}when: {attribute}: "
     wanted = choice.wanted.texts if choice.wanted else ()
@@ -1292,7 +1305,7 @@ def never_matches(settings: Settings, rule: Rule, attribute: str,
         return not any(map(choice.fits, COUNTED_AT[settings.count_mode]))
     if choice.wanted is None:
         return False
-    counted = {*rule.by, rule.count}  # mail without these is not counted
+    counted = {*rule.by, rule.count}  # mail that lacks one is not counted
     needed = counted | {DERIVED.get(name, name) for name in counted}
     if (choice.wanted.networks and (attribute,) in ADDRESSES
             and not excludes_all(choice)):
@@ -1332,23 +1345,23 @@ def doubt_actions(settings: Settings) -> Iterator[Doubt]:
 
 def doubt_refusal(settings: Settings, action: str, label: str, names: Names,
                   ) -> Iterator[Doubt]:
-    """Yield why a fail_action refuses no mail."""
+    """Yield that a fail_action refuses no mail, if so."""
     word = action.split()[0]
     yield from doubt_word(word, f"{label}fail_action", names)
     if passes(action):
         yield Doubt(limits_nothing(settings), f"{label}fail_action: {word}"
-                    " lets the mail pass, so none is refused; to try limits"
+                    " lets the mail pass, so none is refused; to try limits,"
                     " set dry_run: True", names)
 
 
 def doubt_word(word: str, label: str, names: Names) -> Iterator[Doubt]:
     """Yield that an action is unknown, if it is."""
     if not ACTIONS.fullmatch(word):
-        yield Doubt(False, f"{label}: access(5) knows no {word}", names)
+        yield Doubt(False, f"{label}: access(5) has no action {word}", names)
 
 
 def doubt_query(settings: Settings) -> Iterator[Doubt]:
-    """Yield where the query has the placeholder of another database."""
+    """Yield that the query has the placeholder of another backend."""
     query = re.sub("'(?:[^']|'')*'", "", settings.sql_limits_by_id or "")
     right, other = ("?", "%s") if settings.backend == 0 else ("%s", "?")
     if other in query and right not in query:
@@ -1363,18 +1376,18 @@ def doubt_reports(settings: Settings) -> Iterator[Doubt]:
     mails_alert = settings.alert and not settings.alert_command
     mails = settings.report or mails_alert
     if mails and not settings.report_to:
-        yield Doubt(False, "report_to: nobody is named to get reports and"
+        yield Doubt(False, "report_to: empty, so nobody gets reports and"
                     " alerts", ("report_to",))
     if (mails and settings.smtp_credentials and not settings.smtp_starttls
             and not is_this_host(settings.smtp_server[0])):
-        yield Doubt(False, "smtp_credentials: they are sent to another host"
-                    " encrypted only; set smtp_starttls: True",
+        yield Doubt(False, "smtp_credentials: they are only sent encrypted to"
+                    " another host; set smtp_starttls: True",
                     ("smtp_credentials",))
     if not settings.report and not settings.alert:
         return
     if settings.report_limits == ():
-        yield Doubt(False, "report_limits: empty, so nobody is told of a"
-                    " refusal", ("report_limits",))
+        yield Doubt(False, "report_limits: empty, so no refusal is"
+                    " reported", ("report_limits",))
     windows = ANY_WINDOW if settings.sql_limits_by_id else settings.windows
     for window in settings.report_limits or ():
         if window not in windows:
@@ -1390,19 +1403,19 @@ def is_this_host(host: str) -> bool:
 
 
 def doubt_process(settings: Settings) -> Iterator[Doubt]:
-    """Yield where the daemon may not listen, or whom it becomes."""
+    """Yield a relative path of SOCKET, and root as the daemon's user."""
     path = settings.SOCKET
     if isinstance(path, str) and not path.startswith("/"):
-        yield Doubt(False, f"SOCKET: {path} is in the folder where the daemon"
+        yield Doubt(False, f"SOCKET: {path} is relative to where the daemon"
                     f" is started; is /var/spool/postfix/{path} meant?",
                     ("SOCKET",))
     if settings.user in ("root", "0"):
-        yield Doubt(False, "user: root may do anything; name an account of"
-                    f" its own, such as {PROGRAM}", ("user",))
+        yield Doubt(False, "user: the daemon does not need root; use its own"
+                    f" account, such as {PROGRAM}", ("user",))
 
 
 def doubt_senders(settings: Settings) -> Iterator[Doubt]:
-    """Yield where a forged sender gets limits that are meant for a login."""
+    """Yield that forged senders get limits that are meant for a login."""
     if not (settings.limit_by_sasl and settings.limit_by_sender):
         return
     addresses = [name for name in settings.limits_by_id.texts if "@" in name]
@@ -1422,17 +1435,17 @@ DOUBTS: Sequence[Callable[[Settings], Iterator[Doubt]]] = (
 # ---------------------------------------------------------------------------
 # 3. Protocol
 #
-# What Postfix sends, as values (SMTPD_POLICY_README).  Pure: it is handed
-# bytes, it opens nothing.
+# Parses what Postfix sends (SMTPD_POLICY_README).  Pure: takes bytes, opens
+# nothing.
 # ---------------------------------------------------------------------------
 
 
 class Request(NamedTuple):
-    """What Postfix tells of one mail; what it does not know is empty."""
+    """What Postfix says about one mail; unknown attributes are empty."""
 
     protocol_state: str
     queue_id: str
-    instance: str  # the same for all requests of one mail
+    instance: str  # the same in all requests about one mail
     sasl_username: str
     sender: str
     client_address: str
@@ -1441,11 +1454,11 @@ class Request(NamedTuple):
 
 
 def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
-    """Yield requests until receive() brings nothing, or raise BadRequest."""
+    """Yield requests until receive() returns b""; raise BadRequest."""
     buffer = b""
     while data := receive():
         *heads, buffer = (buffer + data).split(b"\n\n")
-        del data  # nothing of what is answered is kept while it waits
+        del data  # keep no answered request in memory while waiting
         while heads:
             yield parse_request(heads.pop(0))
         if len(buffer) > MAX_REQUEST:
@@ -1455,18 +1468,18 @@ def read_requests(receive: Callable[[], bytes]) -> Iterator[Request]:
 
 
 def parse_request(head: bytes) -> Request:
-    """Parse the lines name=value of a request, or raise BadRequest."""
+    """Parse the name=value lines of a request, or raise BadRequest."""
     if head.count(b"\n") >= MAX_ATTRIBUTES or b"\0" in head:
         raise BadRequest("too many attributes, or a NUL byte")
     given = {}
     for line in head.decode("utf-8", "backslashreplace").split("\n"):
         name, equals, value = line.partition("=")
         if not equals:
-            raise BadRequest("a line that is not name=value")
+            raise BadRequest("a line is not name=value")
         given[name] = value
     get = given.get
     if get("request", "smtpd_access_policy") != "smtpd_access_policy":
-        raise BadRequest("it is not request=smtpd_access_policy")
+        raise BadRequest("not request=smtpd_access_policy")
     return Request(
         get("protocol_state", "")[:MAX_TOLD].upper(),
         get("queue_id", "")[:MAX_TOLD], get("instance", "")[:MAX_TOLD],
@@ -1476,7 +1489,7 @@ def parse_request(head: bytes) -> Request:
 
 
 def parse_count(text: str) -> int:
-    """Return the number that text spells, 0 if none, with a bound."""
+    """Return the number in text, at most MAX_NUMBER; 0 if it is none."""
     if not (text.isascii() and text.isdigit()):
         return 0
     digits = text.lstrip("0")
@@ -1486,23 +1499,23 @@ def parse_count(text: str) -> int:
 # ---------------------------------------------------------------------------
 # 4. Policy
 #
-# Whose mail is it, and may it pass?  Functions of their arguments alone: no
-# input, no output, no clock.
+# Whose mail is it, and may it pass?  Pure functions: no input, no output, no
+# clock.
 # ---------------------------------------------------------------------------
 
-STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of a mail's
-SENDER_KEY = "sender="  # begins the key of a sender where logins count, too
-ONCE = ("mails", "bytes")  # what a mail counts but once, at RCPT too
+STATES = ("RCPT", "DATA", "END-OF-MESSAGE")  # in the order of SMTP
+SENDER_KEY = "sender="  # prefix of a sender's key if logins are limited, too
+ONCE = ("mails", "bytes")  # counted once per mail, not for each RCPT
 
 
 class Claim(NamedTuple):
-    """An identity, what the mail costs it, and the limits it must keep."""
+    """An identity, what a mail costs it, and the limits that apply."""
 
     identity: str  # or a quota's key: name=value
     cost: int
     limits: Limits
-    rule: Rule = Rule()  # that it comes from
-    value: str | None = None  # where different values are counted
+    rule: Rule = Rule()  # the rule that makes this claim
+    value: str | None = None  # if different values are counted
 
 
 class Usage(NamedTuple):
@@ -1514,34 +1527,34 @@ class Usage(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What was found for each limit, and the first that would be broken."""
+    """The usage of each limit, and the first one that the mail exceeds."""
 
     usage: tuple[Usage, ...]
-    broken: Usage | None
-    tried: tuple[Usage, ...] = ()  # the first broken of each dry_run
-    block: Override | None = None  # of --block or block_for, that broke it
-    room_at: int | None = None  # if that was asked: when the mail would pass
+    broken: Usage | None  # None: the mail passes
+    tried: tuple[Usage, ...] = ()  # the first exceeded of each dry_run claim
+    block: Override | None = None  # by --block or block_for, if that refused
+    room_at: int | None = None  # when the mail would pass, if looked up
 
 
 class Override(NamedTuple):
-    """Limits of --limit, --block or block_for, which win over all others."""
+    """Limits set by --limit, --block or block_for: they override others."""
 
     limits: Limits
-    ends: int | None  # None: they are permanent
-    made: int = 0  # since when they hold
-    reason: str = ""  # the limit that was exceeded, where block_for made them
+    ends: int | None  # epoch seconds; None: permanent
+    made: int = 0  # epoch seconds; 0: unknown
+    reason: str = ""  # the limit that was exceeded, if block_for set it
 
     def holds_at(self, now: float) -> bool:
-        """Say whether they are in force at a time."""
+        """Say whether it is in force at a time."""
         return self.ends is None or self.ends > now
 
     def as_text(self) -> str:
-        """Return what mail_limit has of them: limits, then # and a reason."""
+        """Return it as stored in mail_limit: limits, then # and a reason."""
         text = json.dumps(self.limits)
         return f"{text}  # {self.reason}" if self.reason else text
 
     def is_block(self) -> bool:
-        """Say whether they let no mail pass at all."""
+        """Say whether it lets no mail pass at all."""
         return any(limit.mails == 0 for limit in self.limits)
 
 
@@ -1550,12 +1563,12 @@ class Refusal(NamedTuple):
 
     identity: str
     seconds: int
-    mails: int  # -1 where only the number of refusals was kept
-    hits: int  # since first
+    mails: int  # the limit's; -1: unknown, in rows of the original
+    hits: int  # refusals since first
     first: int
     last: int
-    client: str  # the address that the last one came from
-    told: int = 0  # how many of these hits reports have told of
+    client: str  # the client address of the last one
+    told: int = 0  # how many of the hits have been reported
 
 
 @dataclass
@@ -1572,21 +1585,21 @@ class Mail:
 
 
 class Charge(NamedTuple):
-    """A mail that counts for a claim's identity."""
+    """A mail that is counted for a claim's identity."""
 
     mail: Mail
     claim: Claim
 
 
 class Account:
-    """What an identity has used of each window, and limits of its own."""
+    """What an identity has used of each window, and its individual limits."""
 
     def __init__(self, used: dict[int, int], queried: Limits | None = None,
                  override: Override | None = None) -> None:
-        """Take what was used of each window by its length in seconds.
+        """Take {window in seconds: used} and the identity's own limits.
 
-        queried, override: the limits of sql_limits_by_id, and those of
-        --limit.  These win over them, and they over the configuration's.
+        queried: the limits of sql_limits_by_id, which replace those of the
+        file.  override: those of --limit, which replace both.
         """
         self.used = used
         self.own = queried if override is None else override.limits
@@ -1595,11 +1608,11 @@ class Account:
             self.block = override
 
     def limits_of(self, claim: Claim) -> Limits:
-        """Return the limits that hold for a claim."""
+        """Return the limits that apply to a claim."""
         return claim.limits if self.own is None else self.own
 
     def usage(self, claim: Claim) -> list[Usage]:
-        """Return what is used of each limit, ahead of a claim."""
+        """Return what was used of each limit before a claim."""
         return [Usage(claim, limit, self.used[limit.seconds])
                 for limit in self.limits_of(claim)]
 
@@ -1610,26 +1623,26 @@ class Account:
 
 
 class DistinctValues(Account):
-    """The different values of an identity, in place of its mails."""
+    """An account that counts different values instead of mails."""
 
     def __init__(self, seen: dict[str, int], now: int,
                  queried: Limits | None = None,
                  override: Override | None = None) -> None:
-        """Take when each value was last seen, and the time, in seconds."""
+        """Take {value: last seen} and the time, both in epoch seconds."""
         super().__init__({}, queried, override)
         self.seen = seen
         self.now = now
-        self.date = now  # of what is seen from now on
+        self.date = now  # given to values that are added
 
     def usage(self, claim: Claim) -> list[Usage]:
-        """Return how many values other than the claim's each window has."""
+        """Return how many values besides the claim's each window has."""
         return [Usage(claim, limit, sum(
             date > self.now - limit.seconds
             for value, date in self.seen.items() if value != claim.value))
             for limit in self.limits_of(claim)]
 
     def add(self, claim: Claim) -> None:
-        """Note that the claim's value was seen."""
+        """Record that the claim's value was seen."""
         assert claim.value is not None
         self.seen[claim.value] = self.date
 
@@ -1637,10 +1650,10 @@ class DistinctValues(Account):
 def claims_of(request: Request, settings: Settings,
               charged: Mapping[str, int] = MappingProxyType({}),
               ) -> list[Claim]:
-    """Return what a request claims: nothing if it is not to be counted.
+    """Return the claims of a request, none if it is not counted.
 
-    charged: what this very mail was charged at earlier requests, by identity.
-    It is charged no more than the rest.
+    charged: what earlier requests about the same mail were charged, by
+    identity; only the difference is claimed.
     """
     if not is_counted(request.protocol_state, settings.count_mode):
         return []
@@ -1664,14 +1677,14 @@ def claims_of(request: Request, settings: Settings,
 
 
 def is_counted(protocol_state: str, count_mode: str | int) -> bool:
-    """Say whether mail counts at a state, once Postfix asks there."""
+    """Say whether count_mode counts mail in this protocol_state."""
     if count_mode == "auto":
         return protocol_state in STATES
     return protocol_state in (STATES[1:] if count_mode else STATES[:1])
 
 
 def is_wanted(request: Request, rule: Rule) -> bool:
-    """Say whether a request is what a rule's `when` asks for."""
+    """Say whether a request matches a rule's `when`."""
     return all(choice.fits(attribute_of(request, attribute),
                            (attribute,) in ADDRESSES)
                for attribute, choice in rule.when)
@@ -1679,7 +1692,10 @@ def is_wanted(request: Request, rule: Rule) -> bool:
 
 def identify(request: Request, settings: Settings,
              ) -> tuple[tuple[str, ...], str | None]:
-    """Return whose mail it is, user, sender or address, and which of them."""
+    """Return which attribute identifies a mail, and its folded value.
+
+    The value is None if no identity is limited.
+    """
     if settings.limit_by_sasl and request.sasl_username:
         return ("sasl_username",), fold(request.sasl_username)
     if settings.limit_by_sender and request.sender:
@@ -1693,10 +1709,11 @@ def identify(request: Request, settings: Settings,
 
 
 def key_of_identity(by: Sequence[str], name: str, settings: Settings) -> str:
-    """Return the key under which an identity of no quota is counted.
+    """Return the key under which an identity is counted outside quotas.
 
-    Anyone can write the address of a login into a mail.  Where both count, a
-    sender has a key of its own, so that nobody uses up a login's limit.
+    Anyone can forge a sender address.  If both logins and senders are
+    limited, a sender has a separate key, so that no forger uses up the limit
+    of the login with that name.
     """
     if by == ("sender",) and settings.limit_by_sasl:
         name = SENDER_KEY + name
@@ -1704,7 +1721,7 @@ def key_of_identity(by: Sequence[str], name: str, settings: Settings) -> str:
 
 
 def escape(identity: str, settings: Settings) -> str:
-    """Return an identity so that it is no quota's key, name=value."""
+    """Return an identity, changed if it looks like a quota's name=value."""
     name, equals, _ = identity.lstrip("=").partition("=")
     if equals and any(quota.name == name for quota in settings.quotas):
         return "=" + identity
@@ -1712,16 +1729,16 @@ def escape(identity: str, settings: Settings) -> str:
 
 
 def value_of(request: Request, by: Sequence[str]) -> str | None:
-    """Return what a quota counts a mail by, None if that is not known."""
+    """Return the value of a quota's key, None if an attribute is unknown."""
     values = [attribute_of(request, name) for name in by]
-    if len(values) > 1:  # so that no client can move the bars
+    if len(values) > 1:  # escape the separator in what clients choose
         values = [value.replace("%", "%25").replace("|", "%7c")
                   for value in values]
     return "|".join(values) if all(values) else None
 
 
 def attribute_of(request: Request, name: str) -> str:
-    """Return an attribute as it is compared, "" if it is not known."""
+    """Return an attribute, folded for comparison; "" if it is unknown."""
     if name == "server":
         return "all"
     value = request.attributes.get(DERIVED.get(name, name), "")
@@ -1734,7 +1751,7 @@ def attribute_of(request: Request, name: str) -> str:
 
 def cost_of(request: Request, rule: Rule, count_mode: str | int,
             ) -> tuple[int, str | None]:
-    """Return what a mail costs, and its value where these are counted."""
+    """Return a mail's cost, and its value if different values are counted."""
     count = unit_of(rule, count_mode)
     if count == "recipients":
         at_rcpt = request.protocol_state == "RCPT"
@@ -1756,9 +1773,9 @@ def rest_of(cost: int, value: str | None, request: Request, rule: Rule,
             charged: int) -> int:
     """Return what is left to charge of a mail that was charged before.
 
-    At RCPT each request is for one more recipient.  Later, what was charged
-    at RCPT may be less than all recipients: where a restriction before ours
-    accepted some of them, Postfix did not ask.
+    At RCPT each request is about another recipient.  In later states, fewer
+    recipients may have been charged than the mail has: if an earlier
+    restriction accepted some of them, Postfix did not ask about these.
     """
     if request.protocol_state == "RCPT" and rule.count not in ONCE:
         return cost
@@ -1767,10 +1784,10 @@ def rest_of(cost: int, value: str | None, request: Request, rule: Rule,
 
 def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
            ) -> tuple[list[Verdict], list[Charge]]:
-    """Judge mails one after the other; return verdicts, and what is charged.
+    """Judge mails one after the other; return verdicts and charges.
 
-    A mail counts for all its claims, or for none; but a claim that is only
-    tried, and has no room, is left out.
+    A mail is counted for all of its claims, or for none; only a claim with
+    dry_run that exceeds a limit is left out.  The accounts are updated.
     """
     verdicts, charges = [], []
     for mail in mails:
@@ -1793,7 +1810,10 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
 
 
 def judge(usage: Sequence[Usage]) -> Verdict:
-    """Say whether a mail keeps all its limits: a cost has to fit whole."""
+    """Return the verdict on a mail, given what was used of each limit.
+
+    A limit is exceeded if the mail's whole cost does not fit.
+    """
     tried: dict[str, Usage] = {}
     for use in usage:
         claim = use.claim
@@ -1808,10 +1828,10 @@ def judge(usage: Sequence[Usage]) -> Verdict:
 def is_own_report(request: Request, settings: Settings) -> bool:
     """Say whether a mail is a report or an alert that this host sends.
 
-    If it counted, a limit that is full would silence its own alert.  All of
-    the envelope can be forged, so that three things must be true that keep
-    others from gaining anything by it: the client is this host, it logged in
-    as nobody else, and the only recipient wants to have such mails.
+    If it were counted, an exhausted limit would suppress its own alert.  The
+    envelope can be forged, so three conditions ensure that nobody gains by
+    that: the client is this host, it has not logged in as someone else, and
+    the only recipient is one of report_to.
     """
     if not (settings.report or settings.alert):
         return False
@@ -1837,18 +1857,18 @@ def is_report_sender(sender: str, report_from: str | None) -> bool:
         from email.utils import parseaddr
 
         return sender == fold(parseaddr(report_from)[1])
-    return sender.startswith(f"{PROGRAM}@")  # the rest is up to the DNS
+    return sender.startswith(f"{PROGRAM}@")  # the host name may vary
 
 
 def limits_under(rule: Rule, by: tuple[str, ...], name: str) -> Limits:
-    """Return the limits that a rule has for a name, and what that is."""
+    """Return a rule's limits for a name; by: the attributes it is from."""
     limits: Limits | None = rule.limits_by_id.find(name, by in ADDRESSES)
     return rule.limits if limits is None else limits
 
 
 def named_by(settings: Settings, rule: Rule, identity: str,
              ) -> tuple[tuple[str, ...], str]:
-    """Return what an identity is, such as a login name, and its name."""
+    """Return which attributes an identity is from, and their value."""
     if rule.by:
         return rule.by, identity.partition("=")[2]
     name = identity[1:] if identity.startswith("=") else identity
@@ -1857,7 +1877,7 @@ def named_by(settings: Settings, rule: Rule, identity: str,
     prefix, _, sender = name.partition("=")
     if prefix == "sender" and settings.limit_by_sender:
         return ("sender",), sender
-    return ("sasl_username",), fold(name)  # or an address: it is found alike
+    return ("sasl_username",), fold(name)  # or an address, matched likewise
 
 
 def rule_of(settings: Settings, identity: str) -> Rule:
@@ -1868,7 +1888,7 @@ def rule_of(settings: Settings, identity: str) -> Rule:
 
 
 def key_of(settings: Settings, spelt: str) -> str:
-    """Return the identity, or the quota's key, that an admin has spelt."""
+    """Return the identity or the quota's key that an admin means."""
     name, _, value = spelt.partition("=")
     if rule_of(settings, fold(spelt)).by:
         return shorten(f"{fold(name)}={fold(value)}")
@@ -1882,17 +1902,17 @@ def key_of(settings: Settings, spelt: str) -> str:
 # the log may contain.  Pure.
 # ---------------------------------------------------------------------------
 
-MAX_ACTION = 400  # bytes; a reply of SMTP has 512 (RFC 5321, 4.5.3.1.5)
+MAX_ACTION = 400  # bytes; an SMTP reply has up to 512 (RFC 5321, 4.5.3.1.5)
 TAKES_TEXT = re.compile(  # actions of access(5) that end with a reply's text
     r"(?i:[45]\d\d|reject|defer|defer_if_permit|defer_if_reject)")
-PLAIN_VALUE = re.compile(r"[\w.@+:/-]*")  # as most are
-FIELDS = re.compile(  # of the log: what may stand ahead of a value
+PLAIN_VALUE = re.compile(r"[\w.@+:/-]*")  # needs no quoting: most values
+FIELDS = re.compile(  # names of fields in the log, with their "="
     "(identity|cost|used|client|broken|attempts|action|"
     + "|".join(ATTRIBUTES) + ")=", re.IGNORECASE)
 
 
 def describe(verdict: Verdict, client: str = "", attempts: int = 0) -> str:
-    """Return a verdict in Postfix's key=value style."""
+    """Return a verdict for the log, in Postfix's key=value style."""
     broken, parts = verdict.broken, []
     for claim, group in itertools.groupby(
             verdict.usage, operator.attrgetter("claim")):
@@ -1916,13 +1936,13 @@ def describe(verdict: Verdict, client: str = "", attempts: int = 0) -> str:
 
 
 def describe_use(usage: Usage, cost: int) -> str:
-    """Return what is used of a limit, with what a mail costs."""
+    """Return what is used of a limit, including a mail's cost."""
     limit = ratio(usage.limit)
     return limit if is_block(usage.limit) else f"{usage.used + cost}/{limit}"
 
 
 def describe_excess(broken: Usage) -> str:
-    """Return why a mail alone exceeds a limit; "" if it may pass later."""
+    """Return that one mail alone exceeds a limit, "" if it does not."""
     cost, most = broken.claim.cost, broken.limit.mails
     if is_block(broken.limit) or cost <= most:
         return ""
@@ -1931,7 +1951,7 @@ def describe_excess(broken: Usage) -> str:
 
 
 def explain(verdict: Verdict, block_action: str, now: float) -> str:
-    """Return the action for a refused mail, with what was found in it."""
+    """Return the action for a refused mail, its variables replaced."""
     assert verdict.broken is not None
     claim, limit, used = verdict.broken
     action, excess = claim.rule.fail_action, describe_excess(verdict.broken)
@@ -1952,21 +1972,21 @@ def explain(verdict: Verdict, block_action: str, now: float) -> str:
 
 
 def ratio(limit: Limit | Refusal) -> str:
-    """Return a limit as the log shows it."""
+    """Return a limit as the log shows it: 10/60s."""
     if is_block(limit):
         return "blocked"
-    if limit.mails < 0:  # the original did not record it
+    if limit.mails < 0:  # the original did not record the number
         return f"{limit.seconds}s"
     return f"{limit.mails}/{limit.seconds}s"
 
 
 def is_block(limit: Limit | Refusal) -> bool:
-    """Say whether a limit lets nothing pass, as --block sets it."""
+    """Say whether a limit lets no mail pass, like the one of --block."""
     return limit.mails == 0
 
 
 def limit_in_words(limit: Limit, rule: Rule, count_mode: str | int) -> str:
-    """Return a limit as a sentence has it: at most 10 mails in 1 minute."""
+    """Return a limit in words: at most 10 mails in 1 minute."""
     if is_block(limit):
         return "blocked"
     unit = rule.count or ("mails" if count_mode == 2 else "recipients")
@@ -1979,7 +1999,7 @@ def limit_in_words(limit: Limit, rule: Rule, count_mode: str | int) -> str:
 
 
 def spell(seconds: int) -> str:
-    """Return a time in words, rounded up: 1 hour, 90 minutes."""
+    """Return a number of seconds in words, rounded up: 1 hour, 90 minutes."""
     size, unit = next((size, unit) for size, unit in (
         (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
         if seconds % size == 0 or seconds >= 10 * size)
@@ -2010,7 +2030,7 @@ def describe_rules(settings: Settings) -> Iterator[str]:
 
 
 def describe_rule(settings: Settings, rule: Rule) -> str:
-    """Return a rule's limits in words, and what else is to be known of it."""
+    """Return a rule's limits in words, with its exceptions and conditions."""
     what = rule.count or "mails"
     if what not in COUNTS:
         what = f"different values of {what}"
@@ -2046,17 +2066,17 @@ def per(seconds: int) -> str:
 
 
 def moment(date: float) -> str:
-    """Return a time as people write it."""
+    """Return a date, in epoch seconds, as local time: 2026-01-31 23:59:59."""
     return datetime.fromtimestamp(date).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def term(ends: int | None) -> str:
-    """Return until when limits of --limit hold."""
+    """Return how long an override applies, in words."""
     return "permanently" if ends is None else f"until {moment(ends)}"
 
 
 def describe_override(override: Override) -> str:
-    """Return until when limits of --limit hold, since when, and why."""
+    """Return until when an override applies, since when, and why."""
     words = term(override.ends)
     if override.made:
         words += f", since {moment(override.made)}"
@@ -2066,7 +2086,7 @@ def describe_override(override: Override) -> str:
 
 
 def main_cf(count_mode: str | int, address: str | tuple[str, int]) -> str:
-    """Return the line of main.cf that makes Postfix ask at an address."""
+    """Return the line for main.cf that makes Postfix ask at an address."""
     stage = "recipient" if count_mode == 0 else "data"
     return f"smtpd_{stage}_restrictions = {policy_check(address)}"
 
@@ -2075,8 +2095,8 @@ def policy_check(address: str | tuple[str, int],
                  queue: str = "/var/spool/postfix") -> str:
     """Return the restriction by which Postfix asks at an address.
 
-    A path is relative to Postfix's queue directory if it is in there: so a
-    chrooted smtpd finds it, too.
+    A path below Postfix's queue directory is written relative to it, so that
+    a chrooted smtpd finds it, too.
     """
     kind = "unix" if isinstance(address, str) else "inet"
     where = format_address(address)
@@ -2094,14 +2114,17 @@ def format_address(address: str | tuple[str, int]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text without what could forge a line of the log."""
+    """Return text with "?" for each control or other unprintable character.
+
+    So no text can forge a line of the log.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def quote(text: str) -> str:
-    """Return a value so that nothing in it passes for a field of the log."""
+    """Return a value escaped, so that it cannot forge a field of the log."""
     if PLAIN_VALUE.fullmatch(text):
         return text
     text = re.sub(r"[\\<>,]", lambda found: f"\\x{ord(found[0]):02x}",
@@ -2110,7 +2133,7 @@ def quote(text: str) -> str:
 
 
 def quote_key(claim: Claim) -> str:
-    """Return the identity or key of a claim so that it forges no field."""
+    """Return the identity or key of a claim, its value escaped by quote()."""
     name, equals, value = claim.identity.partition("=")
     if equals and (claim.rule.by or name + equals == SENDER_KEY):
         return f"{name}={quote(value)}"
@@ -2118,17 +2141,19 @@ def quote_key(claim: Claim) -> str:
 
 
 def undecodable(text: str) -> str:
-    """Return text for a header in which no encoded word (RFC 2047) is left.
+    """Return text for a header, without encoded words (RFC 2047).
 
-    A client chose some of it; a decoded line end would begin a new header.
+    A client chose some of the text; a decoded line break would begin a new
+    header.
     """
     return text.replace("=?", "= ?")
 
 
 def align(rows: Sequence[Sequence[str]], columns: int = 999) -> Iterator[str]:
-    """Yield a table's lines: the first column makes room, empty ones go.
+    """Yield a table's lines; shorten the first column to fit, if necessary.
 
-    Escape codes that colour a cell take no room.
+    Columns that are empty below their heading are left out.  Escape codes
+    that colour a cell are not counted as width.
     """
     widths = [max(map(shown_width, column)) if any(column[1:]) else 0
               for column in zip(*rows)]

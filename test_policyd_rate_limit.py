@@ -2076,8 +2076,8 @@ class SettingsTest(FolderTest):
                 for found in values:
                     with self.subTest(name=name, found=found):
                         self.check_refusal(
-                            name, found, f"expected {expected}; what was found"
-                            " may hold a password and is not shown")
+                            name, found, f"expected {expected}; the value may"
+                            " contain a password and is not shown")
                         status, out, err = command(
                             "--check", "--standalone", self.folder, "-o",
                             f"{name}={found.replace('None', 'null')}")
@@ -2208,17 +2208,17 @@ class SettingsTest(FolderTest):
             ('limit_by_ip: True\nlimited_networks: ["!0.0.0.0/1", "!::/0",'
              ' "!128.0.0.0/1"]', 3, 'limited_networks: those with "!" exclude'
              " all others, so no address is limited"),
-            ("report: True", 0, "report_to: nobody is named to get reports"
+            ("report: True", 0, "report_to: empty, so nobody gets reports"
                                 " and alerts"),
-            ("alert: True", 0, "report_to: nobody is named to get reports"
+            ("alert: True", 0, "report_to: empty, so nobody gets reports"
                                " and alerts"),
             ("report: True\nreport_to: a@b.c\nreport_limits: [60, 61]", 4,
              "report_limits: no limit has the window 61"),
             ("report: True\nreport_to: a@b.c\nreport_limits: []", 4,
-             "report_limits: empty, so nobody is told of a refusal"),
+             "report_limits: empty, so no refusal is reported"),
             ("report: True\nreport_to: a@b.c\nsmtp_credentials: [joe, '*']\n"
              "smtp_server: mail.example.org", 4, "smtp_credentials: they are"
-             " sent to another host encrypted only; set smtp_starttls: True"),
+             " only sent encrypted to another host; set smtp_starttls: True"),
             ("dry_run: True", 2, "dry_run: True, so no mail is refused"),
             ("limits: [[86400, 150]]", 2, "limits: [86400, 150] lets 576 mails"
              " pass in a second; is [150, 86400] meant?"),
@@ -2228,13 +2228,13 @@ class SettingsTest(FolderTest):
             *((f"fail_action: '{action}'\nquotas: [{{by: server, limits:"
                ' ["9/h"], fail_action: 450}]', 2,
                f"fail_action: {action.split()[0]} lets the mail pass, so none"
-               " is refused; to try limits set dry_run: True") for action in (
+               " is refused; to try limits, set dry_run: True") for action in (
                    "DUNNO", "permit", "ok", "warn Too many", "info Too many",
                    "prepend X-Too-Many: 1", "permit_mynetworks", "bcc a@b.c",
                    "warn_if_reject reject")),
             ('quotas: [{by: server, limits: ["9/h"], fail_action: OK then}]',
              2, "quotas: server: fail_action: OK lets the mail pass, so none"
-             " is refused; to try limits set dry_run: True"),
+             " is refused; to try limits, set dry_run: True"),
             *((f"{name}: {word} x", 2, f"{name}: after {word} Postfix skips"
                " all restrictions that come later; write dunno")
               for name in ("success_action", "db_error_action")
@@ -2243,16 +2243,17 @@ class SettingsTest(FolderTest):
                " the mail that is within its limits; write dunno")
               for word in ("REJECT", "450", "defer_if_permit", "discard")),
             ("fail_action: dunnno x", 2,
-             "fail_action: access(5) knows no dunnno"),
-            ("fail_action: 4xx", 2, "fail_action: access(5) knows no 4xx"),
+             "fail_action: access(5) has no action dunnno"),
+            ("fail_action: 4xx", 2,
+             "fail_action: access(5) has no action 4xx"),
             ("quotas: [{by: server, limits: [[1, 60]], fail_action: hol}]", 2,
-             "quotas: server: fail_action: access(5) knows no hol"),
+             "quotas: server: fail_action: access(5) has no action hol"),
             ("db_error_action: 4.7.1 x", 2,
-             "db_error_action: access(5) knows no 4.7.1"),
+             "db_error_action: access(5) has no action 4.7.1"),
             ("quotas:\n- by: server\n  limits: []", 2,
-             "quotas: server: it has no limits, so it never refuses"),
+             "quotas: server: it has no limits, so it never refuses mail"),
             ("quotas: [{by: sender, limits_by_id: {joe@example.org: []}}]", 2,
-             "quotas: sender: it has no limits, so it never refuses"),
+             "quotas: sender: it has no limits, so it never refuses mail"),
             (f"alert: True\nalert_command: {self.folder}/no", None,
              f"alert_command: {self.folder}/no: missing or not"
              " executable")))
@@ -2267,11 +2268,11 @@ class SettingsTest(FolderTest):
                    ("*@example.org", f'{wildcard}"@example.org"'),
                    ("*@*.example.org", f'{wildcard}"@.example.org"'),
                    ("*", f'{wildcard}"@example.org"'),
-                   ("10.0.0.300", "this is no IP address"),
+                   ("10.0.0.300", "this is not an IP address"),
                    ("sasl_domain=example.org", "it looks like the key of a"
                     ' quota; write "example.org" into limits_by_id of the'
                     " quota sasl_domain"),
-                   ("", "mail without it is not counted"))),
+                   ("", "mail with an empty value is not counted"))),
             *((f"quotas:\n- by: {by}\n  limits: [9/h]\n  limits_by_id:\n"
                f'    "{pattern}": []', 6,
                f"quotas: {by}: limits_by_id: {pattern}: {why}")
@@ -2282,12 +2283,12 @@ class SettingsTest(FolderTest):
                    'domains are compared; write "example.org"'),
                   ("recipient_domain", "*.example.org",
                    f'{wildcard}".example.org"'),
-                  ("server", "mx1", 'server has but one value, "all"'),
+                  ("server", "mx1", 'the only value of server is "all"'),
                   ("server", "server=all", 'leave out "server="'),
-                  ("client_address", "mx1", "this is no IP address"),
+                  ("client_address", "mx1", "this is not an IP address"),
                   ("client_network", "192.0.2.7", networks),
-                  ("sender", "10.0.0.1", "only what no client chooses is"
-                   " compared with addresses"),
+                  ("sender", "10.0.0.1", "a client can choose this value, so"
+                   " no address matches"),
                   ("server_port", "smtp", "Postfix writes this as a number"),
                   ("server_port", "0587", 'Postfix writes this as a number;'
                    ' write "587"'))),
@@ -2297,7 +2298,7 @@ class SettingsTest(FolderTest):
             ("quotas:\n- by: [sender, helo_name]\n  limits: [9/h]\n"
              "  limits_by_id: {joe@x.org: []}", 5, "quotas: sender+helo_name:"
              " limits_by_id: joe@x.org: values of sender, helo_name are joined"
-             " by bars"),
+             ' by "|"'),
             (joe + "when: {server_port: [587, 465, 025]}", 5,
              "quotas: sasl_username: when: server_port: 025: Postfix writes"
              ' this as a number; write "25"'),
@@ -2327,15 +2328,15 @@ class SettingsTest(FolderTest):
              'limited_networks: those with "!" exclude all others, so no'
              " address is limited"),
             ("limits: []\nlimits_by_id: {joe: []}", 2,
-             "limits: none here, in limits_by_id, quotas or by"
+             "limits: none here or in limits_by_id, quotas or"
              " sql_limits_by_id, so nothing is limited"),
             ("fail_action: warn Too many", 2, "fail_action: warn lets the mail"
-             " pass, so none is refused; to try limits set dry_run: True"),
+             " pass, so none is refused; to try limits, set dry_run: True"),
             (f"{none}- by: server\n  limits: []", 3,
-             "quotas: server: it has no limits, so it never refuses"),
+             "quotas: server: it has no limits, so it never refuses mail"),
             (f"{none}- by: server\n  limits: [9/h]\n  fail_action: info x", 6,
              "quotas: server: fail_action: info lets the mail pass, so none is"
-             " refused; to try limits set dry_run: True"),
+             " refused; to try limits, set dry_run: True"),
             (f"{none}- by: sender\n  limits: [9/h]\n  when: {{sender: ''}}", 6,
              "quotas: sender: when: sender: no mail that is counted can"
              " match"),
@@ -2346,8 +2347,8 @@ class SettingsTest(FolderTest):
         path = self.write("test.yaml", "socket_permission: 0600\nuser: root\n")
         self.assertEqual(
             command("-f", path, "--check", "--standalone", self.folder)[::2],
-            (0, f"warning: {path}:2: user: root may do anything; name an"
-             " account of its own, such as policyd-rate-limit\n"))
+            (0, f"warning: {path}:2: user: the daemon does not need"
+             " root; use its own account, such as policyd-rate-limit\n"))
 
     def test_a_query_is_told_its_placeholder(self) -> None:
         for backend, query, meant in (
@@ -2371,7 +2372,7 @@ class SettingsTest(FolderTest):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn(
             "warning: -o SOCKET=ratelimit/policy: SOCKET: ratelimit/policy is"
-            " in the folder where the daemon is started; is"
+            " relative to where the daemon is started; is"
             " /var/spool/postfix/ratelimit/policy meant?\n", done.stderr)
 
     def test_a_password_that_others_can_read_is_told(self) -> None:
@@ -2573,7 +2574,7 @@ class SettingsTest(FolderTest):
                                                    " limits, 100 are"),
                 (f"quotas: [{quotas}]", "quotas: found 101 quotas, 100 are"),
                 ("limits: [[10, 60], [9999999999999999, 60]]", "limits:"
-                 " 9999999999999999 is too large a number; [] is no limit")):
+                 " 9999999999999999 is too large; write [] for no limit")):
             with self.subTest(text[:30]), \
                     self.assertRaises(prl.ConfigError) as caught:
                 self.settings(f"# a file\n{text}\n")
@@ -7232,8 +7233,8 @@ class ReportTest(ReportsTest):
         result = self.clean(None)
         self.assertEqual((result.returncode, self.untold()),
                          (0, {("joe", 60): 1}))
-        self.assertIn("nobody is named", result.stderr)
-        self.assertIn("nobody is named", self.daemon("report: True").log())
+        self.assertIn("nobody gets reports", result.stderr)
+        self.assertIn("nobody gets reports", self.daemon("report: True").log())
 
     def test_a_login_goes_through_tls(self) -> None:
         certificate = make_certificate(self.folder)
