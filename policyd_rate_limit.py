@@ -2177,14 +2177,14 @@ def shown_width(cell: str) -> int:
 # ---------------------------------------------------------------------------
 # 6. Database
 #
-# One connection, statements in few round trips, and what differs between
-# the three databases.
+# The differences between the three databases, a transaction that needs few
+# round trips, and one connection for all threads.
 # ---------------------------------------------------------------------------
 
 Connection = Any  # of the DB-API (PEP 249)
 Row = tuple[Any, ...]
 Cursor = Any
-COLUMNS = {  # of mail_count; total is the last that an update adds
+COLUMNS = {  # of mail_count; an update adds total last
     "id": "{name}",
     "date": "{number}",
     "recipient_count": "int DEFAULT 1",
@@ -2217,13 +2217,13 @@ class MailRow(NamedTuple):
     cost: int  # recipient_count
     instance: str
     state: str  # protocol_state
-    total: int | None  # None: it is not summed up yet
+    total: int | None  # None: not computed yet
 
 
 INSERT = f"INSERT INTO mail_count ({', '.join(COLUMNS)}) VALUES {{}}"
-PATIENCE = 3600  # seconds for what reads or updates whole tables
-MAX_CLOCK_DIFFERENCE = 2  # seconds that need no warning
-MAX_JOINED = 100  # statements in one round trip: servers bound its bytes
+PATIENCE = 3600  # seconds allowed for reading or updating whole tables
+MAX_CLOCK_DIFFERENCE = 2  # seconds; more than this is logged
+MAX_JOINED = 100  # statements per round trip: servers limit its bytes
 TOO_SLOW = "the database is too slow"
 MULTI_STATEMENTS = 0x10000  # MySQL's flag: statements may be joined
 RATE_LIMITS = ("CREATE TABLE rate_limits (id integer NOT NULL PRIMARY KEY {},"
@@ -2239,41 +2239,41 @@ STORE_WINDOW = ("INSERT INTO mail_window (host, seconds, query, since, date)"
 
 
 class Backend:
-    """What differs between databases; this is what most of them have."""
+    """What differs between databases; the defaults suit most of them."""
 
     name: str
-    drivers: tuple[tuple[str, str], ...]  # modules with Debian's packages
+    drivers: tuple[tuple[str, str], ...]  # modules and Debian's packages
     placeholder = "%s"  # for a value, in the driver's statements
-    asks_singly = False  # must each row be looked up by a query of its own?
-    joins = True  # may statements go out together?
+    asks_singly = False  # whether each row needs a separate query
+    joins = True  # whether one call may execute several statements
     encoding = "UTF8"  # of the database
-    waits_for_ever = False  # does the driver, where no answer comes?
-    clock = ""  # the server's time in epoch seconds; "": it is this host's
+    waits_for_ever = False  # whether the driver has no timeout for answers
+    clock = ""  # SQL for the server's epoch seconds; "": this host's clock
     begin = begin_reading = "BEGIN"
-    chunk = 50  # rows a statement: each costs a round trip
+    chunk = 50  # rows per statement: each statement costs a round trip
     identity = f"varchar({MAX_IDENTITY})"  # the type of an identity
-    numbered = ""  # makes ids of rate_limits count up, as the original's do
-    alter_original: tuple[str, ...] = ()  # its tables, to ours
+    numbered = ""  # makes ids of rate_limits increment, like the original's
+    alter_original: tuple[str, ...] = ()  # adapts the original's tables
     add_total: tuple[str, ...] = (
         f"ALTER TABLE mail_count ADD COLUMN total {COLUMNS['total']}", INDEX)
-    try_total = ""  # fails without the right to do so, and changes nothing
-    try_table = "{}"  # so does this, for a statement that makes a table
-    # What decides whether a commit is on disk: the setting's name, a query
-    # for its value, the values with which it is.
+    try_total = ""  # changes nothing; fails without the right for add_total
+    try_table = "{}"  # likewise, for a statement that creates a table
+    # Server variables that decide whether a commit is on disk: the name, a
+    # query for the value, and the values with which commits are durable.
     durable: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
-    turn = ""  # how an identity's turn is taken where many hosts may write
+    turn = ""  # takes an identity's turn if several hosts may write
     note = (f"{REFUSED} ON CONFLICT (id, seconds) DO UPDATE SET"
             " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
             ", last = excluded.last, client = excluded.client")
     see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
            " (id, value) DO UPDATE SET date = excluded.date"
-           " WHERE mail_value.date < excluded.date")  # it never goes back
+           " WHERE mail_value.date < excluded.date")  # dates never decrease
     store_window = (f"{STORE_WINDOW} ON CONFLICT (host, seconds, query)"
                     " DO UPDATE SET date = ?")
-    conflicts: tuple[object, ...] = ()  # codes of errors to be tried again
+    conflicts: tuple[object, ...] = ()  # error codes after which to try again
 
     def __init__(self, settings: Settings) -> None:
-        """Take how to connect; raise ConfigError if there is no driver."""
+        """Read how to connect; raise ConfigError if there is no driver."""
         self.timeout = min(settings.db_timeout, 90)  # Postfix waits 100 s
         self.wants_rate_limits = bool(settings.sql_limits_by_id)
         self.config = self.choose(settings)
@@ -2284,33 +2284,36 @@ class Backend:
         raise NotImplementedError
 
     def connect(self, timeout: int) -> Connection:
-        """Connect; no answer may take longer than timeout, in seconds."""
+        """Connect; no answer may take longer than timeout, in seconds.
+
+        Raise the driver's exceptions.
+        """
         raise NotImplementedError
 
     def close(self, connection: Connection) -> None:
-        """Close a connection, also one that leads nowhere."""
+        """Close a connection, even one that is dead."""
         connection.close()
 
     def connect_to_read(self) -> Connection:
-        """Connect to read only, a large table for as long as it takes."""
+        """Connect only to read, with time enough for large tables."""
         return self.connect(PATIENCE)
 
     def set_up(self, transaction: Transaction, timeout: int) -> None:
-        """Run what has to come first on every connection."""
+        """Run the statements that every connection needs first."""
 
     def set_up_file(self, transaction: Transaction) -> None:
-        """Run what has to come first before anything is written."""
+        """Run the statements that are needed before the first write."""
 
     def note_files(self, transaction: Transaction) -> None:
-        """Remember which files were opened, where there are any."""
+        """Remember which files were opened, if the database has files."""
 
     def cut(self, connection: Connection) -> None:
-        """End what waits for ever for an answer on a connection."""
+        """End a wait for an answer on a connection, from another thread."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def patience(self, connection: Connection) -> Iterator[None]:
-        """Cut a connection that is not done with within the timeout."""
+        """Cut the connection if the block does not end in time."""
         if not self.waits_for_ever:
             yield
             return
@@ -2322,31 +2325,34 @@ class Backend:
             timer.cancel()
 
     def is_stale(self) -> bool:
-        """Say whether the connection leads nowhere, if that can be told."""
+        """Say whether the connection is known to be useless."""
         return False
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
-        """Go on from the first result of statements that went together."""
+        """Skip the results of the first statements of a joined call."""
         for _ in range(count):
             cursor.nextset()
 
     def fit(self, values: Sequence[object]) -> Sequence[object]:
-        """Return values as the database can hold them."""
+        """Return values, changed where the database cannot store them."""
         return values
 
     def is_conflict(self, error: Exception) -> bool:
-        """Say whether another transaction was first, so try again."""
+        """Say whether another transaction caused an error: try again."""
         codes = (*error.args[:1], getattr(error, "pgcode", None),
                  getattr(error, "sqlstate", None))
         return any(code in self.conflicts for code in codes)
 
     def explain(self, error: Exception) -> str:
-        """Return the text of an error in one line."""
+        """Return the text of an error in one line, with the database."""
         return printable(f"{self.name}: {' '.join(str(error).split())}")
 
     def describe_for_check(
             self, examine: Callable[[Transaction], None]) -> str:
-        """Examine the database, changing nothing; return what it is."""
+        """Examine the database; return its version and driver in words.
+
+        Change nothing.  Raise LedgerError if mail could not be counted.
+        """
         try:
             with contextlib.closing(self.connect(
                     self.timeout)) as connection, self.patience(connection):
@@ -2359,18 +2365,20 @@ class Backend:
         except Exception as error:
             raise LedgerError(self.explain(error)) from error
         if self.encoding != "UTF8":
-            log.warning("the database is in %s: a name that is not ASCII is"
-                        " counted under its hash", self.encoding)
+            log.warning("the encoding of the database is %s, not UTF8: names"
+                        " that are not ASCII are counted under their hash",
+                        self.encoding)
         return f"{version}, through {self.driver.__name__}"
 
 
-SQLITE_FILES = ("", "-wal", "-shm")  # the database, its log and their index
-# Whoever has the database open, or the index, holds a lock on these bytes.
+SQLITE_FILES = ("", "-wal", "-shm")  # the database, its WAL and WAL index
+# A process that has the database, or the WAL index, open holds locks on these
+# bytes (SHARED_FIRST and UNIX_SHM_DMS in SQLite's os.h and os_unix.c).
 SHARED_BYTES = (0x40000002, 510)
 INDEX_BYTES = (128, 1)
 FileIdentities = list[Optional[tuple[int, int]]]  # device and inode of each
-NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or kept in memory
-REPLACED = ("the file was replaced, which the daemon has yet to notice: try"
+NOTHING_OPENED: tuple[str, FileIdentities] = ("", [])  # or it is in memory
+REPLACED = ("the file was replaced, and the daemon has not noticed yet; try"
             " again in a minute, or restart it")
 
 
@@ -2378,17 +2386,17 @@ class SQLite(Backend):
     """SQLite: one file, one host."""
 
     _looking = threading.Lock()
-    _looked_at: set[str] = set()  # by this process, before it opened them
-    _opened = NOTHING_OPENED  # the path, and what was there
+    _looked_at: set[str] = set()  # paths that _check_log() has checked
+    _opened = NOTHING_OPENED  # the path, and the files that were there
     _folder = ""  # of the path
-    _settled_at = 0  # the folder's last change, in ns, after which all is so
+    _settled_at = 0  # mtime of the folder, in ns, when nothing was replaced
 
     name = "SQLite"
     drivers = (("sqlite3", "libpython3-stdlib"),)
     placeholder = "?"
     joins = False
     begin = "BEGIN IMMEDIATE"
-    chunk = 1  # a statement costs no round trip, and is prepared but once
+    chunk = 1  # a statement costs no round trip and is prepared only once
     add_total = ("DROP INDEX IF EXISTS mail_count_index",
                  "DROP INDEX IF EXISTS mail_count_total", *Backend.add_total)
 
@@ -2396,7 +2404,7 @@ class SQLite(Backend):
         """Return the arguments of sqlite3.connect()."""
         config = {"timeout": self.timeout, **settings.sqlite_config,
                   "isolation_level": None, "check_same_thread": False}
-        if database_path(config) is None:  # else each connection has its own
+        if database_path(config) is None:  # one database, all connections
             config["database"] = f"file:{id(self)}?mode=memory&cache=shared"
             config["uri"] = True
         return config
@@ -2407,11 +2415,11 @@ class SQLite(Backend):
         return self.driver.connect(**self.config)
 
     def set_up_file(self, transaction: Transaction) -> None:
-        """Let a commit outlive a power cut, and bound the log."""
+        """Make commits survive a power failure; limit the WAL's size."""
         self._use_log(transaction)
         transaction.run("PRAGMA synchronous = FULL")
         transaction.run(f"PRAGMA journal_size_limit = {2**24}")
-        transaction.run("PRAGMA schema_version")  # this makes -wal and -shm
+        transaction.run("PRAGMA schema_version")  # creates -wal and -shm
 
     def note_files(self, transaction: Transaction) -> None:
         """Remember which files were opened, for is_stale()."""
@@ -2421,9 +2429,9 @@ class SQLite(Backend):
         self._settled_at = 0
 
     def _use_log(self, transaction: Transaction) -> None:
-        """Have SQLite keep a log; where many start at once, it is locked.
+        """Switch to WAL mode; retry while other processes do the same.
 
-        For this it does not wait by itself, as it does for all else.
+        SQLite's busy timeout does not apply to this statement.
         """
         while True:
             try:
@@ -2436,12 +2444,12 @@ class SQLite(Backend):
             time.sleep(0.01)
 
     def connect_to_read(self) -> Connection:
-        """Open the file to read; a missing one is not made."""
+        """Open the file only to read; do not create a missing one."""
         self._check_log()
         path = database_path(self.config)
         if path is None:
-            raise PolicydError("the daemon alone can read what it keeps in"
-                               " memory")
+            raise PolicydError("the database is in the daemon's memory, which"
+                               " no other process can read")
         if not self.config.get("uri") or not os.path.exists(path):
             path = urllib.parse.quote(os.path.abspath(path))
             return self.driver.connect(**{**self.config, "uri": True,
@@ -2451,8 +2459,8 @@ class SQLite(Backend):
     def is_stale(self) -> bool:
         """Say whether the files are no longer those that were opened.
 
-        While nothing changes in their folder, these do not: one look in place
-        of three.
+        Files are only replaced when their folder changes, so its mtime is
+        checked first: one stat() instead of three.
         """
         path, files = self._opened
         try:
@@ -2463,12 +2471,12 @@ class SQLite(Backend):
             return False
         if identify_files(path) != files:
             return True
-        if time.time_ns() - changed > 10**9:  # else more may come in its tick
+        if time.time_ns() - changed > 10**9:  # a later change changes mtime
             self._settled_at = changed
         return False
 
     def close(self, connection: Connection) -> None:
-        """Close the file; what has taken its place stays as it is."""
+        """Close the file; do not touch files that have replaced it."""
         (path, old), self._opened = self._opened, NOTHING_OPENED
         new = identify_files(path)
         if new == old:
@@ -2477,7 +2485,7 @@ class SQLite(Backend):
         lost = new[0] != old[0] or are_foreign(new, old)
         log.error("%s, or its -wal or -shm, was replaced or removed while in"
                   " use%s; stop the daemon before you do that", path,
-                  ": mails counted last may be forgotten" if lost else "")
+                  ": the last mails counted may be lost" if lost else "")
         if new[0] != old[0]:
             leave_moved(connection, path, new, old)
         elif are_foreign(new, old):
@@ -2486,11 +2494,11 @@ class SQLite(Backend):
 
     def describe_for_check(
             self, examine: Callable[[Transaction], None]) -> str:
-        """Examine the file, if there is one, holding its lock."""
+        """Examine the file, if there is one, while holding its lock."""
         config, path = dict(self.config), database_path(self.config)
         missing = path is not None and not os.path.exists(path)
         only_existing = re.search("[?&]mode=r[ow](&|#|$)", config["database"])
-        if missing and not only_existing:  # a start makes the file
+        if missing and not only_existing:  # a start creates the file
             config["database"] = ":memory:"
         try:
             self._check_log()
@@ -2498,25 +2506,25 @@ class SQLite(Backend):
                     self.driver.connect(**config)) as connection:
                 transaction = Transaction(self, connection, math.inf)
                 transaction.run(self.begin)
-                examine(transaction)  # in memory: would the query work?
-        except Exception as error:  # a TypeError is connect()'s
+                examine(transaction)  # in memory: tests the query
+        except Exception as error:  # connect() may raise TypeError
             raise LedgerError(self.explain(error)) from error
         where = "in memory" if path is None else path
         return f"SQLite {self.driver.sqlite_version}, {where}"
 
     def explain(self, error: Exception) -> str:
-        """Return the text of an error with the file."""
+        """Return the text of an error with the path of the database."""
         return printable(f"{self.config.get('database')}: {error}")
 
     def _check_log(self) -> None:
-        """Raise OSError if -wal is in use for another file than this one.
+        """Raise OSError if -wal belongs to a file that this one replaced.
 
-        SQLite would take it for this one's, and ruin the file with it.
+        SQLite would apply it to this file and corrupt it.
         """
         path, is_other = database_path(self.config), False
         with self._looking:
             if path is None or path in self._looked_at:
-                return  # to close a file drops all locks that we have on it
+                return  # closing a file drops this process's locks (fcntl(2))
             with contextlib.suppress(OSError), open(path, "rb") as file, open(
                     f"{path}-shm", "rb") as index:
                 is_other = (is_locked(index.fileno(), *INDEX_BYTES)
@@ -2527,7 +2535,7 @@ class SQLite(Backend):
 
 
 def identify_files(path: str) -> FileIdentities:
-    """Return what tells a database's files from others of their names."""
+    """Return device and inode of each of a database's files, None: missing."""
     found: FileIdentities = []
     for suffix in SQLITE_FILES if path else ():
         try:
@@ -2540,15 +2548,15 @@ def identify_files(path: str) -> FileIdentities:
 
 
 def are_foreign(new: FileIdentities, old: FileIdentities) -> bool:
-    """Say whether there is a -wal or -shm that is another's."""
+    """Say whether -wal or -shm now belongs to another database."""
     return any(now and now != then for now, then in zip(new[1:], old[1:]))
 
 
 def leave_moved(connection: Connection, path: str, new: FileIdentities,
                 old: FileIdentities) -> None:
-    """Finish a database that is elsewhere; take its log out of the way.
+    """Finish with a database that was moved; remove its WAL from the path.
 
-    To close it, SQLite does neither, and takes the log for the new one's.
+    Closing does neither, so SQLite would take the WAL for the new file's.
     """
     with contextlib.suppress(Exception):
         connection.execute("PRAGMA wal_checkpoint")
@@ -2558,13 +2566,13 @@ def leave_moved(connection: Connection, path: str, new: FileIdentities,
 
 
 def leave_logged(connection: Connection, path: str) -> None:
-    """Close a database that others have changed by way of another log.
+    """Close a database that other processes have opened with another WAL.
 
-    SQLite would write our log into it, and remove theirs by name.  A lock
-    like that of another process keeps it from both.
+    SQLite would checkpoint our WAL into it and remove theirs by its name.  A
+    lock that looks like another process's prevents both.
     """
     with open(path, "rb") as file:
-        with contextlib.suppress(AttributeError, OSError):  # not Linux's
+        with contextlib.suppress(AttributeError, OSError):  # only on Linux
             fcntl.fcntl(file, fcntl.F_OFD_SETLK,
                         flock(fcntl.F_RDLCK, *SHARED_BYTES))
         connection.close()
@@ -2572,7 +2580,7 @@ def leave_logged(connection: Connection, path: str) -> None:
 
 def is_locked(file: int, start: int, length: int) -> bool:
     """Say whether another process has locked bytes of a file."""
-    with contextlib.suppress(AttributeError):  # not Linux's
+    with contextlib.suppress(AttributeError):  # only on Linux
         found = fcntl.fcntl(file, fcntl.F_OFD_GETLK,
                             flock(fcntl.F_WRLCK, start, length))
         return found != flock(fcntl.F_UNLCK, start, length)
@@ -2580,21 +2588,22 @@ def is_locked(file: int, start: int, length: int) -> bool:
 
 
 def flock(kind: int, start: int, length: int) -> bytes:
-    """Return what describes a lock to Linux."""
+    """Return a struct flock for fcntl(2), as Linux defines it."""
     return struct.pack("hhqqi", kind, os.SEEK_SET, start, length, 0)
 
 
-# What an upsert wanted to insert: MySQL has deprecated VALUES(), MariaDB has
-# no alias.  Each reads what is marked for it, the rest is a comment to it.
+# The values that an upsert wanted to insert: MySQL 8.0.20 has deprecated
+# VALUES(), MariaDB has no row alias.  Each server executes the comments that
+# are marked for it and ignores the others.
 UPSERT = "/*!80020 AS new */ ON DUPLICATE KEY UPDATE"
 NEW = "/*!80020 new.{0} */ /*M! VALUE({0}) */"
-SESSION = (  # what counting needs, whatever init_command or the server set
+SESSION = (  # needed for counting, whatever init_command or the server sets
     "SET autocommit = 0, completion_type = 'NO_CHAIN',"
-    " sql_mode = 'STRICT_ALL_TABLES',"  # an empty text is a text
+    " sql_mode = 'STRICT_ALL_TABLES',"  # without EMPTY_STRING_IS_NULL
     f" sql_select_limit = {2**64 - 1}, sql_big_selects = 1,"
     " sql_safe_updates = 0, default_storage_engine = InnoDB,"
     " lock_wait_timeout = {0}, innodb_lock_wait_timeout = {0}",
-    # Its snapshot is taken by the first SELECT, thus after the turn.
+    # The first SELECT takes the snapshot, which is after the turn.
     "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ WRITE",
     "SET NAMES utf8mb4 COLLATE utf8mb4_bin",
 )
@@ -2603,7 +2612,7 @@ SESSION = (  # what counting needs, whatever init_command or the server set
 def database_path(config: Mapping[str, Any]) -> str | None:
     """Return the path of an SQLite database, None if it is in memory.
 
-    config is sqlite_config, where uri: True makes a URI of database
+    config: sqlite_config; with uri: True, its database is a URI
     (https://www.sqlite.org/uri.html).
     """
     name = str(config["database"])
@@ -2612,7 +2621,7 @@ def database_path(config: Mapping[str, Any]) -> str | None:
     if not config.get("uri") or not name.startswith("file:"):
         return name
     path, _, query = name[len("file:"):].partition("#")[0].partition("?")
-    if path.startswith("//"):  # a host's name, which may be localhost
+    if path.startswith("//"):  # an authority, empty or localhost
         path = "/" + path[2:].partition("/")[2]
     path = urllib.parse.unquote(path)
     in_memory = urllib.parse.parse_qs(query).get("mode") == ["memory"]
@@ -2620,7 +2629,7 @@ def database_path(config: Mapping[str, Any]) -> str | None:
 
 
 class MySQL(Backend):
-    """MariaDB and MySQL, also Galera."""
+    """MariaDB and MySQL, including Galera clusters."""
 
     name = "MySQL"
     drivers = (("MySQLdb", "python3-mysqldb"), ("pymysql", "python3-pymysql"))
@@ -2632,7 +2641,7 @@ class MySQL(Backend):
         f" MODIFY protocol_state {COLUMNS['protocol_state']},"
         " ENGINE=InnoDB, ROW_FORMAT=DYNAMIC",
     )
-    add_total = (  # in one ALTER, which fails whole if another host was first
+    add_total = (  # one ALTER, which fails as a whole if it is already done
         "SET @alter = (SELECT CONCAT('ALTER TABLE mail_count ',"
         " IF(COUNT(*), 'DROP INDEX mail_count_total, ', ''),"
         f" 'ADD COLUMN total {COLUMNS['total']}, ADD INDEX mail_count_total"
@@ -2642,7 +2651,7 @@ class MySQL(Backend):
         "PREPARE add_total FROM @alter", "EXECUTE add_total")
     try_total = "ALTER TABLE mail_count"
     try_table = "PREPARE try_table FROM '{}'"
-    durable = (  # 3 is MariaDB's
+    durable = (  # 3: only on MariaDB
         ("innodb_flush_log_at_trx_commit",
          "SELECT @@innodb_flush_log_at_trx_commit", ("1", "3")),)
     turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
@@ -2652,8 +2661,8 @@ class MySQL(Backend):
             f" last = {NEW.format('last')}, client = {NEW.format('client')}")
     see = (f"INSERT INTO mail_value (id, value, date) VALUES {{}} {UPSERT}"
            f" date = GREATEST(mail_value.date, {NEW.format('date')})")
-    # Changed since it was read; deadlock; a table that another host alters;
-    # a table, a column or an index that another host made first.
+    # ER_CHECKREAD; ER_LOCK_DEADLOCK; ER_TABLE_DEF_CHANGED; and a table, a
+    # column or an index that another host has created first.
     conflicts = (1020, 1213, 1412, 1050, 1060, 1061)
     clock = ("TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))"
              " / 1000000")
@@ -2664,20 +2673,20 @@ class MySQL(Backend):
     begin = begin_reading = ""
 
     def choose(self, settings: Settings) -> dict[str, Any]:
-        """Return the arguments of connect(); no other charset holds all."""
-        renamed = {"db": "database", "passwd": "password"}  # by PyMySQL 1.2
+        """Return the arguments of connect(); utf8mb4 is all of Unicode."""
+        renamed = {"db": "database", "passwd": "password"}  # in PyMySQL 1.2
         return {**{renamed.get(name, name): value for name, value
                    in settings.mysql_config.items()}, "charset": "utf8mb4"}
 
     def connect(self, timeout: int) -> Connection:
-        """Connect with a bound on each answer."""
+        """Connect with a timeout for each answer."""
         connection = self.driver.connect(**{
             "connect_timeout": self.timeout, "read_timeout": timeout,
             "write_timeout": timeout, **self.config, "client_flag":
             (self.config.get("client_flag") or 0) | MULTI_STATEMENTS})
         connection.autocommit(False)
         with contextlib.closing(connection.cursor()) as cursor:
-            for statement in SESSION:  # a lock is awaited for less than that
+            for statement in SESSION:  # lock waits end before the timeout
                 cursor.execute(statement.format(max(1, timeout - 1)))
         return connection
 
@@ -2686,7 +2695,7 @@ class PostgreSQL(Backend):
     """PostgreSQL."""
 
     name = "PostgreSQL"
-    waits_for_ever = True  # libpq does
+    waits_for_ever = True  # libpq has no such timeout
     clock = "EXTRACT(EPOCH FROM clock_timestamp())"
     drivers = (("psycopg2", "python3-psycopg2"),
                ("psycopg", "python3-psycopg"))
@@ -2695,7 +2704,7 @@ class PostgreSQL(Backend):
         " ALTER COLUMN protocol_state TYPE varchar(20)",
     )
     add_total = SQLite.add_total
-    try_total = Backend.add_total[0]  # it is rolled back
+    try_total = Backend.add_total[0]  # the transaction is rolled back
     durable = (
         ("synchronous_commit", "SELECT current_setting('synchronous_commit')",
          ("on", "local", "remote_write", "remote_apply")),
@@ -2704,57 +2713,58 @@ class PostgreSQL(Backend):
             " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03",
-        # another host was first: table, column, index; in the catalogue
+        # created by another host: table, column, index; unique_violation
         "42P07", "42701", "42710", "23505")
 
     def choose(self, settings: Settings) -> dict[str, Any]:
-        """Return the arguments of connect(), whose dbname has two names."""
+        """Return the arguments of connect(), database as dbname."""
         return {"dbname" if name == "database" else name: value
                 for name, value in settings.pgsql_config.items()}
 
     def connect(self, timeout: int) -> Connection:
-        """Connect; the driver bounds no other answer."""
+        """Connect; only this first answer has a timeout."""
         connection = self.driver.connect(**{
             "connect_timeout": self.timeout, **self.config,
             "client_encoding": "UTF8"})
         connection.autocommit = True
         self.encoding = connection.info.parameter_status("server_encoding")
-        if hasattr(self.driver, "ClientCursor"):  # psycopg 3: ours join two
+        if hasattr(self.driver, "ClientCursor"):  # psycopg 3: joins statements
             connection.cursor_factory = self.driver.ClientCursor
         return connection
 
     def set_up(self, transaction: Transaction, timeout: int) -> None:
         """Set what counting needs.
 
-        The wait for a lock is bounded, or each cut leaves one that waits on.
+        lock_timeout: without it, a statement goes on waiting on the server
+        after cut().
         """
-        transaction.run(  # whatever options or the role have set
+        transaction.run(  # whatever options or the role set
             "SET default_transaction_isolation = 'read committed';"
             " SET default_transaction_read_only = off;"
             " SET standard_conforming_strings = on; SET statement_timeout = 0;"
             f" SET lock_timeout = {timeout * 900}")
 
     def cut(self, connection: Connection) -> None:
-        """Shut the line down; the driver takes the server for gone."""
+        """Shut down the socket, so that the driver reports a lost server."""
         with contextlib.suppress(Exception), socket.socket(
                 fileno=os.dup(connection.fileno())) as line:
             line.shutdown(socket.SHUT_RDWR)
 
     def fit(self, values: Sequence[object]) -> Sequence[object]:
-        """Return values; unless all of Unicode fits, some as a hash."""
+        """Return values; if not all of Unicode fits, some as a hash."""
         if self.encoding == "UTF8":
             return values
         return [hashed(value) if isinstance(value, str)
                 and not value.isascii() else value for value in values]
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
-        """Go on to the last result; psycopg2 has no other."""
+        """Skip to the last result, the only one that psycopg2 keeps."""
         if hasattr(self.driver, "ClientCursor"):
             super().skip_results(cursor, count)
 
 
 def hashed(text: str) -> str:
-    """Return the hash of a text, after as much of it as is ASCII."""
+    """Return the ASCII characters of a text, followed by its hash."""
     return (text.encode("ascii", "ignore").decode()[:100] + "#"
             + hashlib.sha256(text.encode()).hexdigest())
 
@@ -2767,28 +2777,28 @@ def import_driver(drivers: Sequence[tuple[str, str]]) -> Any:
     for module, _ in drivers:
         with contextlib.suppress(ImportError):
             return importlib.import_module(module)
-    raise ConfigError("no database driver: install "
+    raise ConfigError("no database driver found; install "
                       + " or ".join(package for _, package in drivers))
 
 
 class Transaction:
-    """Statements in few round trips; Database begins and commits."""
+    """Executes statements in few round trips; Database begins and commits."""
 
     def __init__(self, backend: Backend, connection: Connection,
                  deadline: float) -> None:
-        """Take by when (time.monotonic()) all has to be done."""
+        """Take a connection and a deadline (time.monotonic())."""
         self.backend = backend
-        self.deadline = deadline  # past it, Database gives up: see extend()
-        self.answered = False  # has any statement succeeded?
+        self.deadline = deadline  # Database gives up then; see extend()
+        self.answered = False  # whether any statement has succeeded
         self.cursor: Cursor = connection.cursor()
         self._waiting: list[tuple[str, Sequence[object]]] = []
 
     def extend(self, seconds: float) -> None:
-        """Allow more time, for more work than one mail makes."""
+        """Allow more seconds, for more work than one mail needs."""
         self.deadline += seconds
 
     def run(self, statement: str, *values: object) -> Cursor:
-        """Execute what waits, and a statement; return that one's result."""
+        """Execute waiting statements and this one; return its cursor."""
         waited, self._waiting = self._waiting, []
         if waited:
             statement = "; ".join([*(text for text, _ in waited), statement])
@@ -2803,20 +2813,23 @@ class Transaction:
         return self.cursor
 
     def later(self, statement: str, *values: object) -> None:
-        """Let a statement wait for the next, if the driver joins them."""
+        """Execute a statement with the next run(), if the driver can."""
         if self.backend.joins and len(self._waiting) < MAX_JOINED:
             self._waiting.append((statement, values))
         else:
             self.run(statement, *values)
 
     def flush(self) -> None:
-        """Execute what waits."""
+        """Execute the waiting statements."""
         if self._waiting:
             statement, values = self._waiting.pop()
             self.run(statement, *values)
 
     def write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
-        """Write rows later, some with each statement, which ends in {}."""
+        """Write rows with the next run(), several with each statement.
+
+        statement: has {} in place of the rows' placeholders.
+        """
         if not rows:
             return
         place = "(" + ", ".join("?" * len(rows[0])) + ")"
@@ -2829,8 +2842,11 @@ class Transaction:
 
     def attempt(self, warning: str, work: Callable[..., T], *given: Any,
                 ) -> T | None:
-        """Return work(self, *given); if it fails, warn and undo just that."""
-        # For what must not cost the verdicts; some of it needs no warning.
+        """Return work(self, *given); if it fails, undo it and return None.
+
+        Conflicts are raised.  warning: a format for the error's text, or "".
+        """
+        # For work whose failure must not cost the verdicts.
         self.later("SAVEPOINT attempt")
         try:
             result = work(self, *given)
@@ -2852,18 +2868,22 @@ class Database:
 
     def __init__(self, backend: Backend,
                  prepare: Callable[[Database, float], float]) -> None:
-        """Take what prepares the tables by a deadline; open nothing yet."""
+        """Open nothing yet.
+
+        prepare: called with this and a deadline after connecting; prepares
+        the tables and returns the new deadline.
+        """
         self.backend = backend
-        self.lock = threading.RLock()  # of the connection
+        self.lock = threading.RLock()  # guards the connection
         self._prepare = prepare
         self._connection: Connection = None
         self._under_way: Transaction | None = None
         self._clock_offset = 0.0  # seconds that the server's clock is ahead
 
     def clock(self) -> float:
-        """Return the time, in epoch seconds, by the server's clock.
+        """Return the time by the server's clock, in epoch seconds.
 
-        So all hosts that share a database agree on it.
+        All hosts that share a database agree on it.
         """
         return time.time() + self._clock_offset
 
@@ -2871,12 +2891,12 @@ class Database:
                  deadline: float | None = None, reading: bool = False) -> T:
         """Return work(transaction, *given), committed; raise LedgerError.
 
-        If it only reads, it waits for no other process, even on SQLite.
+        reading: the work only reads, so it waits for no other process, even
+        on SQLite.  deadline: of time.monotonic(); default: the timeout.
 
-        The first statement is the ping: if it finds an old connection dead,
-        everything is repeated on a new connection, as it is where another
-        host was first with an identity, until the deadline
-        (time.monotonic()).
+        If the first statement finds an old connection dead, everything is
+        repeated on a new one.  Work that conflicts with another host's is
+        repeated until the deadline.
         """
         begin = self.backend.begin_reading if reading else self.backend.begin
         if deadline is None:
@@ -2892,7 +2912,7 @@ class Database:
 
     def _try_until(self, deadline: float, begin: str, work: Callable[..., T],
                    *given: Any) -> T:
-        """Do the same under the lock, again for as long as that may help."""
+        """Do the work of transact() while holding the lock."""
         while True:
             transaction = None
             began = time.monotonic()
@@ -2903,7 +2923,7 @@ class Database:
                 result = work(transaction, *given)
                 transaction.run("COMMIT")
                 return result
-            except Exception as error:  # drivers raise more than their own
+            except Exception as error:  # drivers raise many kinds
                 now = time.monotonic()
                 conflict = self.backend.is_conflict(error)
                 undone = self._roll_back(keep=conflict)
@@ -2918,7 +2938,7 @@ class Database:
                     self.backend.explain(error), undone) from error
 
     def begin(self, statement: str, deadline: float) -> Transaction:
-        """Begin a transaction on the connection, which is watched now."""
+        """Begin a transaction; _watch() enforces its deadline."""
         transaction = Transaction(self.backend, self._connection, deadline)
         self._under_way = transaction
         if statement:
@@ -2926,7 +2946,11 @@ class Database:
         return transaction
 
     def read(self, work: Callable[..., T], *given: Any) -> T:
-        """Return work(transaction, *given), which reads tables as they are."""
+        """Return work(transaction, *given) on a separate connection.
+
+        The work only reads; tables are neither created nor updated.  Raise
+        LedgerError.
+        """
         try:
             with contextlib.closing(
                     self.backend.connect_to_read()) as connection:
@@ -2939,24 +2963,27 @@ class Database:
             raise LedgerError(self.backend.explain(error)) from error
 
     def compare_clocks(self) -> None:
-        """Find out by how much the server's clock is ahead of this host's."""
+        """Measure the server's clock against this host's; see clock()."""
         difference = self.transact(ask_clock_difference, reading=True)
         if difference is not None:
             self._clock_offset = difference
             warn_if_clocks_differ(difference)
 
     def close(self) -> None:
-        """Close the connection unless it is in use; the next use opens one."""
+        """Close the connection unless it stays busy for two seconds.
+
+        The next use opens a new one.
+        """
         if self.lock.acquire(timeout=min(2, self.backend.timeout)):
             try:
-                with contextlib.suppress(Exception):  # there may be none
-                    self.begin("", time.monotonic() + 2)  # it may hang
+                with contextlib.suppress(Exception):  # no connection
+                    self.begin("", time.monotonic() + 2)  # closing may hang
                 self._roll_back(keep=False)
             finally:
                 self.lock.release()
 
     def _connect(self, deadline: float) -> float:
-        """See that there is a connection, with tables that are prepared.
+        """Make sure that there is a connection and the tables are prepared.
 
         Return the deadline, which is later if the tables had to be updated.
         """
@@ -2975,11 +3002,11 @@ class Database:
             self.backend.note_files(transaction)
             return self._prepare(self, deadline)
         except Exception:
-            self._roll_back(keep=False)  # leave no connection half made
+            self._roll_back(keep=False)  # keep no half-prepared connection
             raise
 
     def _watch(self, connection: Connection) -> None:
-        """Cut the line of a connection that is past its deadline."""
+        """Cut a connection whose transaction is past its deadline."""
         while self._connection is connection:
             time.sleep(self.backend.timeout / 20)
             transaction = self._under_way
@@ -2988,17 +3015,20 @@ class Database:
                 self.backend.cut(connection)
 
     def _roll_back(self, keep: bool) -> bool:
-        """Undo what is half done; return whether the database says it is."""
+        """Roll back; return whether the database confirmed it.
+
+        keep: keep the connection open, if so.
+        """
         connection, undone = self._connection, False
-        with contextlib.suppress(Exception):  # a lock outlives close() alone
+        with contextlib.suppress(Exception):  # close() may leave locks behind
             connection.cursor().execute("ROLLBACK")
             undone = True
         if not keep or not undone:
             self._connection = None
             if self._under_way is not None:
-                # Else what SQLite is in the midst of outlives close().
+                # An unfinished SQLite statement would survive close().
                 self._under_way.cursor = None
-            with contextlib.suppress(Exception):  # there may be none
+            with contextlib.suppress(Exception):  # no connection
                 self.backend.close(connection)
         return undone
 
@@ -3006,7 +3036,7 @@ class Database:
 def ask_clock_difference(transaction: Transaction) -> float | None:
     """Return by how many seconds the server's clock is ahead of this host's.
 
-    0: it is the same clock; None: the answer took too long to tell.
+    0: it is the same clock.  None: the answer took too long to be exact.
     """
     if not transaction.backend.clock:
         return 0.0
@@ -3020,7 +3050,7 @@ def ask_clock_difference(transaction: Transaction) -> float | None:
 
 
 def warn_if_clocks_differ(difference: float | None) -> None:
-    """Warn where the server's clock is not that of this host."""
+    """Warn if the server's clock and this host's differ too much."""
     if difference is not None and abs(difference) > MAX_CLOCK_DIFFERENCE:
         log.warning(
             "the clock of the database server is %.0f seconds %s this host's:"
@@ -3030,37 +3060,40 @@ def warn_if_clocks_differ(difference: float | None) -> None:
 
 
 def latest(transaction: Transaction | None, deadline: float) -> float:
-    """Return the deadline of a transaction, which it may have extended."""
+    """Return the deadline, as extended by the transaction if there is one."""
     return deadline if transaction is None else transaction.deadline
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Cut a list into lists of at most size."""
+    """Return the parts of a list, of at most size items each."""
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
 # ---------------------------------------------------------------------------
 # 7. Schema
 #
-# How the tables are made, and brought up to date from the original's.
+# Creates the tables and updates those of the original.
 # ---------------------------------------------------------------------------
 
-LARGE = 10_000  # rows whose totals take longer than a mail should wait
-MAX_TRIES = 50  # at an update: for each conflict, another daemon got on
+LARGE = 10_000  # rows; totals of more take longer than a mail should wait
+MAX_TRIES = 50  # of an update: at each conflict another daemon has progressed
 
 
 def prepare_tables(database: Database, deadline: float) -> float:
-    """See that the tables are there; return the deadline for what follows."""
+    """Make sure that the tables exist; return the deadline of later work.
+
+    Raise LedgerError or the driver's exceptions.
+    """
     backend = database.backend
     for tries in range(MAX_TRIES):
         looking = database.begin(backend.begin_reading, deadline)
         present = are_complete(looking)
         if (backend.wants_rate_limits
                 and not columns_of(looking, "rate_limits")):
-            with contextlib.suppress(Exception):  # if the query needs it
+            with contextlib.suppress(Exception):  # the query may not need it
                 looking.run(RATE_LIMITS.format(backend.numbered))
         looking.run("COMMIT")
-        looking.extend(math.inf)  # nothing more of it is under way
+        looking.extend(math.inf)  # it has ended: _watch() must not cut it
         if present:
             break
         try:
@@ -3073,7 +3106,7 @@ def prepare_tables(database: Database, deadline: float) -> float:
 
 
 def update_with_patience(backend: Backend) -> None:
-    """Update the tables on a connection of its own: large ones take long."""
+    """Update the tables on a separate connection that may take hours."""
     with contextlib.closing(backend.connect(PATIENCE)) as connection:
         transaction = Transaction(backend, connection, math.inf)
         backend.set_up(transaction, PATIENCE)
@@ -3085,21 +3118,21 @@ def update_with_patience(backend: Backend) -> None:
 
 
 def columns_of(transaction: Transaction, table: str) -> list[str]:
-    """Return the names of a table's columns, none if there is no table."""
+    """Return the names of a table's columns; empty if there is no table."""
     return transaction.attempt("", lambda _: [
         column[0] for column in transaction.run(
             f"SELECT * FROM {table} LIMIT 0").description]) or []
 
 
 def are_complete(transaction: Transaction) -> bool:
-    """Say whether all tables are there, as an update makes them."""
+    """Say whether all tables exist and are up to date."""
     return ("total" in columns_of(transaction, "mail_count")
             and "told" in columns_of(transaction, "mail_refused")
             and all(columns_of(transaction, table) for table in TABLES))
 
 
 def update_tables(transaction: Transaction) -> None:
-    """Make the tables, or bring those of the original up to date."""
+    """Create the tables, or update those of the original."""
     backend = transaction.backend
     for statement in creations(backend):
         transaction.run(statement)
@@ -3118,7 +3151,7 @@ def update_tables(transaction: Transaction) -> None:
         if fold(identity) != identity:
             transaction.run("UPDATE mail_count SET id = ? WHERE id = ?",
                             fold(identity), identity)
-    for statement in backend.add_total:  # once it is there, so is all else
+    for statement in backend.add_total:  # last: total marks what is complete
         transaction.run(statement)
     for [identity] in transaction.run(
             "SELECT id FROM mail_count GROUP BY id HAVING COUNT(*) > ?",
@@ -3127,7 +3160,7 @@ def update_tables(transaction: Transaction) -> None:
 
 
 def creations(backend: Backend) -> Iterator[str]:
-    """Return the statements that make the tables which are missing."""
+    """Yield the statements that create the missing tables."""
     for table, columns in TABLES.items():
         columns = columns.format(name=f"{backend.identity} NOT NULL",
                                  number="bigint NOT NULL")
@@ -3135,23 +3168,23 @@ def creations(backend: Backend) -> Iterator[str]:
 
 
 def retotal(transaction: Transaction, identity: str, now: int) -> None:
-    """Write an identity's rows anew, with totals and no date after now.
+    """Rewrite an identity's rows, with totals and with no date after now.
 
-    No total becomes lower than it was: by its total a mail is known again
-    whose commit was in doubt.
+    No total decreases, since a mail whose commit was in doubt is recognized
+    by its total.
     """
     rows = [MailRow(*row) for row in transaction.run(
         f"SELECT {', '.join(COLUMNS)} FROM mail_count WHERE id = ?"
         " ORDER BY date, total", identity).fetchall()]
-    transaction.extend(0.001 * len(rows))  # each has to be written
+    transaction.extend(0.001 * len(rows))  # seconds to write each row
     costs = [1 if row.cost is None else row.cost for row in rows]
     totals = list(itertools.accumulate(costs))
     higher = max((row.total - total for row, total in zip(rows, totals)
                   if row.total is not None), default=0)
     newest = max((row.date for row in rows), default=0)
     if newest > now + CLOCK_SKEW:
-        log.warning("mails are dated %d seconds ahead: see that all clocks"
-                    " are right", newest - now, extra=SELDOM)
+        log.warning("recorded mails are dated %d seconds in the future; check"
+                    " the clocks of all hosts", newest - now, extra=SELDOM)
     transaction.later("DELETE FROM mail_count WHERE id = ?", identity)
     transaction.write(INSERT, [
         row._replace(date=min(row.date, now), cost=cost,
@@ -3162,74 +3195,75 @@ def retotal(transaction: Transaction, identity: str, now: int) -> None:
 # ---------------------------------------------------------------------------
 # 8. Ledger
 #
-# Read what was used, judge, write the charge, with nobody in between.
+# Reads what was used, judges, and writes the charges, as one transaction that
+# nobody else can interrupt.
 #
 # The table mail_count is the original's with a running total: the sum of
-# recipient_count over the identity's rows up to this one.  What a window
-# holds is the newest total less the total before the window's first row: two
-# look-ups in an index, however full the window.  Dates are whole seconds,
-# rounded up, so that no window is shorter than it says; an identity's rows
-# never go back in time, whatever the clocks do.
+# recipient_count over the identity's rows up to this one.  The usage of a
+# window is the newest total minus the total before the window's first row:
+# two index lookups, however full the window is.  Dates are whole seconds,
+# rounded up, so that no window is shorter than it should be; an identity's
+# dates never decrease, whatever the clocks do.
 # ---------------------------------------------------------------------------
 
-BLOCKED: Limits = (Limit(0, 86400),)  # one alert a day, not one a mail
-QUERY_FAILED = "sql_limits_by_id: %s; the file's limits hold"
-PERMANENT = 10**12  # in the column ends, which cannot be NULL: year 33658
+BLOCKED: Limits = (Limit(0, 86400),)  # the window: one alert per day
+QUERY_FAILED = "sql_limits_by_id: %s; the file's limits apply"
+PERMANENT = 10**12  # in the column ends, which is NOT NULL: year 33658
 
 
 Overrides = dict[str, Override]  # by identity
 
 
 class Page:
-    """An identity's page of the ledger: how it stands, and what comes anew.
+    """An identity's page of the ledger: what was read, and what to write.
 
-    It holds within one transaction, while the identity's turn is ours.
+    It is valid within one transaction, which has taken the identity's turn.
     """
 
     queried: Limits | None = None  # the limits of sql_limits_by_id
-    override: Override | None = None  # those of --limit
-    known_override: Override | None = None  # those, as memory has them
-    account: Account  # that the policy judges by
-    second = 0  # now: in which all windows end
-    date = 0  # of the mails to come: now, rounded up
+    override: Override | None = None  # set by --limit or --block
+    known_override: Override | None = None  # the same, as remembered
+    account: Account  # by which the policy judges
+    second = 0  # now, rounded down: the end of all windows
+    date = 0  # now, rounded up: the date of new mails
     newest = 0  # the date of the last row, 0 if there is none
-    total = 0  # of the last row
+    total = 0  # the total of the last row
 
     def __init__(self, claim: Claim) -> None:
-        """Take one of the claims that are made on the identity."""
+        """Take any claim on the identity."""
         self.claim = claim
         self.windows: list[int] = []  # in seconds, each once
-        self.values: dict[str, int] = {}  # to be written, and their dates
+        self.values: dict[str, int] = {}  # {value: date} to write
         self.add_windows(claim.limits)
 
     def add_windows(self, limits: Limits) -> None:
-        """Have the windows of limits read, too."""
+        """Add the windows of limits to those to read."""
         for limit in limits:
             if limit.seconds not in self.windows:
                 self.windows.append(limit.seconds)
 
     def enter(self, mail: Mail, claim: Claim) -> MailRow:
-        """Return the row of a mail that comes next."""
+        """Return the next row, for a mail that is judged now."""
         self.newest = max(self.newest, self.date)
         self.total += claim.cost
         return row_of(mail, claim, self.newest, self.total)
 
     def append(self, row: MailRow) -> MailRow:
-        """Return a row as it comes last: with a date and a total."""
+        """Return a remembered row as the next one, with date and total."""
         self.newest = max(self.newest, row.date)
         self.total += row.cost
         return row._replace(date=self.newest, total=self.total)
 
 
 def row_of(mail: Mail, claim: Claim, date: int, total: int | None) -> MailRow:
-    """Return the row of a mail; total is None where that is not known."""
+    """Return the row of a mail; total: None if it is not known yet."""
     instance = mail.instance[:40] if mail.instance.isascii() else ""
     return MailRow(claim.identity, date, claim.cost, instance,
                    mail.protocol_state, total)
 
 
 class InDoubt(NamedTuple):
-    """A mail that was sent to the database, which did not confirm it."""
+    """A mail whose commit the database did not confirm."""
 
     row: MailRow
 
@@ -3245,25 +3279,25 @@ class InDoubt(NamedTuple):
 
 
 class Unstored(NamedTuple):
-    """What memory has of an identity and the database has not."""
+    """What is remembered of an identity but not stored in the database."""
 
     claim: Claim
     mails: Sequence[MailRow | InDoubt]  # oldest first; rows without a total
-    values: Mapping[str, int]  # where these are counted, and their dates
-    record: object  # of memory, that this is a copy from
+    values: Mapping[str, int]  # {value: date}, if values are counted
+    record: object  # the Record of memory that this was copied from
 
 
 class Settlement:
-    """What is known of some mails ahead of a transaction, and what it made.
+    """The input of a transaction on some mails, and its results.
 
-    All of the latter is begun anew where a conflict undoes a transaction.
+    If a conflict undoes the transaction, the results are computed again.
     """
 
     def __init__(self, mails: Sequence[Mail], unstored: Mapping[str, Unstored],
                  overrides: Overrides, now: float) -> None:
-        """Take mails, and what memory has of their identities or of others.
+        """Take mails and what is to be stored, of their identities or others.
 
-        overrides: limits of --limit that are known already, for their windows.
+        overrides: those known already, so that their windows are read, too.
         """
         self.mails = mails
         self.unstored = unstored
@@ -3272,18 +3306,19 @@ class Settlement:
         self.start_again()
 
     def start_again(self) -> None:
-        """Forget what came to nothing."""
+        """Forget the results of a transaction that was undone."""
         self.pages: dict[str, Page] = {}
         self.verdicts: list[Verdict] = []
-        self.rows: list[MailRow] = []  # of the mails
-        self.appended: dict[str, list[InDoubt]] = {}  # of unstored mails
+        self.rows: list[MailRow] = []  # written for the mails
+        self.appended: dict[str, list[InDoubt]] = {}  # for unstored mails
 
 
 def settle(transaction: Transaction, settlement: Settlement,
            query: str | None) -> None:
-    """Judge mails, and write those that pass, in one transaction.
+    """Judge mails and write those that pass, in one transaction.
 
-    What memory has of their identities is written ahead of them.
+    Unstored mails of their identities are written first.  The results are in
+    the settlement.
     """
     if settlement.pages:
         settlement.start_again()
@@ -3295,7 +3330,7 @@ def settle(transaction: Transaction, settlement: Settlement,
     append_unstored(transaction, settlement)
     settlement.verdicts, charges = decide(
         mails, {name: page.account for name, page in pages.items()})
-    settlement.rows = enter_charges(pages, charges)  # ahead of what may fail
+    settlement.rows = enter_charges(pages, charges)  # before any write fails
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
     if [verdict for verdict in settlement.verdicts
@@ -3305,7 +3340,7 @@ def settle(transaction: Transaction, settlement: Settlement,
 
 def open_pages(mails: Sequence[Mail], unstored: Mapping[str, Unstored],
                ) -> dict[str, Page]:
-    """Return a page for each identity that is claimed, or has mails."""
+    """Return a page for each identity with a claim or unstored mails."""
     pages = {identity: Page(found.claim)
              for identity, found in unstored.items()}
     for mail in mails:
@@ -3319,7 +3354,7 @@ def open_pages(mails: Sequence[Mail], unstored: Mapping[str, Unstored],
 
 
 def fit_values(backend: Backend, mails: Sequence[Mail]) -> Sequence[Mail]:
-    """Return mails whose values are as the database gives them back."""
+    """Return mails whose values are spelt as the database returns them."""
     if backend.encoding == "UTF8":
         return mails
     fitting = []
@@ -3333,53 +3368,59 @@ def fit_values(backend: Backend, mails: Sequence[Mail]) -> Sequence[Mail]:
 
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
-    """Keep other hosts from these identities until the transaction ends."""
+    """Lock these identities against other hosts for this transaction."""
     if transaction.backend.turn:
-        # In one order, so that none waits for another in a circle.
+        # Sorted: all hosts lock in the same order, so there is no deadlock.
         transaction.write(transaction.backend.turn, [
             (identity, 1) for identity in sorted(identities)])
 
 
 def find_own_limits(transaction: Transaction, pages: Mapping[str, Page],
                     query: str | None, overrides: Overrides) -> None:
-    """Ask the query for limits; note the windows of all that may hold."""
+    """Run the query for limits; add the windows of all that may apply."""
     if not query and not overrides:
         return
     for name, page in pages.items():
         if name in overrides:
             page.known_override = overrides[name]
             page.add_windows(page.known_override.limits)
-        if query and not page.claim.rule.by:  # no quota's
+        if query and not page.claim.rule.by:  # not for quotas
             page.queried = query_limits(transaction, query, name)
             page.add_windows(page.queried or ())
 
 
 def query_limits(transaction: Transaction, query: str, identity: str,
                  ) -> Limits | None:
-    """Return the limits that sql_limits_by_id has; warn where it fails."""
+    """Return the limits of sql_limits_by_id; None: no row, or it failed.
+
+    Log a warning if it fails.
+    """
     text = transaction.attempt(QUERY_FAILED, ask_query, query, identity)
     if text is None:
         return None
     try:
         return parse_limits(text)
     except ValueError as error:
-        # Each identity whose row is wrong is named once a minute.
+        # In the format, so that each identity is logged once a minute.
         named = printable(identity).replace("%", "%%")
-        log.warning(f"sql_limits_by_id: {named}: %s; the file's limits hold",
+        log.warning(f"sql_limits_by_id: {named}: %s; the file's limits apply",
                     error, extra=SELDOM)
         return None
 
 
 def ask_limits(transaction: Transaction, query: str, identity: str,
                ) -> Limits | None:
-    """Return the limits that sql_limits_by_id has; raise what fails."""
+    """Return the limits of sql_limits_by_id, None if there is no row.
+
+    Raise ValueError or the driver's exceptions.
+    """
     text = ask_query(transaction, query, identity)
     return None if text is None else parse_limits(text)
 
 
 def ask_query(transaction: Transaction, query: str, identity: str,
               ) -> str | None:
-    """Return what the query sql_limits_by_id has of an identity, if at all."""
+    """Return the text that sql_limits_by_id yields, None if there is none."""
     transaction.flush()
     transaction.cursor.execute(query, transaction.backend.fit((identity,)))
     row = transaction.cursor.fetchone()
@@ -3388,7 +3429,10 @@ def ask_query(transaction: Transaction, query: str, identity: str,
 
 def read_pages(transaction: Transaction, pages: Mapping[str, Page],
                now: float) -> None:
-    """Read what identities have used; again where that shows it must be."""
+    """Read what identities have used, and open their accounts.
+
+    An identity is read again if more windows are needed or rows were mended.
+    """
     unread = list(pages.values())
     second, date_now = math.floor(now), math.ceil(now)
     for page in unread:
@@ -3400,7 +3444,7 @@ def read_pages(transaction: Transaction, pages: Mapping[str, Page],
             asked = len(page.windows)
             if override is not None:
                 take_override(transaction, page, override)
-            is_whole = len(page.windows) == asked  # or --limit has others
+            is_whole = len(page.windows) == asked  # else --limit added some
             if is_whole and is_right(transaction, page, date, total, now):
                 fill_page(transaction, page, now, date, total, before)
             else:
@@ -3410,9 +3454,9 @@ def read_pages(transaction: Transaction, pages: Mapping[str, Page],
 
 def ask_usage(transaction: Transaction, pages: Sequence[Page],
               ) -> Iterator[tuple[Page, Sequence[Any]]]:
-    """Yield what the tables have of identities, many with one statement.
+    """Yield each page with its row of usage_statement(), without the place.
 
-    Of each that is what usage_statement() yields, without the place.
+    One statement reads many identities.
     """
     for some in chunks(pages, transaction.backend.chunk):
         width = max([len(page.windows) for page in some])
@@ -3429,7 +3473,7 @@ def ask_usage(transaction: Transaction, pages: Sequence[Page],
 
 
 def take_override(transaction: Transaction, page: Page, text: str) -> None:
-    """Note the limits of --limit, whose text was read."""
+    """Set a page's override, whose limits were read as text."""
     page.override = page.known_override
     if page.override is None or page.override.as_text() != text:
         ends, made = transaction.run(
@@ -3443,15 +3487,18 @@ def take_override(transaction: Transaction, page: Page, text: str) -> None:
 
 def is_right(transaction: Transaction, page: Page, date: int | None,
              total: int | None, now: float) -> bool:
-    """Say whether the newest row is as it should be; if not, mend that."""
+    """Say whether the newest row has a total and a plausible date.
+
+    If not, rewrite the rows or adjust the page's time; then read it again.
+    """
     if date is None:
-        return True  # there is none
+        return True  # there is no row
     if total is None or date > now + CLOCK_SKEW:
-        # The original wrote that row, or the clock has been set back far.
+        # The original wrote that row, or the clock was set back by a lot.
         retotal(transaction, page.claim.identity, math.ceil(now))
         return False
     if date > page.date:
-        # Another host's clock is ahead: that is the time here, too.
+        # Another host's clock is ahead: use its time here, too.
         page.second, page.date = date - 1, date
         return False
     return True
@@ -3460,10 +3507,10 @@ def is_right(transaction: Transaction, page: Page, date: int | None,
 def fill_page(transaction: Transaction, page: Page, now: float,
               date: int | None, total: int | None,
               before: Sequence[int | None]) -> None:
-    """Open the account of an identity, by what was read of it.
+    """Open the account of an identity with what was read.
 
-    date and total are those of the newest row, before is the total ahead of
-    each window's first row.
+    date, total: of its newest row.  before: for each window, the total before
+    its first row, None if the window is empty.
     """
     page.newest, page.total = date or 0, total or 0
     if page.claim.value is None:
@@ -3480,13 +3527,13 @@ def fill_page(transaction: Transaction, page: Page, now: float,
 
 def read_values(transaction: Transaction, page: Page, now: float,
                 ) -> dict[str, int]:
-    """Return the values that an identity has had, and their dates."""
+    """Return {value: date} of an identity, within its longest window."""
     identity, longest = page.claim.identity, max(page.windows, default=0)
     seen = {value: int(date) for value, date in transaction.run(
         "SELECT value, date FROM mail_value WHERE id = ? AND date > ?",
         identity, page.second - longest).fetchall()}
     if max(seen.values(), default=0) > now + CLOCK_SKEW:
-        # The clock has been set back far: let them be of now.
+        # The clock was set back by a lot: date these values now.
         seen = {value: min(date, page.date) for value, date in seen.items()}
         transaction.run("UPDATE mail_value SET date = ? WHERE id = ?"
                         " AND date > ?", page.date, identity, page.date)
@@ -3499,14 +3546,14 @@ def usage_statement(identities: int, windows: int, singly: bool = False,
                     ) -> str:
     """Return the query for so many identities with so many windows each.
 
-    It takes, for each, identity, time, and begin of each window.  It yields,
-    for each, its place among them, the limits that --limit set, date and
-    total of the newest row, and the total ahead of the first row of each
-    window; NULL where there is none.
+    Its parameters are, for each identity: the identity, the time, and the
+    start of each window.  It yields a row for each: its place among them, the
+    limits set by --limit, date and total of the newest row, and the total
+    before the first row of each window; NULL where there is none.
     """
-    # Plain sub-selects in place of WITH cost PostgreSQL a quarter to a half
-    # of the speed.  MariaDB and MySQL need a row of its own for each look-up:
-    # from a table of several rows, they read all rows of each identity.
+    # Plain subqueries instead of WITH would cost PostgreSQL a quarter to a
+    # half of the speed.  MariaDB and MySQL need a single-row table for each
+    # lookup: with several rows they would read all rows of each identity.
     since = [f"since{n}" for n in range(windows)]
     newest = ("(SELECT {} FROM mail_count WHERE id = who"
               " ORDER BY date DESC, total DESC LIMIT 1)")
@@ -3520,7 +3567,7 @@ def usage_statement(identities: int, windows: int, singly: bool = False,
         each = ", ".join(f"? AS {name}" for name in ("at", *since))
         return " UNION ALL ".join(
             f"SELECT n, {columns} FROM (SELECT {n} AS n,"
-            # else the cache of sub-queries takes é for e
+            # else the subquery cache takes é for e
             f" ? COLLATE utf8mb4_bin AS who, {each}) AS asked{n}"
             for n in range(identities))
     asked = " UNION ALL ".join(
@@ -3530,7 +3577,7 @@ def usage_statement(identities: int, windows: int, singly: bool = False,
 
 
 def append_unstored(transaction: Transaction, settlement: Settlement) -> None:
-    """Write what memory has of identities behind what the tables have."""
+    """Write remembered mails and values after the rows in the tables."""
     for identity, unstored in settlement.unstored.items():
         transaction.extend(0.001 * len(unstored.mails))
         page = settlement.pages[identity]
@@ -3549,8 +3596,8 @@ def append_mails(transaction: Transaction, page: Page,
                  ) -> tuple[list[MailRow], list[InDoubt]]:
     """Count mails that were decided from memory; return their rows.
 
-    Returned, too, is what memory has to keep if this commit is in doubt:
-    these rows, and the mails that an earlier one has stored after all.
+    Also return what memory has to keep if this commit is in doubt: these
+    rows, and mails that an earlier commit in doubt turned out to have stored.
     """
     rows, in_doubt = [], []
     for mail in mails:
@@ -3570,10 +3617,10 @@ def append_mails(transaction: Transaction, page: Page,
 
 
 def is_stored(transaction: Transaction, row: MailRow) -> bool:
-    """Say whether a row whose commit was in doubt is in the table after all.
+    """Say whether a row whose commit was in doubt was stored after all.
 
-    Its total may have become higher, but not lower: see retotal().  Without
-    an instance, only the total tells it from other mails.
+    Its total may have increased, but not decreased: see retotal().  Without
+    an instance, only the total distinguishes it from other mails.
     """
     same = "total >= ?" if row.instance else "total = ?"
     [count] = transaction.run(
@@ -3597,7 +3644,7 @@ def enter_charges(pages: Mapping[str, Page], charges: Sequence[Charge],
 
 
 def write_values(transaction: Transaction, pages: Mapping[str, Page]) -> None:
-    """Write the values that were seen, where these are counted."""
+    """Write the new values of identities whose values are counted."""
     for identity, page in pages.items():
         if page.values:
             transaction.write(transaction.backend.see, [
@@ -3630,7 +3677,7 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
             found[key] = Refusal(
                 *key, limit.mails, hits, now, now, mail.client)
     if found:
-        transaction.attempt("a refusal is not recorded: %s", Transaction.write,
+        transaction.attempt("refusals not recorded: %s", Transaction.write,
                             transaction.backend.note,
                             [found[key] for key in sorted(found)])
 
@@ -3638,9 +3685,9 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
 def write_blocks(transaction: Transaction, mails: Sequence[Mail],
                  verdicts: Sequence[Verdict], pages: Mapping[str, Page],
                  ) -> None:
-    """Block who has exceeded a limit that has block_for.
+    """Block identities that have exceeded a limit with block_for.
 
-    Limits that an admin has set by --limit stay: they are no reason.
+    An identity with an override of --limit or --block keeps it.
     """
     for mail, verdict in zip(mails, verdicts):
         if verdict.broken is None:
@@ -3652,13 +3699,13 @@ def write_blocks(transaction: Transaction, mails: Sequence[Mail],
         page.override = Override(
             BLOCKED, now + claim.rule.block_for, now,
             f"{limit.mails}/{limit.seconds}s")
-        transaction.attempt("an identity is not blocked: %s", set_override,
+        transaction.attempt("block_for: not blocked: %s", set_override,
                             claim.identity, page.override)
 
 
 def with_room(transaction: Transaction, verdict: Verdict,
               pages: Mapping[str, Page]) -> Verdict:
-    """Add to a verdict when such a mail passes again, if that is asked."""
+    """Add to a verdict when the mail would pass, if fail_action names it."""
     assert verdict.broken is not None
     if verdict.block is not None:
         return verdict._replace(room_at=verdict.block.ends)
@@ -3675,7 +3722,7 @@ def with_room(transaction: Transaction, verdict: Verdict,
 
 
 def next_free(transaction: Transaction, full: Usage, page: Page) -> int:
-    """Return when a limit that is full has room for a claim again."""
+    """Return the earliest date at which an exceeded limit admits a claim."""
     claim, limit, used = full
     over = used + claim.cost - limit.mails
     if isinstance(page.account, DistinctValues):
@@ -3689,8 +3736,9 @@ def next_free(transaction: Transaction, full: Usage, page: Page) -> int:
 
 def find_last_to_leave(transaction: Transaction, identity: str, since: int,
                        total: int) -> int | None:
-    """Return the date of the row with which a total has left a window.
+    """Return the date of the first row in a window to reach a total.
 
+    When that row leaves the window, everything up to that total has left.
     since: the date after which the window begins.
     """
     row = transaction.run(
@@ -3702,14 +3750,14 @@ def find_last_to_leave(transaction: Transaction, identity: str, since: int,
 
 def read_refusals(transaction: Transaction, which: str = "", *values: object,
                   ) -> list[Refusal]:
-    """Return refusals, all or some."""
+    """Return the rows of mail_refused; which: an SQL clause, such as WHERE."""
     return [Refusal(*row) for row in transaction.run(
         "SELECT id, seconds, mails, hits, first, last, client, told"
         f" FROM mail_refused {which}", *values).fetchall()]
 
 
 def read_overrides(transaction: Transaction, now: int) -> Overrides:
-    """Return all limits of --limit that are in force."""
+    """Return all overrides that are in force."""
     overrides = {}
     for identity, text, ends, made in transaction.run(
             "SELECT id, limits, ends, made FROM mail_limit"
@@ -3737,7 +3785,7 @@ def parse_override(text: str, ends: int, made: int) -> Override | None:
 
 def set_override(transaction: Transaction, identity: str, override: Override,
                  ) -> None:
-    """Give an identity other limits."""
+    """Set the override of an identity, in place of any other."""
     ends = PERMANENT if override.ends is None else override.ends
     drop_override(transaction, identity)
     transaction.run(
@@ -3746,7 +3794,7 @@ def set_override(transaction: Transaction, identity: str, override: Override,
 
 
 def drop_override(transaction: Transaction, identity: str) -> int:
-    """Delete the other limits of an identity; return how many rows it had."""
+    """Delete the override of an identity; return the number of rows."""
     return int(transaction.run(
         "DELETE FROM mail_limit WHERE id = ?", identity).rowcount)
 
@@ -3757,34 +3805,34 @@ def drop_override(transaction: Transaction, identity: str) -> int:
 # Many requests share a commit; what happens while the database is unavailable.
 # ---------------------------------------------------------------------------
 
-MAX_FAILED = 3  # identities that cannot be stored before all have to wait
+MAX_FAILED = 3  # identities that cannot be stored; then all others wait
 STORE_STEP = 50  # identities whose mails one transaction stores from memory
-MAX_MEMORY = 100_000_000  # bytes, estimated, of all that memory remembers
-RECORD_SIZE = 700  # bytes of an identity without its name and its values
-ENTRY_SIZE = 250  # bytes of a mail or a value, without its text
+MAX_MEMORY = 100_000_000  # bytes, estimated, of everything remembered
+RECORD_SIZE = 700  # bytes per identity, without its name and its values
+ENTRY_SIZE = 250  # bytes per mail or value, without its text
 
 
 class Record:
     """What is remembered of one identity.
 
-    That is how it stood when it was last stored, and its mails since then.
+    That is its usage when it was last stored, and its mails since then.
     """
 
     def __init__(self, claim: Claim) -> None:
-        """Remember nothing yet; a claim tells what is counted."""
+        """Remember nothing yet; the claim says what is counted."""
         self.claim = claim
         self.queried: Limits | None = None  # of sql_limits_by_id
         self.used: Mapping[int, int] = {}  # of each window, as last stored
-        self.newest = 0  # the date of the last mail of these
-        self.values: dict[str, int] = {}  # seen, stored or not; their dates
-        self.unstored_values: dict[str, int] = {}
+        self.newest = 0  # the date of the last mail in these windows
+        self.values: dict[str, int] = {}  # {value: date}, stored or not
+        self.unstored_values: dict[str, int] = {}  # {value: date}
         self.mails: list[MailRow | InDoubt] = []  # not stored; oldest first
         self.size = RECORD_SIZE + sys.getsizeof(claim.identity)  # bytes
-        self._dates: list[int] = []  # of the mails
-        self._sums = [0]  # what the first n of them cost
+        self._dates: list[int] = []  # of the mails, never decreasing
+        self._sums = [0]  # item n: the cost of the first n mails
 
     def take(self, page: Page) -> None:
-        """Remember how an identity stands now that it is stored."""
+        """Remember an identity's usage after it was stored."""
         self.claim, self.queried = page.claim, page.queried
         self.used, self.newest = page.account.used, page.newest
         if page.claim.value is not None:
@@ -3796,33 +3844,33 @@ class Record:
             self.size += sum(map(value_size, self.values))
 
     def add_mail(self, mail: MailRow | InDoubt) -> None:
-        """Remember a mail that is not stored."""
+        """Remember a mail that is not stored yet."""
         self.mails.append(mail)
         self._dates.append(max([mail.date, *self._dates[-1:]]))
         self._sums.append(self._sums[-1] + mail.cost)
         self.size += ENTRY_SIZE
 
     def add_value(self, value: str, date: int) -> None:
-        """Remember a value that is not stored."""
+        """Remember a value that is not stored yet."""
         if value not in self.values:
             self.size += value_size(value)
         if value not in self.unstored_values:
             self.size += value_size(value)
-        date = max(date, self.values.get(value, 0))  # it never goes back
+        date = max(date, self.values.get(value, 0))  # never decreases
         self.values[value] = self.unstored_values[value] = date
 
     def replace_first(self, count: int,
                       mails: Sequence[MailRow | InDoubt]) -> None:
-        """Put others, or none, in the place of the first mails."""
+        """Replace the first mails by others, or by none."""
         self.size += ENTRY_SIZE * (len(mails) - count)
         self.mails[:count] = mails
         self._dates = list(itertools.accumulate(
-            (mail.date for mail in self.mails), max))  # they never go back
+            (mail.date for mail in self.mails), max))
         self._sums = [0, *itertools.accumulate(
             mail.cost for mail in self.mails)]
 
     def drop_values(self, stored: Mapping[str, int]) -> None:
-        """Forget values as unstored, but those seen again since."""
+        """Mark values as stored, except those that were seen again since."""
         for value, date in stored.items():
             if self.unstored_values.get(value) == date:
                 del self.unstored_values[value]
@@ -3831,8 +3879,8 @@ class Record:
     def used_of(self, window: int, now: int) -> int:
         """Return what was used of a window, in seconds, that ends now.
 
-        What was stored counts until the window has passed all of it.  Of a
-        window that was not asked for then, it is the use of the next longer.
+        What was stored counts until all of it has left the window.  For a
+        window that was not read then, the next longer one is used.
         """
         stored = 0
         if self.used and self.newest > now - window:
@@ -3842,33 +3890,33 @@ class Record:
         return stored + self._sums[-1] - self._sums[before]
 
     def latest(self, now: float) -> float:
-        """Return the time, no earlier than that of the last mail here."""
+        """Return the time, but no earlier than that of the last mail."""
         return max(now, self._dates[-1] - 0.5) if self._dates else now
 
 
 def value_size(value: str) -> int:
-    """Return about how many bytes a value takes."""
+    """Return an estimate of the bytes that a value takes."""
     return ENTRY_SIZE + sys.getsizeof(value)
 
 
 class Memory:
     """What this host remembers of identities, to decide by in an outage.
 
-    The lock is for all of it.  Who needs the database's lock, too, takes that
-    one first.
+    The lock guards all of it.  Code that also needs the database's lock takes
+    that one first.
     """
 
     def __init__(self, most: int = MAX_MEMORY) -> None:
-        """Take how many bytes it may use; then the longest unused goes."""
+        """Take the bytes it may use; beyond, it drops the longest unused."""
         self.lock = threading.RLock()
-        self.overrides: Overrides = {}  # when they were last looked up
+        self.overrides: Overrides = {}  # as last read from the database
         self._most = most
         self._size = 0
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._unstored: dict[str, Record] = {}  # those with something to store
 
     def decide(self, mail: Mail, remember: bool = True) -> Verdict:
-        """Judge a mail, and remember it to be stored if its limits let it."""
+        """Judge a mail; if it passes its limits, remember to store it."""
         with self.lock:
             accounts = {claim.identity: self._account(claim, mail.now)
                         for claim in mail.claims}
@@ -3878,7 +3926,7 @@ class Memory:
         return verdict
 
     def unstored(self, identities: Iterable[str]) -> dict[str, Unstored]:
-        """Return a copy of what has to be stored of identities."""
+        """Return a copy of what has to be stored, of these identities."""
         if not self._unstored:
             return {}
         with self.lock:
@@ -3890,12 +3938,12 @@ class Memory:
                 record) for identity, record in records.items()}
 
     def unstored_identities(self) -> list[str]:
-        """Return all identities that have something to store."""
+        """Return all identities with something to store."""
         with self.lock:
             return list(self._unstored)
 
     def take(self, settlement: Settlement) -> None:
-        """Remember what a transaction has stored."""
+        """Remember the results of a transaction that was committed."""
         with self.lock:
             for identity, page in settlement.pages.items():
                 record = self._record(page.claim)
@@ -3912,10 +3960,10 @@ class Memory:
 
     def keep(self, settlement: Settlement, in_doubt: bool,
              remember: bool = True) -> None:
-        """Remember to store what a transaction did not, or may not have.
+        """Remember to store what a failed transaction may not have stored.
 
-        in_doubt: it was sent, and nobody knows what has become of it.
-        remember: its own mails, too, not only what it had from here.
+        in_doubt: its commit was sent, but the outcome is unknown.
+        remember: keep its own mails, too, and not only those from memory.
         """
         written: dict[str, list[MailRow]] = {}
         for row in settlement.rows if remember else ():
@@ -3933,7 +3981,7 @@ class Memory:
                     self._add_value(page.claim, value, date)
 
     def _account(self, claim: Claim, now: float) -> Account:
-        """Return what a claim's identity has used, as far as is known."""
+        """Return the account of a claim's identity, as far as is known."""
         record = self._records.get(claim.identity) or Record(claim)
         now = record.latest(now)
         override = self.overrides.get(claim.identity)
@@ -3959,7 +4007,7 @@ class Memory:
             self._add_mail(claim, row_of(mail, claim, date, None))
 
     def _add_mail(self, claim: Claim, mail: MailRow | InDoubt) -> None:
-        """Remember a mail that is to be stored."""
+        """Remember to store a mail."""
         record = self._record(claim)
         before = record.size
         record.add_mail(mail)
@@ -3967,7 +4015,7 @@ class Memory:
         self._resized(record, before)
 
     def _add_value(self, claim: Claim, value: str, date: int) -> None:
-        """Remember a value that is to be stored."""
+        """Remember to store a value."""
         record = self._record(claim)
         before = record.size
         record.add_value(value, date)
@@ -3976,25 +4024,25 @@ class Memory:
 
     def _replace(self, claim: Claim, unstored: Unstored | None,
                  mails: Sequence[MailRow | InDoubt]) -> None:
-        """Put mails in the place of those that were taken to be stored.
+        """Replace the mails that were copied to be stored by these.
 
-        What has been remembered since then stays behind them.
+        Mails remembered since then follow after them.
         """
         record = self._record(claim)
         count, before = 0, record.size
         if unstored is not None and record is unstored.record:
-            count = len(unstored.mails)  # otherwise it was evicted meanwhile
+            count = len(unstored.mails)  # else the record was dropped since
         record.replace_first(count, mails)
         if mails:
             self._unstored[claim.identity] = record
         self._resized(record, before)
 
     def _settle_record(self, unstored: Unstored) -> None:
-        """Forget as unstored what has been stored of an identity."""
+        """Mark as stored what was copied of an identity."""
         identity = unstored.claim.identity
         record = self._records.get(identity)
         if record is None or record is not unstored.record:
-            return  # it had to be forgotten
+            return  # the record was dropped since
         before = record.size
         record.replace_first(len(unstored.mails), [])
         record.drop_values(unstored.values)
@@ -4003,7 +4051,7 @@ class Memory:
         self._resized(record, before)
 
     def _record(self, claim: Claim) -> Record:
-        """Return the record of an identity, now the one used last."""
+        """Return the record of an identity; mark it as most recently used."""
         record = self._records.get(claim.identity)
         if record is None:
             record = self._records[claim.identity] = Record(claim)
@@ -4012,7 +4060,7 @@ class Memory:
         return record
 
     def _resized(self, record: Record, before: int) -> None:
-        """Keep within the bound, now that a record has another size."""
+        """Account for a record's new size; drop old records if necessary."""
         self._size += record.size - before
         while self._size > self._most and len(self._records) > 1:
             identity, oldest = self._records.popitem(last=False)
@@ -4025,37 +4073,37 @@ class Batch:
 
     def __init__(self) -> None:
         self.mails: list[Mail] = []
-        self.lock = threading.Lock()  # of who settles it, then of who waited
+        self.lock = threading.Lock()  # the first to get it settles the batch
 
 
 class Outage(NamedTuple):
-    """The database gave no answer in time."""
+    """The database did not answer in time."""
 
     error: LedgerError
-    retry_at: float  # when it is tried again (time.monotonic())
+    retry_at: float  # when to try it again (time.monotonic())
 
 
 class Ledger:
     """The counts of all identities, for any number of threads.
 
-    Many requests, one commit: while one batch is on its way to the disk, all
-    that come join the next, and whoever came first settles it.  So nobody
-    settles more than one batch, no thread is needed for it, each answer is
-    given after its own commit, and one connection alone pays nothing.
+    Many requests share one commit: while one batch is being committed, new
+    mails join the next, and the thread of the first one settles it.  So no
+    thread settles more than one batch, no extra thread is needed, each answer
+    is given after its own commit, and a single connection is not slower.
 
-    A mail that the database does not take is decided from memory.  After a
-    timeout all mail is, and every db_timeout one request tries the database
-    again.
+    A mail that the database does not accept is decided from memory.  After a
+    timeout all mail is, and once per db_timeout one request tries the
+    database again.
 
     The order of locks: a batch's, then the database's, then memory's.
     """
 
     def __init__(self, database: Database, query: str | None = None,
                  passes_unstored: bool = True) -> None:
-        """Take the setting sql_limits_by_id.
+        """Take a database; query: the setting sql_limits_by_id.
 
         passes_unstored: does db_error_action let mail pass?  If not, mail
-        that the database does not take is refused, and so is not counted.
+        that cannot be stored is refused, and so is not counted.
         """
         self.database = database
         self.query = query
@@ -4065,10 +4113,10 @@ class Ledger:
         self._outage: Outage | None = None
 
     def decide(self, mail: Mail) -> Verdict:
-        """Decide on a mail: all its claims are charged, or none.
+        """Decide on a mail: all of its claims are charged, or none.
 
-        Returns when that is on disk; else mail.error says why it is not, and
-        the verdict is from memory.
+        Return when the charges are on disk; otherwise mail.error says why
+        they are not, and the verdict is from memory.
         """
         while mail.verdict is None:
             if self._outage is not None:
@@ -4084,26 +4132,26 @@ class Ledger:
         return mail.verdict
 
     def is_in_outage(self) -> bool:
-        """Say whether the database gave no answer when it was last tried."""
+        """Say whether the database did not answer when it was last tried."""
         return self._outage is not None
 
     def retry_if_due(self, now: float) -> None:
-        """In an outage, try the database again once it is time for that."""
+        """In an outage, try the database again if that is due."""
         timeout = self.database.backend.timeout
         with self.memory.lock:
             outage = self._outage
             if outage is None or time.monotonic() < outage.retry_at:
                 return
-            # Nobody else tries for as long as this may take.
+            # No other thread tries for as long as this may take.
             self._outage = outage._replace(
                 retry_at=time.monotonic() + 5 * timeout)
-        with contextlib.suppress(LedgerError):  # whoever comes next sees it
+        with contextlib.suppress(LedgerError):  # the outage goes on
             self._store(self.memory.unstored_identities()[:STORE_STEP], now)
 
     def store_remembered(self, now: float) -> None:
-        """Store what memory has, in steps, for as long as that works.
+        """Store remembered mails, in steps, until that fails.
 
-        What is left has to wait: for its next mail, or for the next call.
+        The rest is stored with an identity's next mail, or by the next call.
         """
         left = deque(chunks(self.memory.unstored_identities(), STORE_STEP))
         failed = 0
@@ -4117,7 +4165,7 @@ class Ledger:
                 if len(some) == 1:
                     failed += 1
                 else:
-                    # One identity's failure must not be any other's.
+                    # One identity's failure must not affect the others.
                     left.extendleft([identity] for identity in some)
 
     def _decide_in_outage(self, mail: Mail) -> None:
@@ -4128,17 +4176,17 @@ class Ledger:
                 mail.verdict = self.memory.decide(mail, self.passes_unstored)
 
     def _lead(self, batch: Batch) -> None:
-        """Close a batch once the one before is done, and settle it."""
+        """Settle a batch as soon as the previous one is done."""
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
-        self._open = Batch()  # which mails join from now on
+        self._open = Batch()  # which new mails join from now on
         mails = tuple(batch.mails)
         try:
             if not held:
                 self._fall_back(self._prepare(mails), LedgerError(TOO_SLOW),
                                 hung=True)
-            elif self._outage is not None:  # it began while these waited
+            elif self._outage is not None:  # began while these waited
                 for mail in mails:
                     self._decide_in_outage(mail)
             else:
@@ -4148,7 +4196,7 @@ class Ledger:
                 lock.release()
 
     def _settle(self, mails: Sequence[Mail], deadline: float) -> None:
-        """Settle mails in one transaction, or else each in its own."""
+        """Settle mails in one transaction; if that fails, each separately."""
         left = [mails]
         while left:
             settlement, began = self._prepare(left.pop(0)), time.monotonic()
@@ -4158,7 +4206,7 @@ class Ledger:
             except LedgerError as error:
                 hung = self._has_hung(began, deadline)
                 if error.undone and not hung and len(settlement.mails) > 1:
-                    # One mail's failure must not be any other's.
+                    # One mail's failure must not affect the others.
                     left = [[mail] for mail in settlement.mails]
                 else:
                     self._fall_back(settlement, error, hung)
@@ -4166,10 +4214,10 @@ class Ledger:
                 self._accept(settlement)
 
     def _store(self, identities: Sequence[str], now: float) -> None:
-        """Store what memory has of identities, or raise LedgerError.
+        """Store remembered mails of identities, or raise LedgerError.
 
-        Nobody else may store the same between the copy and what is made of
-        it, so the database's lock is held for all of that.
+        The database's lock is held from the copy until the result is
+        remembered, so that no other thread stores the same.
         """
         began = time.monotonic()
         timeout, lock = self.database.backend.timeout, self.database.lock
@@ -4192,25 +4240,25 @@ class Ledger:
             lock.release()
 
     def _begin_outage(self, error: LedgerError) -> None:
-        """Let all mail be decided from memory until the next try."""
+        """Decide all mail from memory until the database is tried again."""
         retry_at = time.monotonic() + self.database.backend.timeout
         with self.memory.lock:
             self._outage = Outage(error, retry_at)
 
     def _prepare(self, mails: Sequence[Mail]) -> Settlement:
-        """Return what is known of mails ahead of their transaction."""
+        """Return the input of a transaction on mails."""
         unstored = self.memory.unstored(
             claim.identity for mail in mails for claim in mail.claims)
         return Settlement(mails, unstored, self.memory.overrides,
                           max([mail.now for mail in mails]))
 
     def _has_hung(self, began: float, deadline: float) -> bool:
-        """Say whether a transaction failed after it had waited for long."""
+        """Say whether a failed transaction waited for half of db_timeout."""
         long = self.database.backend.timeout / 2
         return time.monotonic() > min(began + long, deadline)
 
     def _accept(self, settlement: Settlement) -> None:
-        """Hand out the verdicts of a transaction that is committed."""
+        """Hand out the verdicts of a transaction that was committed."""
         with self.memory.lock:
             self._outage = None
             self.memory.take(settlement)
@@ -4219,7 +4267,7 @@ class Ledger:
 
     def _fall_back(self, settlement: Settlement, error: LedgerError,
                    hung: bool) -> None:
-        """Decide from memory what the database did not decide."""
+        """Decide from memory the mails that a failed transaction did not."""
         verdicts = list(settlement.verdicts)
         retry_at = time.monotonic() + self.database.backend.timeout
         with self.memory.lock:
@@ -4233,7 +4281,7 @@ class Ledger:
 
 
 def open_ledger(settings: Settings) -> Ledger:
-    """Return the ledger that the settings name; it connects when used."""
+    """Return a ledger for the settings; it connects when first used."""
     return Ledger(Database(
         BACKENDS[settings.backend](settings), prepare_tables),
         settings.sql_limits_by_id, not refuses(settings.db_error_action))

@@ -3382,8 +3382,8 @@ class StoreContract:
         with quiet() as said:
             self.assertEqual(self.passes(ledger, 1000), False)  # as just sent
         self.assertEqual(said, [
-            "mails are dated 999000 seconds ahead: see that all clocks are"
-            " right"])
+            "recorded mails are dated 999000 seconds in the future; check the"
+            " clocks of all hosts"])
         self.assertEqual(self.passes(ledger, 1059), False)
         self.assertEqual(self.passes(ledger, 1060), True)
         self.assertEqual(self.used(ledger, 1060), 11)
@@ -7629,7 +7629,7 @@ class AlertTest(ReportsTest):
         for state in ("DATA", "DATA", "RCPT"):
             daemon.ask(protocol_state=state)
         daemon.send(signal.SIGUSR2)
-        log = daemon.wait_log("a decision")
+        log = daemon.wait_log("per decision")
         self.assertIn("3 requests, 1 passed, 1 refused, 0 database", log)
         shown = run(*daemon.options, "--prometheus").stdout
         for line in ("up 1", "requests_total 3", "refused_total 1",
@@ -7648,7 +7648,7 @@ class AlertTest(ReportsTest):
         os.mkdir(daemon.database)  # no file can be opened there
         daemon.ask()
         daemon.send(signal.SIGUSR2)
-        daemon.wait_log("a decision")
+        daemon.wait_log("per decision")
         done = run(*daemon.options, "--prometheus")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stderr.count("\n"), 1, done.stderr)
