@@ -838,7 +838,7 @@ class Settings:
 
     debug: bool = setting(True, as_bool, "log each decision")
     log_requests: bool = setting(
-        False, as_bool, "log all that Postfix tells of each mail")
+        False, as_bool, "log all that Postfix says about each mail")
     user: str = setting(PROGRAM, as_text, "the user that root becomes")
     group: str = setting(PROGRAM, as_text, "the group that root becomes")
     pidfile: str = setting(
@@ -875,10 +875,12 @@ class Settings:
         "", as_text_or_none, "a query for the limits of an identity")
     limit_by_sasl: bool = setting(
         True, as_bool, "the SASL user name is the identity")
-    limit_by_sender: bool = setting(False, as_bool, "else the sender address")
-    limit_by_ip: bool = setting(False, as_bool, "else the client address")
+    limit_by_sender: bool = setting(
+        False, as_bool, "else the sender address is the identity")
+    limit_by_ip: bool = setting(
+        False, as_bool, "else the client address is the identity")
     limited_networks: Choice | None = setting(
-        [], as_networks, "but only client addresses in these networks")
+        [], as_networks, "the networks whose addresses limit_by_ip limits")
     quotas: tuple[Rule, ...] = setting(
         [], as_quotas, "further limits that hold at the same time")
     dry_run: bool = setting(
@@ -890,7 +892,7 @@ class Settings:
         "dunno", as_action, "the action for a mail within the limits")
     fail_action: str = setting(
         "defer_if_permit Rate limit reach, retry later", as_fail_action,
-        "the action for a mail too many")
+        "the action for a mail over a limit")
     block_for: int = setting(
         0, as_block_for, "seconds for which an identity that exceeds a limit"
         " is blocked; 0: not at all")
@@ -926,7 +928,7 @@ class Settings:
     alert: bool = setting(
         False, as_bool, "mail report_to at once when somebody hits a limit")
     alert_command: tuple[str, ...] = setting(
-        None, as_texts, "a program to run in place of mailing an alert")
+        None, as_texts, "a program to run instead of mailing an alert")
 
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
@@ -3699,8 +3701,8 @@ def write_blocks(transaction: Transaction, mails: Sequence[Mail],
         page.override = Override(
             BLOCKED, now + claim.rule.block_for, now,
             f"{limit.mails}/{limit.seconds}s")
-        transaction.attempt("block_for: not blocked: %s", set_override,
-                            claim.identity, page.override)
+        transaction.attempt("block_for: an identity was not blocked: %s",
+                            set_override, claim.identity, page.override)
 
 
 def with_room(transaction: Transaction, verdict: Verdict,
@@ -5613,7 +5615,7 @@ def note_limits(result: Simulation, refusals: int, overrides: int,
                 ) -> Iterator[str]:
     """Yield where the limits in force differed from those that were tried."""
     if result.looser:
-        yield (f"looser than the limits of the file for"
+        yield (f"these limits are looser than those of the file for"
                f" {quantity(result.looser, 'identity')}: refused mail is not"
                f" recorded ({quantity(refusals, 'refusal')} counted), so more"
                " would have been sent than is shown")
@@ -7405,8 +7407,8 @@ def find_owner(settings: Settings, standalone: str | None) -> Owner:
         group = grp.getgrnam(settings.group)
     except KeyError:
         raise UnknownUser(
-            f"no user {settings.user} or no group {settings.group}; to add:"
-            f" adduser --system --group --home /run/{PROGRAM}"
+            f"no user {settings.user} or no group {settings.group};"
+            f" create them: adduser --system --group --home /run/{PROGRAM}"
             f" --no-create-home {settings.user}") from None
     return pwd.struct_passwd((*user[:3], group.gr_gid, *user[4:]))
 

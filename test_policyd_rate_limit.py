@@ -6899,7 +6899,7 @@ class SimulateTest(FolderTest):
                 ({"the file has no limits for 10.0.0.0/8, boss", *no_quotas},
                  {"limits_by_id": {"boss": [[1, 60]], "free": []},
                   "quotas": []}),
-                ({"looser than the limits of the file for 1 identity",
+                ({"these limits are looser than those of the file for 1",
                   "places: not judged", "helo_name: not judged",
                   "judged separately"},
                  {"limits": [[5, 59], [100, 90]]})):
