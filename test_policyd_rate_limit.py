@@ -9871,7 +9871,7 @@ sys.exit(policyd_rate_limit.main())
                 self.assertNotIn("away", daemon.log())
                 done = run("--status", *daemon.options)
                 self.assertEqual(done.returncode, 6)
-                self.assertIn("in memory", done.stderr)
+                self.assertIn("in the daemon's memory", done.stderr)
 
     def test_a_file_that_only_root_can_read_is_told(self) -> None:
         if not is_root():
