@@ -834,7 +834,7 @@ def setting(default: object, check: Callable[[Any], Any], meaning: str,
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings.  Those of the original keep its names and defaults."""
+    """All settings.  The original's keep their names, and most defaults."""
 
     debug: bool = setting(True, as_bool, "log each decision")
     log_requests: bool = setting(
@@ -2327,7 +2327,7 @@ class Backend:
             timer.cancel()
 
     def is_stale(self) -> bool:
-        """Say whether the connection is known to be useless."""
+        """Say whether the connection is known to be outdated."""
         return False
 
     def skip_results(self, cursor: Cursor, count: int) -> None:
@@ -2978,7 +2978,7 @@ class Database:
         """
         if self.lock.acquire(timeout=min(2, self.backend.timeout)):
             try:
-                with contextlib.suppress(Exception):  # no connection
+                with contextlib.suppress(Exception):  # there may be none open
                     self.begin("", time.monotonic() + 2)  # closing may hang
                 self._roll_back(keep=False)
             finally:
@@ -3030,7 +3030,7 @@ class Database:
             if self._under_way is not None:
                 # An unfinished SQLite statement would survive close().
                 self._under_way.cursor = None
-            with contextlib.suppress(Exception):  # no connection
+            with contextlib.suppress(Exception):  # there may be none open
                 self.backend.close(connection)
         return undone
 
@@ -4255,7 +4255,7 @@ class Ledger:
                           max([mail.now for mail in mails]))
 
     def _has_hung(self, began: float, deadline: float) -> bool:
-        """Say whether a failed transaction waited for half of db_timeout."""
+        """Say whether a failed transaction waited long, or too long."""
         long = self.database.backend.timeout / 2
         return time.monotonic() > min(began + long, deadline)
 
