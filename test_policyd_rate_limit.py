@@ -10272,7 +10272,7 @@ class FailuresTest(AwayTest):
             "the database is unavailable"), 1)
 
     def test_what_is_refused_in_an_outage_is_not_counted(self) -> None:
-        """The database is away, and db_error_action refuses"""
+        """The database is unavailable, and db_error_action refuses"""
         for action in ("defer_if_permit try later", "451 4.3.0 try later"):
             with self.subTest(action):
                 self.check_refused_in_outage(action)
