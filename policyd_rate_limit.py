@@ -952,7 +952,7 @@ class Settings:
         return max(self.windows, default=86400)
 
     @property
-    def noted_windows(self) -> Sequence[int]:
+    def reported_windows(self) -> Sequence[int]:
         """Return the windows whose refusals are reported, in seconds."""
         if not self.report:
             return ()
@@ -2263,13 +2263,15 @@ class Backend:
     # Server variables that decide whether a commit is on disk: the name, a
     # query for the value, and the values with which commits are durable.
     durable: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
-    turn = ""  # takes an identity's turn if several hosts may write
-    note = (f"{REFUSED} ON CONFLICT (id, seconds) DO UPDATE SET"
-            " mails = excluded.mails, hits = mail_refused.hits + excluded.hits"
-            ", last = excluded.last, client = excluded.client")
-    see = ("INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
-           " (id, value) DO UPDATE SET date = excluded.date"
-           " WHERE mail_value.date < excluded.date")  # dates never decrease
+    take_turn = ""  # takes an identity's turn if several hosts may write
+    add_refusals = (
+        f"{REFUSED} ON CONFLICT (id, seconds) DO UPDATE SET"
+        " mails = excluded.mails, hits = mail_refused.hits + excluded.hits,"
+        " last = excluded.last, client = excluded.client")
+    add_values = (
+        "INSERT INTO mail_value (id, value, date) VALUES {} ON CONFLICT"
+        " (id, value) DO UPDATE SET date = excluded.date"
+        " WHERE mail_value.date < excluded.date")  # dates never decrease
     store_window = (f"{STORE_WINDOW} ON CONFLICT (host, seconds, query)"
                     " DO UPDATE SET date = ?")
     conflicts: tuple[object, ...] = ()  # error codes after which to try again
@@ -2656,13 +2658,15 @@ class MySQL(Backend):
     durable = (  # 3: only on MariaDB
         ("innodb_flush_log_at_trx_commit",
          "SELECT @@innodb_flush_log_at_trx_commit", ("1", "3")),)
-    turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
-            " ON DUPLICATE KEY UPDATE turn = turn + 1")
-    note = (f"{REFUSED} {UPSERT} mails = {NEW.format('mails')},"
-            f" hits = mail_refused.hits + {NEW.format('hits')},"
-            f" last = {NEW.format('last')}, client = {NEW.format('client')}")
-    see = (f"INSERT INTO mail_value (id, value, date) VALUES {{}} {UPSERT}"
-           f" date = GREATEST(mail_value.date, {NEW.format('date')})")
+    take_turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
+                 " ON DUPLICATE KEY UPDATE turn = turn + 1")
+    add_refusals = (
+        f"{REFUSED} {UPSERT} mails = {NEW.format('mails')},"
+        f" hits = mail_refused.hits + {NEW.format('hits')},"
+        f" last = {NEW.format('last')}, client = {NEW.format('client')}")
+    add_values = (
+        f"INSERT INTO mail_value (id, value, date) VALUES {{}} {UPSERT}"
+        f" date = GREATEST(mail_value.date, {NEW.format('date')})")
     # ER_CHECKREAD; ER_LOCK_DEADLOCK; ER_TABLE_DEF_CHANGED; and a table, a
     # column or an index that another host has created first.
     conflicts = (1020, 1213, 1412, 1050, 1060, 1061)
@@ -2711,8 +2715,9 @@ class PostgreSQL(Backend):
         ("synchronous_commit", "SELECT current_setting('synchronous_commit')",
          ("on", "local", "remote_write", "remote_apply")),
         ("fsync", "SELECT current_setting('fsync')", ("on",)))
-    turn = ("INSERT INTO mail_turn (id, turn) VALUES {}"
-            " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
+    take_turn = (
+        "INSERT INTO mail_turn (id, turn) VALUES {}"
+        " ON CONFLICT (id) DO UPDATE SET turn = mail_turn.turn + 1")
     conflicts = (  # serialization failure, deadlock, lock_timeout
         "40001", "40P01", "55P03",
         # created by another host: table, column, index; unique_violation
@@ -3371,9 +3376,9 @@ def fit_values(backend: Backend, mails: Sequence[Mail]) -> Sequence[Mail]:
 
 def take_turns(transaction: Transaction, identities: Iterable[str]) -> None:
     """Lock these identities against other hosts for this transaction."""
-    if transaction.backend.turn:
+    if transaction.backend.take_turn:
         # Sorted: all hosts lock in the same order, so there is no deadlock.
-        transaction.write(transaction.backend.turn, [
+        transaction.write(transaction.backend.take_turn, [
             (identity, 1) for identity in sorted(identities)])
 
 
@@ -3649,7 +3654,7 @@ def write_values(transaction: Transaction, pages: Mapping[str, Page]) -> None:
     """Write the new values of identities whose values are counted."""
     for identity, page in pages.items():
         if page.values:
-            transaction.write(transaction.backend.see, [
+            transaction.write(transaction.backend.add_values, [
                 (identity, value, date)
                 for value, date in page.values.items()])
 
@@ -3680,7 +3685,7 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
                 *key, limit.mails, hits, now, now, mail.client)
     if found:
         transaction.attempt("refusals not recorded: %s", Transaction.write,
-                            transaction.backend.note,
+                            transaction.backend.add_refusals,
                             [found[key] for key in sorted(found)])
 
 
@@ -4319,8 +4324,8 @@ class Service:
         self.clock = clock
         self._alarm, self._outage = alarm, outage
         self._counted = -math.inf  # when Postfix last asked where mail counts
-        self._away = False  # whether the database is unavailable
-        self._lock = threading.Lock()  # guards counts and changes of _away
+        self._unavailable = False  # whether the database is unavailable
+        self._lock = threading.Lock()  # guards counts and _unavailable
 
     def answer(self, request: Request, mail: MailSoFar) -> str:
         """Count the mail of a request and return the action.
@@ -4353,9 +4358,9 @@ class Service:
         self.ledger.passes_unstored = not refuses(settings.db_error_action)
 
     @property
-    def is_database_away(self) -> bool:
+    def is_database_unavailable(self) -> bool:
         """Say whether mail is being judged from memory now."""
-        return self._away
+        return self._unavailable
 
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
@@ -4411,7 +4416,7 @@ class Service:
         """Log the start of an outage, or its end once a mail is stored."""
         if mail.error is not None:
             self.log_outage(mail.error)
-        elif self._away and verdict.usage and verdict.broken is None:
+        elif self._unavailable and verdict.usage and verdict.broken is None:
             self.log_outage(None)
 
     def _watch_state(self, request: Request, settings: Settings,
@@ -4428,12 +4433,12 @@ class Service:
 
     def log_outage(self, error: LedgerError | None) -> None:
         """Log and report, once each, the start and the end of an outage."""
-        away = error is not None
+        unavailable = error is not None
         with self._lock:
-            if away == self._away:
+            if unavailable == self._unavailable:
                 return
-            self._away = away
-        if away:
+            self._unavailable = unavailable
+        if unavailable:
             log.error("the database is unavailable: counting in memory,"
                       " answering %s to mail within the limits: %s",
                       self.settings.db_error_action, error)
@@ -5791,7 +5796,7 @@ def send_reports(database: Database, settings: Settings) -> None:
     if not settings.report_to:
         return
     untold = [row for row in database.read(read_refusals, "WHERE hits > told")
-              if row.seconds in settings.noted_windows]
+              if row.seconds in settings.reported_windows]
     refused = [row for row in untold
                if not rule_of(settings, row.identity).dry_run]
     if refused or not settings.report_only_if_needed:
@@ -5836,7 +5841,7 @@ def import_old_refusals(transaction: Transaction, now: int) -> None:
             "SELECT id, delta, hit FROM limit_report").fetchall():
         hits[fold(identity), window] += hit or 0
     transaction.run("DELETE FROM limit_report")
-    transaction.write(transaction.backend.note, [
+    transaction.write(transaction.backend.add_refusals, [
         Refusal(*key, -1, hits[key], now, now, "") for key in sorted(hits)])
 
 
@@ -7727,7 +7732,7 @@ class Systemd:
         new = {name: counts[name] - before[name] for name in counts}
         mails = new["passed"] + new["refused"] + new["database_errors"]
         database = ("unavailable: mail is judged from memory"
-                    if self._service.is_database_away else "available")
+                    if self._service.is_database_unavailable else "available")
         return (f"STATUS={mails} mails in the last hour, {new['refused']} of"
                 f" them refused; the database is {database}")
 
@@ -8389,7 +8394,7 @@ def warn_of_quotas(postfix: Postfix, settings: Settings,
 OVERFLOW_ID = 65534  # user_namespaces(7): the id of unmapped users
 
 
-def warn_of_shut_doors(postfix: Postfix, settings: Settings, owner: Owner,
+def warn_of_closed_folders(postfix: Postfix, settings: Settings, owner: Owner,
                        makeable: Sequence[str]) -> Iterator[str]:
     """Yield what prevents Postfix's user from connecting to a unix socket."""
     try:
@@ -8622,7 +8627,7 @@ DATABASE_SETTINGS = (
     "mysql_config", "pgsql_config", "db_timeout")
 TAKES_ID = ("--status", "--reset", "--block", "--unlimit")
 NEEDS_ID = ("--limit", "--reset", "--block", "--unlimit")
-AS_IT_IS = "\0"  # precedes an ID whose dash argparse must not see
+ID_MARK = "\0"  # precedes an ID whose dash argparse must not see
 # Cron jobs may abbreviate these in ways that new options made ambiguous.
 ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
 
@@ -8630,11 +8635,11 @@ ORIGINAL_OPTIONS = ("--clean", "--file", "--get-config", "--help")
 def spell_out(word: str) -> str:
     """Return an option that is abbreviated as 1.x allowed, else the word.
 
-    An ID after "=" is marked with AS_IT_IS.
+    An ID after "=" is marked with ID_MARK.
     """
     name, equals, value = word.partition("=")
     if equals and name in TAKES_ID:
-        return f"{name}={AS_IT_IS}{value}"
+        return f"{name}={ID_MARK}{value}"
     for option in ORIGINAL_OPTIONS:
         if len(name) > len("--") and option.startswith(name):
             return option + equals + value
@@ -8646,7 +8651,7 @@ def mark_ids(words: Sequence[str]) -> list[str]:
     marked = list(words[:1])
     for option, word in zip(words, words[1:]):
         if option in NEEDS_ID and word.startswith("-"):
-            word = AS_IT_IS + word
+            word = ID_MARK + word
         marked.append(word)
     return marked
 
@@ -8656,9 +8661,9 @@ def choose_command(options: argparse.Namespace) -> None:
     for option in TAKES_ID:
         given = getattr(options, option[2:])
         if given is not None:
-            setattr(options, option[2:], given.removeprefix(AS_IT_IS))
+            setattr(options, option[2:], given.removeprefix(ID_MARK))
     if options.limit is not None:
-        options.limit[0] = options.limit[0].removeprefix(AS_IT_IS)
+        options.limit[0] = options.limit[0].removeprefix(ID_MARK)
     chosen = [name for name in COMMANDS
               if getattr(options, name) not in (None, False)]
     if "get_config" in chosen:
@@ -9104,7 +9109,7 @@ def check_postfix(settings: Settings, owner: Owner,
         return f"Postfix: not checked: {error}"
     for warning in dict.fromkeys([
             *warn_of_postfix(postfix, settings),
-            *warn_of_shut_doors(postfix, settings, owner, makeable)]):
+            *warn_of_closed_folders(postfix, settings, owner, makeable)]):
         log.warning("%s", printable(warning))
     return describe_postfix(postfix, settings)
 

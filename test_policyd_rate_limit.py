@@ -3233,10 +3233,11 @@ class StoreContract:
 
     def test_the_date_of_a_value_never_goes_back(self) -> None:
         ledger = self.open()
-        see = ledger.database.backend.see
+        add_values = ledger.database.backend.add_values
         for rows in ([("key", "a", 1000), ("key", "b", 1001)],
                      [("key", "a", 999), ("key", "b", 1002)]):
-            ledger.database.transact(prl.Transaction.write, see, rows)
+            ledger.database.transact(
+                prl.Transaction.write, add_values, rows)
         self.assertEqual(self.execute(
             ledger, "SELECT value, date FROM mail_value ORDER BY value"),
             [("a", 1000), ("b", 1002)])
@@ -3640,10 +3641,10 @@ class StoreContract:
         ledger.database.transact(prl.Transaction.write, prl.INSERT, [
             (name, 1000, 1, "", "DATA", 1) for name in names])
         ledger.database.transact(
-            prl.Transaction.write, ledger.database.backend.see,
+            prl.Transaction.write, ledger.database.backend.add_values,
             [(name, "x", 1000) for name in names])
         ledger.database.transact(
-            prl.Transaction.write, ledger.database.backend.note,
+            prl.Transaction.write, ledger.database.backend.add_refusals,
             [(name, 60, 9, 1, 1000, 1000, "", 0) for name in names])
 
     def names(self, ledger: prl.Ledger, table: str) -> list[str]:
@@ -3813,7 +3814,7 @@ class StoreContract:
                   enumerate((5 * step, 3, 0, step, step // 2, step // 3))
                   for n in range(count)]
         ledger.database.transact(
-            prl.Transaction.write, ledger.database.backend.see, values)
+            prl.Transaction.write, ledger.database.backend.add_values, values)
         steps = clean(ledger.database, self.SHORT, 1601)
         self.assertEqual(sum(steps), len(values) // 2 + 1)
         self.assertLessEqual(max(steps), 2.5 * step)  # of one second
@@ -7187,7 +7188,7 @@ class ReportTest(ReportsTest):
 
     def test_a_report_has_a_thousand_lines_at_most(self) -> None:
         self.ledger.database.transact(
-            prl.Transaction.write, self.ledger.database.backend.note,
+            prl.Transaction.write, self.ledger.database.backend.add_refusals,
             [prl.Refusal(f"user{n:04}", 60, 1, n + 1, 1000, 1000, "::1")
              for n in range(1007)])
         sink = self.sink()
@@ -7705,7 +7706,7 @@ class StatusTest(ReportsTest):
         self.refuse("few", 2)
         self.refuse("many", 3, 86400)
         self.ledger.database.transact(
-            prl.Transaction.write, self.ledger.database.backend.note,
+            prl.Transaction.write, self.ledger.database.backend.add_refusals,
             [("early", 60, 10, 99, 1000, 2000, "", 0)])
         self.show("--limit", "boss", "900/h", "--for", "3w")
         lines = self.show("--status").splitlines()
