@@ -1202,9 +1202,14 @@ def doubt_numbers(settings: Settings) -> Iterator[Doubt]:
             if swapped and rule.count != "bytes":
                 mails, seconds = swapped[0]
                 yield Doubt(
-                    False, f"{label}{': '.join(place)}: [{mails}, {seconds}]"
-                    f" lets {mails // seconds} mails pass in a second; is"
-                    f" [{seconds}, {mails}] meant?", (*names, *place))
+                    False, f"{label}{': '.join(place)}:"
+                    f" {doubt_swapped(mails, seconds)}", (*names, *place))
+
+
+def doubt_swapped(mails: int, seconds: int) -> str:
+    """Return the doubt about a limit whose numbers seem to be swapped."""
+    return (f"[{mails}, {seconds}] lets {mails // seconds} mails pass in a"
+            f" second; is [{seconds}, {mails}] meant?")
 
 
 def look_swapped(mails: int, seconds: int) -> bool:
@@ -1708,6 +1713,11 @@ def identify(request: Request, settings: Settings,
     if address is None or not settings.limited_networks.fits(str(address)):
         return (), None
     return ("client_address",), str(address)
+
+
+def both_count(settings: Settings) -> bool:
+    """Say whether logins count, and mail without a login by its sender."""
+    return settings.limit_by_sasl and settings.limit_by_sender
 
 
 def key_of_identity(by: Sequence[str], name: str, settings: Settings) -> str:
@@ -5281,9 +5291,12 @@ class Housekeeping:
                 read_overrides, now, reading=True)
             with ledger.memory.lock:
                 ledger.memory.overrides = overrides
-            if (settings is not self._settings
+            unavailable = service.is_database_unavailable
+            if (settings is not self._settings or unavailable
                     or time.monotonic() >= self._store_at):
                 self._store_window(ledger.database, settings)
+            if unavailable and not ledger.memory.unstored_identities():
+                service.log_outage(None)  # a row could be written
             self._clean(ledger.database, settings, now)
         except LedgerError as error:
             service.log_outage(error)
@@ -6403,6 +6416,8 @@ def related_keys(settings: Settings, name: str) -> dict[str, tuple[str, ...]]:
     known = [{"sasl_username": name}]
     if "@" in name:  # with a login of this name, or without a login
         known = [{"sasl_username": name, "sender": name}, {"sender": name}]
+    if name.startswith(SENDER_KEY) and both_count(settings):
+        known = [{"sender": name[len(SENDER_KEY):]}]
     if parse_address(name):
         known = [{"client_address": name}]
     found: dict[str, tuple[str, ...]] = {}
@@ -6681,7 +6696,7 @@ def show_rows(status: Status, now: int, colour: bool,
         until = short(status.until, now) or "permanent"
     name = printable(status.identity)
     if not status.limits:
-        yield (name, "", "", "", *first, "", until)
+        yield (name, "", "", "no limits", *first, "", until)
     for use in status.limits:
         yield (name, *show_use(use, colour), *first,
                short(use.room_at, now), until)
@@ -6724,6 +6739,8 @@ def show_one(status: Status, origins: Mapping[tuple[str, ...], str],
                f"{tried}{when}:")
     else:
         yield "limits: none; the configuration counts no mail of this name"
+    if status.source and not status.limits:
+        yield "  no limits"
     for use in status.limits:
         span, bar, used = show_use(use, colour)
         room = f"room at {moment(use.room_at)}" if use.room_at else ""
@@ -7767,7 +7784,7 @@ def notify(state: str) -> None:
 # ---------------------------------------------------------------------------
 
 NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, and so will a"
-             " start by systemd")
+             " start by systemd; run: chgrp %s %s && chmod g+r %s")
 CONNECT_PATIENCE = 2  # seconds; a daemon that is not busy takes 1 ms
 TAKEN = "in use by another program, or by a daemon that does not answer"
 Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
@@ -7886,6 +7903,12 @@ def can_write(folder: str) -> bool:
 def can_reload(options: argparse.Namespace) -> bool:
     """Say whether this user, too, can read the file that root has read."""
     return options.file is None or os.access(options.file, os.R_OK)
+
+
+def unreadable(options: argparse.Namespace, settings: Settings) -> list[str]:
+    """Return what NO_RELOAD names."""
+    path = shlex.quote(options.file)
+    return [options.file, settings.user, settings.group, path, path]
 
 
 def warn_of_strangers(settings: Settings) -> None:
@@ -8012,7 +8035,7 @@ class PolicyCheck(NamedTuple):
     text: str  # its argument; Postfix has a connection for each different one
     state: str  # the protocol_state of its requests; "": unknown
     endpoint: Endpoint
-    behind_login: bool  # permit_sasl_authenticated precedes it
+    behind: frozenset[str]  # the permit_... that precede it
     only_warns: bool  # warn_if_reject precedes it
 
 
@@ -8045,6 +8068,9 @@ def run_postconf(program: str, *options: str) -> str:
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         raise PolicydError(printable(said[-1]) if said else "postconf failed")
+    for line in done.stderr.decode(errors="replace").splitlines():
+        if "syntax error" in line:  # with that, master(8) does not start
+            log.warning("%s", printable(line), extra=SELDOM)
     return done.stdout.decode(errors="replace")
 
 
@@ -8133,18 +8159,18 @@ def find_checks(smtpd: Smtpd, queue: str) -> Iterator[PolicyCheck]:
 def checks_in(words: Sequence[str], name: str, state: str, chroot: bool,
               queue: str) -> Iterator[PolicyCheck]:
     """Yield each check_policy_service that a list reaches."""
-    behind_login = False
+    behind: set[str] = set()
     before = ""
     for word, text in zip(words, [*words[1:], ""]):
         lowered = word.lower()
         only_warns = before == "warn_if_reject"
         if lowered in ENDS and not only_warns:
             return
-        if lowered == "permit_sasl_authenticated":
-            behind_login = True
+        if lowered.startswith("permit_") and not only_warns:
+            behind.add(lowered)
         if lowered == "check_policy_service" and text:
             yield PolicyCheck(name, text, state, parse_endpoint(
-                text, chroot, queue), behind_login, only_warns)
+                text, chroot, queue), frozenset(behind), only_warns)
         before = lowered
 
 
@@ -8223,15 +8249,22 @@ def describe_postfix(postfix: Postfix, settings: Settings) -> str:
     """Return one line that says which services ask."""
     asking: list[str] = []
     silent: list[str] = []
+    exempt: set[str] = set()
     for smtpd in postfix.services:
         ours = sort_checks(smtpd, postfix, settings).ours
         (asking if ours else silent).append(smtpd.name)
+        exempt.update(permitted_before(ours))
     if not postfix.services:
         return "Postfix: accepts no mail by SMTP on this host"
     if not asking:
         return "Postfix: does not ask on this host"
     text = f"Postfix: asks about mail that arrives at {', '.join(asking)}"
-    return text + (f", not at {', '.join(silent)}" if silent else "")
+    if silent:
+        text += f", not at {', '.join(silent)}"
+    if exempt:  # which may be meant so
+        text += (f"; not about mail that {' or '.join(sorted(exempt))} permits"
+                 " before the check")
+    return text
 
 
 def nobody_asks(postfix: Postfix, settings: Settings,
@@ -8251,7 +8284,8 @@ def nobody_asks(postfix: Postfix, settings: Settings,
         text += (f", and move SOCKET below {postfix.queue}, since smtpd is"
                  " chrooted there")
     if found:
-        text += f"; found: {'; '.join(dict.fromkeys(found))}"
+        text += (f"; found: {'; '.join(dict.fromkeys(found))} (correct what is"
+                 " meant for this daemon)")
     return text
 
 
@@ -8312,9 +8346,11 @@ def warn_of_override(postfix: Postfix, settings: Settings,
         return
     check = policy_check(settings.SOCKET, postfix.queue)
     for lost in service.lost:
+        # Only in braces may the value of an option have spaces (master(5)).
+        value = ", ".join([check, *split_list(service.smtpd.own[lost])])
         yield (f"{postfix.file('master.cf')}: {name}: -o {lost}"
                " overrides the list of main.cf, so mail that arrives there is"
-               f" not limited: put this first in it: {check}")
+               f" not limited: write -o {{ {lost} = {value} }}")
 
 
 def warn_of_unreachable(postfix: Postfix, settings: Settings,
@@ -8349,12 +8385,19 @@ def warn_of_stage(postfix: Postfix, settings: Settings,
         yield ("every mail is counted twice, since the check is not written"
                f" the same everywhere; make these equal: {'; '.join(found)}")
     logs_in = service.smtpd.parameters.get("smtpd_sasl_auth_enable") == "yes"
-    if (counted and logs_in and counts_logins(settings)
-            and all(check.behind_login for check in counted)):
+    if (logs_in and counts_logins(settings)
+            and "permit_sasl_authenticated" in permitted_before(counted)):
         yield (f"{place_of(postfix, service, counted[0])}:"
                " permit_sasl_authenticated stands before the check, so mail"
                " from users who have logged in is not limited: put the check"
                " first")
+
+
+def permitted_before(checks: Sequence[PolicyCheck]) -> frozenset[str]:
+    """Return the permit_... that precede every one of some checks."""
+    if not checks:
+        return frozenset()
+    return frozenset.intersection(*(check.behind for check in checks))
 
 
 def is_asked_in_time(check: PolicyCheck, settings: Settings) -> bool:
@@ -8543,6 +8586,22 @@ class LineHandler(logging.Handler):
                 left = left[os.write(self._descriptor, left):]
 
 
+class WarningCounter(logging.Handler):
+    """Counts the warnings in the log."""
+
+    count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Count a record if it is a warning."""
+        self.count += record.levelno >= logging.WARNING
+
+    def verdict(self) -> str:
+        """Return the last line of --check."""
+        if not self.count:
+            return "OK"
+        return f"OK, with {self.count} warning{'s' if self.count > 1 else ''}"
+
+
 EXAMPLES = """\
 Examples:
   policyd-rate-limit --status  show who is refused and who has sent most
@@ -8593,7 +8652,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     also("--get-config", metavar="NAME", help="print a setting's value")
     also("--for", dest="term", metavar="TIME", type=parse_term, help="how long"
          " --limit or --block holds: a number with s, min, h, d or w, such as"
-         " 90s, 30min, 2h; default: permanently")
+         " 90s, 30min, 2h; without a unit, seconds; default: permanently")
     also("--json", action="store_true",
          help="print --status or --simulate as JSON")
     also("--file", "-f", metavar="CONFIG_PATH",
@@ -8756,6 +8815,10 @@ def configure(options: argparse.Namespace) -> Config:
             "SOCKET": f"{folder}/policy", "backend": 0,
             "sqlite_config": {"database": f"{folder}/db.sqlite3"},
             "pidfile": f"{folder}/{PROGRAM}.pid"}
+        for name, value in values.items():
+            if config.values.get(name, value) != value:
+                log.warning("%s: %s has no effect with --standalone; use"
+                            " -o %s=VALUE", config.place(name), name, name)
         config.values.update(values)
         config.places.update({(name,): "--standalone" for name in values})
     options.without_overrides = copy.deepcopy(config)
@@ -8774,7 +8837,7 @@ def run_daemon(options: argparse.Namespace) -> None:
             print("For main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
         if not can_reload(options):
-            log.error(NO_RELOAD, options.file, settings.user)
+            log.error(NO_RELOAD, *unreadable(options, settings))
 
     serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
@@ -8931,6 +8994,7 @@ def reset(options: argparse.Namespace) -> None:
     with advice_for_outage(key):
         status = find_status(settings, database, key)
         warn_if_unknown(settings, database, status, "nothing was recorded")
+        warn_of_sender(settings, database, key)
         mails = database.transact(forget, key)
     print(f"{printable(key)}: {mails} recorded mails forgotten")
     if status.override is not None and status.override.is_block():
@@ -8951,6 +9015,10 @@ def set_limit(options: argparse.Namespace) -> None:
         what = "block" if override.is_block() else "limit"
         warn_if_unknown(settings, database, status,
                         f"the {what} applies to exactly this name")
+        warn_of_sender(settings, database, key)
+        for limit in limits:
+            if look_swapped(*limit):
+                log.warning("LIMITS: %s", doubt_swapped(*limit))
         if status.dry_run:
             log.warning("%s: dry_run is set, so none of its mail is refused",
                         printable(key))
@@ -8967,6 +9035,7 @@ def unlimit(options: argparse.Namespace) -> None:
     key = key_of(settings, options.unlimit)
     with advice_for_outage(key):
         override = find_status(settings, database, key).override
+        warn_of_sender(settings, database, key)
         database.transact(drop_override, key)
     if override is None:
         print(f"{printable(key)}: already has its usual limits")
@@ -9009,6 +9078,19 @@ def advice_for_outage(key: str) -> Iterator[None]:
             f" available.  To stop {printable(key)} now, change its password,"
             " or give it [[0, 60]] in limits_by_id and reload"
             ) from error
+
+
+def warn_of_sender(settings: Settings, database: Database, key: str) -> None:
+    """Warn if a sender of this name is another identity, with records."""
+    if (not both_count(settings) or key.startswith(SENDER_KEY)
+            or rule_of(settings, key).by):
+        return
+    sender = find_status(settings, database, shorten(SENDER_KEY + key))
+    if sender.last_mail or sender.refused_by or sender.override:
+        log.warning(
+            "%s is another identity, which stays as it is: the mail with this"
+            " envelope sender of clients that have not logged in",
+            printable(sender.identity))
 
 
 def unlimit_command(key: str) -> str:
@@ -9075,6 +9157,8 @@ def check_start(options: argparse.Namespace) -> None:
 
     Print the limits in words and OK, or raise for what is wrong.
     """
+    warnings = WarningCounter()
+    log.addHandler(warnings)
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
     backend = BACKENDS[settings.backend](settings)
@@ -9092,12 +9176,12 @@ def check_start(options: argparse.Namespace) -> None:
             log.warning("%s; a start by systemd as %s will fail", obstacle,
                         owner.pw_name)
     if not can_reload(options):
-        log.warning(NO_RELOAD, options.file, settings.user)
+        log.warning(NO_RELOAD, *unreadable(options, settings))
     database = backend.describe_for_check(functools.partial(
         examine_database, query=settings.sql_limits_by_id))
     state = "is running" if running else "is not running"
     print(*describe_rules(settings), f"the daemon {state}", about_postfix,
-          database, "OK", sep="\n")
+          database, warnings.verdict(), sep="\n")
 
 
 def check_postfix(settings: Settings, owner: Owner,

@@ -87,6 +87,7 @@ REFUSED = "defer_if_permit Rate limit reach, retry later"
 BLOCKED = "defer_if_permit Sending is blocked, contact your postmaster"
 AWAY = "warn no database"  # an action that lets the mail pass
 DB_AWAY = "warn the database is unavailable"
+CHECK_OK = r"\nOK(, with \d+ warnings?)?\n$"  # how --check ends
 WIDE = "limits: [[100000, 86400]]\ndebug: False\n"  # limits that nobody hits
 Answers = list[tuple[dict[str, Any], str]]  # to some mails
 slow = unittest.skipIf(QUICK, "POLICYD_TEST_QUICK is set")
@@ -2160,7 +2161,8 @@ class SettingsTest(FolderTest):
                 status, out, err = command(
                     "-f", self.write("test.yaml", text), "--check",
                     "--standalone", self.path("sa"))
-                self.assertEqual((status, out[-4:]), (0, "\nOK\n"), err)
+                self.assertEqual(status, 0, err)
+                self.assertRegex(out, CHECK_OK)
 
     def test_what_the_original_works_with_starts(self) -> None:
         for name, text, value in (
@@ -2195,7 +2197,7 @@ class SettingsTest(FolderTest):
                 self.settings(f"limits: []\nquotas: [{quota}]\n")
 
     def test_what_has_no_effect_is_told(self) -> None:
-        self.check_told(0, "\nOK\n", "warning", (
+        self.check_told(0, CHECK_OK, "warning", (
             ("limit_by_sender: True\nlimits_by_id: {joe@x.org: []}", 3,
              "limits_by_id: joe@x.org: since limit_by_sender is True, this"
              " entry also holds for anybody who writes such a sender address"
@@ -2262,7 +2264,7 @@ class SettingsTest(FolderTest):
         wildcard = "there is no wildcard; write "
         networks = "networks are compared; write one, such as 192.0.2.0/24"
         joe = "quotas:\n- by: sasl_username\n  limits: [9/h]\n  "
-        self.check_told(0, "\nOK\n", "warning", (
+        self.check_told(0, CHECK_OK, "warning", (
             *((f'limits_by_id:\n  joe: []\n  "{pattern}": []', 4,
                f"limits_by_id: {pattern}: {why}") for pattern, why in (
                    ("*@example.org", f'{wildcard}"@example.org"'),
@@ -2318,7 +2320,7 @@ class SettingsTest(FolderTest):
 
     def test_where_nothing_is_limited_a_check_ends_with_5(self) -> None:
         none = "limit_by_sasl: False\nquotas:\n"
-        self.check_told(5, "", "error", (
+        self.check_told(5, "^$", "error", (
             ("limit_by_sasl: False", 2, "limit_by_sasl, limit_by_sender,"
              " limit_by_ip: all are False, so nothing is limited"),
             ("limit_by_sasl: False\nlimit_by_ip: True", 0,
@@ -2433,8 +2435,8 @@ class SettingsTest(FolderTest):
                 self.assertEqual(
                     daemon.log()[said:], f"{line}configuration reloaded\n")
                 got = command("--check", *daemon.options)
-                self.assertEqual((got[0], got[1][-4:], got[2]),
-                                 (status, out, line))
+                self.assertEqual((got[0], got[2]), (status, line))
+                self.assertRegex(got[1], out)
 
     def test_what_has_an_effect_is_not_told(self) -> None:
         for text in (
@@ -6042,11 +6044,11 @@ class ServiceTest(FolderTest):
             self.assertEqual(self.answers(service, {}), [action])
 
     def test_no_database_gives_db_error_action_until_it_is_back(self) -> None:
-        service = self.service(db_error_action="reject no database",
+        service = self.service(db_error_action="warn no database",
                                limits_by_id=prl.as_limits_by_id({"free": []}))
         os.mkdir(self.path("db"))  # no file can be opened there
         with quiet() as said:
-            self.assertEqual(self.answers(service, {}, {}), ["reject"] * 2)
+            self.assertEqual(self.answers(service, {}, {}), ["warn"] * 2)
             self.assertEqual(self.answers(
                 service, {"sasl_username": "free"}), ["dunno"])
             os.rmdir(self.path("db"))
@@ -9514,7 +9516,7 @@ class CommandLineTest(FolderTest):
                 self.assertRegex(done.stdout, (
                     r"^each login: 10 mails per .*\n"
                     r"the daemon is not running\nPostfix: not checked: .*\n"
-                    r"SQLite \S+, /\S+3\nOK\n$"))
+                    r"SQLite \S+, /\S+3" + CHECK_OK))
                 self.assertEqual(self.contents(), before)
 
     def test_check_says_when_any_account_may_connect(self) -> None:
@@ -9701,7 +9703,8 @@ sys.exit(policyd_rate_limit.main())
                 self.assertEqual(started.returncode, 6, started.stderr)
                 os.unlink(path)
         done = run("--check", "-f", file, *options, program=as_nobody)
-        self.assertEqual((done.returncode, done.stdout[-3:]), (0, "OK\n"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, CHECK_OK)
 
     def test_check_finds_a_database_that_cannot_be_written(self) -> None:
         if not is_root():
@@ -9824,7 +9827,8 @@ sys.exit(policyd_rate_limit.main())
                     options += here_as_ourselves(self)[:4]
                 done = run("--check", *options)
                 self.assertEqual(done.returncode, 0, done.stderr)
-                self.assertIn(f", {path}\nOK\n", done.stdout)
+                self.assertRegex(
+                    done.stdout, re.escape(f", {path}") + CHECK_OK)
                 self.assertFalse(os.path.exists(path))
                 daemon = self.daemon(
                     config, "-o", "sqlite_config="
@@ -9863,7 +9867,7 @@ sys.exit(policyd_rate_limit.main())
                            f"sqlite_config={text}", cwd=locked,
                            program=program)
                 self.assertEqual(done.returncode, 0, done.stderr)
-                self.assertIn(", in memory\nOK\n", done.stdout)
+                self.assertRegex(done.stdout, f", in memory{CHECK_OK}")
                 daemon = self.daemon(
                     "limits: [[2, 3600]]", "-o", f"sqlite_config={text}",
                     name=f"daemon{len(os.listdir(self.folder))}")
@@ -9896,9 +9900,11 @@ sys.exit(policyd_rate_limit.main())
         daemon.stop()
         os.chmod(daemon.config, 0o600)
         line = (f"{daemon.config}: nobody cannot read it, so a reload will"
-                " fail, and so will a start by systemd\n")
+                " fail, and so will a start by systemd; run: chgrp nogroup"
+                f" {daemon.config} && chmod g+r {daemon.config}\n")
         done = run("--check", "-f", daemon.config)
-        self.assertEqual((done.returncode, done.stdout[-3:]), (0, "OK\n"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, CHECK_OK)
         self.assertIn(f"warning: {line}", done.stderr)
         daemon.start()
         daemon.wait_log(f"error: {line}")
@@ -10184,6 +10190,53 @@ class CommandsTest(FolderTest):
                           f" joey@example.org): {result}\n", err)
         self.assertEqual(self.command("--block", "ann@example.org")[2], "")
 
+    def test_a_sender_of_the_same_name_is_told(self) -> None:
+        name, config = "joe@x.org", self.config + "limit_by_sender: True\n"
+        told = ("warning: sender=joe@x.org is another identity, which stays as"
+                " it is: the mail with this envelope sender of clients that"
+                " have not logged in\n")
+        self.record(name, f"sender={name}")
+        for options in (("--block", name), ("--limit", name, "5/min"),
+                        ("--reset", name), ("--unlimit", name)):
+            with self.subTest(options):
+                self.assertEqual(self.command(*options, config=config)[2],
+                                 told)
+                self.assertEqual(self.command(*options)[2], "")
+        for options in (("--block", f"sender={name}"), ("--block", "ann")):
+            with self.subTest(options):
+                self.assertNotIn(
+                    told, self.command(*options, config=config)[2])
+        shown = self.command("--status", f"sender={name}", config=config)[1]
+        self.assertEqual(re.findall("(?m)^(.*)\nlast mail", shown),
+                         [f"sender={name}"])
+
+    def test_swapped_numbers_of_a_limit_are_told(self) -> None:
+        self.record("joe")
+        for limits, told in (
+                ("[[86400, 150]]", "warning: LIMITS: [86400, 150] lets 576"
+                 " mails pass in a second; is [150, 86400] meant?\n"),
+                ("[[150, 86400]]", "")):
+            self.assertEqual(self.command("--limit", "joe", limits)[2], told)
+
+    def test_no_limits_are_shown_as_such(self) -> None:
+        self.record("joe")
+        self.command("--limit", "joe", "[]")
+        self.assertRegex(self.command("--status")[1],
+                         r"(?m)^joe +no limits .*permanent$")
+        self.assertRegex(self.command("--status", "joe")[1],
+                         r"from --limit \(.*\):\n  no limits\n")
+
+    def test_what_standalone_ignores_of_a_file_is_told(self) -> None:
+        path = self.write("other.yaml", "backend: 1\nSOCKET: /run/x\n"
+                          "limits: [[7, 60]]\n")
+        status, out, err = command(
+            "--standalone", self.folder, "-f", path, "--check")
+        self.assertEqual(status, 0, err)
+        for number, name in enumerate(("backend", "SOCKET"), 1):
+            self.assertIn(f"warning: {path}:{number}: {name} has no effect"
+                          f" with --standalone; use -o {name}=VALUE\n", err)
+        self.assertIn("7 mails per minute", out)
+
     def test_they_work_though_another_setting_is_wrong(self) -> None:
         for line, place in (("limits: nonsense", ":2: limits"),
                             ("quotas: [{by: nobody}]", ":2: "),
@@ -10347,6 +10400,19 @@ class FailuresTest(AwayTest):
                       " 4 judged_in_memory", daemon.wait_log("in 0 minutes"))
         wait_for(lambda: counted(daemon.database).get("joe") == 3,
                  "the rows, without another mail")
+        daemon.wait_log("the database is available again")
+
+    def test_an_end_is_told_though_memory_has_nothing_to_store(self) -> None:
+        """The database is back"""
+        daemon = self.daemon(
+            "limits: [[3, 600]]\ndb_error_action: 450 later\n",
+            program=hurried(self.folder, 1))
+        self.assertEqual(daemon.ask(), PASS)
+        with moved_away(daemon.database):
+            os.mkdir(daemon.database)
+            self.assertEqual(daemon.ask(), "450 later")
+            os.rmdir(daemon.database)
+        daemon.wait_log("the database is available again")
 
     def test_what_was_counted_in_memory_ends_with_the_daemon(self) -> None:
         """The daemon ends while the database is unavailable"""
@@ -11020,7 +11086,10 @@ class PostconfTest(unittest.TestCase):
                  "never asks"),
                 (f"{SMTP}\nsmtpd pass - - n - - smtpd",
                  "smtpd/pass/smtpd_data_restrictions = reject_unauth_pipelin"
-                 "ing", "smtpd/pass: -o"),
+                 "ing", "smtpd/pass: -o smtpd_data_restrictions overrides the"
+                 " list of main.cf, so mail that arrives there is not limited:"
+                 f" write -o {{ smtpd_data_restrictions = {CHECK},"
+                 " reject_unauth_pipelining }"),
                 (f"smtp inet n - n - - smtpd\n{SUBMISSION}",
                  "submission/inet/smtpd_data_restrictions ="
                  " check_policy_service"
@@ -11096,7 +11165,8 @@ class PostfixCheckTest(FolderTest):
         """Return what --check prints, and its warnings."""
         with patch.dict(os.environ, MAIL_CONFIG=f"{postfix.folder}/config"):
             status, out, err = command("--check", *daemon.options)
-        self.assertEqual((status, out[-4:]), (0, "\nOK\n"), err)
+        self.assertEqual(status, 0, err)
+        self.assertRegex(out, CHECK_OK)
         return out, err.splitlines()
 
     def test_a_right_set_up_has_no_warning_and_limits(self) -> None:
@@ -11112,6 +11182,30 @@ class PostfixCheckTest(FolderTest):
                               f" 127.0.0.1:{postfix.port}/inet\n", out)
                 self.assertEqual(postfix.send("joe"), [250, 250])
                 self.assertEqual(postfix.send("joe"), over)
+
+    def test_a_list_in_master_cf_asks_as_advised(self) -> None:
+        lists = (f"{CHECK}, reject_unauth_pipelining",
+                 f"permit_mynetworks, {CHECK}")
+        for number, words in enumerate(lists):
+            with self.subTest(words):
+                postfix, daemon = self.start(smtpd=(
+                    f"n - - smtpd -o {{ smtpd_data_restrictions = {words} }}"))
+                out, warnings = self.check(postfix, daemon)
+                self.assertEqual(warnings, [])
+                exempt = "; not about mail that permit_mynetworks permits bef"
+                self.assertEqual(exempt in out, bool(number))
+                self.assertEqual(postfix.send("joe"), [250, 250])
+                self.assertEqual(postfix.send("joe"), [
+                    250, 250 if number else 450])
+
+    def test_a_syntax_error_in_master_cf_is_told(self) -> None:
+        postfix, daemon = self.start(smtpd_data_restrictions=CHECK)
+        with open(f"{postfix.folder}/config/master.cf", "a") as file:
+            file.write(f"2525 inet n - n - - smtpd\n"
+                       f"  -o smtpd_data_restrictions={CHECK},permit\n")
+        warnings = self.check(postfix, daemon)[1]
+        self.assertTrue([line for line in warnings if "syntax error" in line],
+                        warnings)
 
     def test_a_chrooted_service_finds_the_socket(self) -> None:
         postfix, daemon = self.start(smtpd="y - - smtpd",
@@ -11265,11 +11359,11 @@ class ReadmeTest(FolderTest):
         "policyd-rate-limit --unlimit joe@example.org": "usual limits apply",
         "adduser --system --group --home /run/policyd-rate-limit"
         " --no-create-home policyd-rate-limit":
-            r"(?s)^adduser --system.*\nOK\nsystemctl enable --now policyd",
+            r"(?s)^adduser --system.*\nOK.*\nsystemctl enable --now policyd",
         "postconf smtpd_data_restrictions":
-            r"(?s)^smtpd_data_restrictions =.*postfix reload\n.*\nOK\n",
+            r"(?s)^smtpd_data_restrictions =.*postfix reload\n.*\nOK",
         "dpkg-divert --local --rename --add /usr/bin/policyd-rate-limit":
-            r"(?s)^dpkg-divert .*\nOK\n.*systemctl restart",
+            r"(?s)^dpkg-divert .*\nOK.*systemctl restart",
         "rm -rf /usr/bin/policyd-rate-limit"
         " /etc/systemd/system/policyd-rate-limit.service"
         " /var/spool/postfix/ratelimit":
@@ -11381,8 +11475,8 @@ class ReadmeTest(FolderTest):
     def run_yaml(self, text: str) -> None:
         """Let --check look at a configuration file."""
         path = self.write("readme.yaml", text)
-        self.assertIn("\nOK\n", self.shell(f"policyd-rate-limit --check"
-                                           f" -f {path}"))
+        self.assertRegex(
+            self.shell(f"policyd-rate-limit --check -f {path}"), CHECK_OK)
 
     def run_sql(self, text: str) -> None:
         """Run statements on the trial's database, or on a copy of it."""
@@ -11612,8 +11706,8 @@ class HostTest(FolderTest):
         self.assertEqual([250] * 21, self.host.send("joe", 20))
         said = self.paste(self.INSTALL, "postconf -e")
         self.assertNotIn("warning:", said)
-        self.assertRegex(said, r"\nthe daemon is running\nPostfix: asks for"
-                         r" mail that comes to smtp/inet\n(.*\n)*OK\n$")
+        self.assertRegex(said, r"\nthe daemon is running\nPostfix: asks about"
+                         r" mail that arrives at smtp/inet\n(.*\n)*OK\n$")
 
     def check_count_and_refusal(self) -> None:
         """Mail is counted and logged, and refused over the limit."""
@@ -11713,7 +11807,8 @@ class HostTest(FolderTest):
         """The new program goes on with the counts; it stays the one."""
         self.assertRegex(
             self.paste(self.UPGRADE, "dpkg-divert", "--add"),
-            r"\nPostfix: asks for mail that comes to smtp/inet\n(.*\n)*OK\n$")
+            r"\nPostfix: asks about mail that arrives at smtp/inet\n(.*\n)*"
+            r"OK, with 1 warning\n$")
         self.assertEqual([250, 250], self.host.send("joe"))
         self.wait_decision("identity=<joe>, cost=1, used=5/10/60s")
         self.assertEqual([250] * 5 + [450] * 2 + [250],
