@@ -7799,9 +7799,11 @@ def is_running(settings: Settings) -> bool:
     return True
 
 
-def find_obstacles(settings: Settings, running: bool) -> Iterator[str]:
+def find_obstacles(settings: Settings, running: bool,
+                   makeable: Sequence[str] = ()) -> Iterator[str]:
     """Yield what would prevent this user from starting the daemon.
 
+    makeable: the folders that a start creates or gives to this user.
     Raise OSError or PolicydError for an address that cannot be bound at all.
     """
     own = []
@@ -7810,7 +7812,8 @@ def find_obstacles(settings: Settings, running: bool) -> Iterator[str]:
     if isinstance(settings.SOCKET, str):
         own.append(f"{settings.SOCKET}.lock")
     for path in own:
-        yield from find_file_obstacle(path)
+        if os.path.dirname(os.path.abspath(path)) not in makeable:
+            yield from find_file_obstacle(path)
     database = database_path(settings.sqlite_config)
     if settings.backend == 0 and database and os.path.islink(database):
         folder = os.path.dirname(os.path.realpath(database))
@@ -9172,7 +9175,7 @@ def check_start(options: argparse.Namespace) -> None:
     warn_if_alert_command_missing(settings)
     check_folders(settings, makeable, owner)
     if owner is not None:
-        for obstacle in find_obstacles(settings, running):
+        for obstacle in find_obstacles(settings, running, makeable):
             log.warning("%s; a start by systemd as %s will fail", obstacle,
                         owner.pw_name)
     if not can_reload(options):
