@@ -1690,6 +1690,15 @@ def is_counted(protocol_state: str, count_mode: str | int) -> bool:
     return protocol_state in (STATES[1:] if count_mode else STATES[:1])
 
 
+def why_not_counted(request: Request, settings: Settings) -> str:
+    """Return why claims_of() finds no claims in a request."""
+    if not is_counted(request.protocol_state, settings.count_mode):
+        return f"count_mode {settings.count_mode} does not count at this state"
+    if is_own_report(request, settings):
+        return "it is a report to report_to"
+    return "no limit_by_... setting and no quota applies"
+
+
 def is_wanted(request: Request, rule: Rule) -> bool:
     """Say whether a request matches a rule's `when`."""
     return all(choice.fits(attribute_of(request, attribute),
@@ -4356,9 +4365,11 @@ class Service:
             return self._decide(request, claims, settings, now, mail)
         if mail.was_asked_before(request):
             return mail.go_on(request)
-        log.info("%s: protocol_state=%s, not counted, action=%s",
-                 queue_id_of(request), printable(request.protocol_state),
-                 settings.success_action)
+        if log.isEnabledFor(logging.INFO):
+            log.info("%s: protocol_state=%s, not counted (%s), action=%s",
+                     queue_id_of(request), printable(request.protocol_state),
+                     why_not_counted(request, settings),
+                     settings.success_action)
         return settings.success_action
 
     def reload(self, settings: Settings) -> None:

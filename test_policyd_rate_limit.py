@@ -7990,6 +7990,17 @@ class StatusTest(ReportsTest):
                     list(prl.related_keys(settings_of(settings), name)),
                     keys.split())
 
+    def test_the_log_says_why_a_mail_is_not_counted(self) -> None:
+        for options, attributes, why in (
+                ((), {"sasl_username": ""},
+                 "no limit_by_... setting and no quota applies"),
+                (("-o", "count_mode=0"), {},
+                 "count_mode 0 does not count at this state")):
+            daemon = self.daemon("", *options, name=f"d{len(options)}")
+            self.assertEqual(daemon.ask(**attributes), PASS)
+            self.assertIn(f"protocol_state=DATA, not counted ({why}),"
+                          " action=dunno\n", daemon.log())
+
     def test_a_name_that_is_not_counted_has_no_limits(self) -> None:
         self.spend("other", 1)
         for name, config, limits in (
