@@ -291,6 +291,7 @@ DERIVED = {  # computed from the attribute named on the right
 ADDRESSES = (  # may hold a host's address, which no client can choose
     ("client_address",), ("client_network",), ("server_address",),
     ("sasl_username",))
+FORGED = {"sender", "sender_domain", "helo_name"}  # as a client likes
 COUNTS = ("recipients", "mails", "bytes")  # or an attribute's different values
 FACTS = ("identity", "used", "mails", "seconds", "window", "room_at",
          "room_in")  # the variables of fail_action
@@ -1343,11 +1344,35 @@ def doubt_actions(settings: Settings) -> Iterator[Doubt]:
                     " within its limits; write dunno", ("success_action",))
     yield from doubt_refusal(settings, settings.fail_action, "",
                              ("fail_action",))
+    word = settings.block_action.split()[0]
+    yield from doubt_word(word, "block_action", ("block_action",))
+    if passes(settings.block_action):
+        blocks = any(rule.block_for for rule in settings.rules)
+        yield Doubt(blocks, f"block_action: {word} lets the mail of whoever"
+                    " is blocked pass", ("block_action",))
     for number, quota in enumerate(settings.quotas):
         if quota.fail_action:
             yield from doubt_refusal(
                 settings, quota.fail_action, f"quotas: {quota.name}: ",
                 ("quotas", str(number), "fail_action"))
+
+
+def doubt_blocks(settings: Settings) -> Iterator[Doubt]:
+    """Yield where block_for blocks nobody, or somebody who did nothing."""
+    for rule, names, label in place_rules(settings):
+        if not rule.block_for:
+            continue
+        place = (*names, "block_for")
+        if rule.dry_run:
+            yield Doubt(False, f"{label}block_for: with dry_run, nobody is"
+                        " blocked", place)
+        if FORGED.intersection(rule.by) or (
+                not rule.by and settings.limit_by_sender):
+            yield Doubt(False, f"{label}block_for: anyone can have a sender"
+                        " blocked by forging its address", place)
+        if rule.by == ("server",):
+            yield Doubt(False, f"{label}block_for: one sender can have the"
+                        " whole server blocked", place)
 
 
 def doubt_refusal(settings: Settings, action: str, label: str, names: Names,
@@ -1435,7 +1460,7 @@ def doubt_senders(settings: Settings) -> Iterator[Doubt]:
 
 DOUBTS: Sequence[Callable[[Settings], Iterator[Doubt]]] = (
     doubt_identities, doubt_senders, doubt_limits, doubt_numbers,
-    doubt_patterns, doubt_conditions, doubt_actions, doubt_query,
+    doubt_patterns, doubt_conditions, doubt_actions, doubt_blocks, doubt_query,
     doubt_reports, doubt_process)
 
 
@@ -1519,7 +1544,7 @@ class Claim(NamedTuple):
     """An identity, what a mail costs it, and the limits that apply."""
 
     identity: str  # or a quota's key: name=value
-    cost: int
+    cost: int  # 0: only a block applies; the mail has no value or size
     limits: Limits
     rule: Rule = Rule()  # the rule that makes this claim
     value: str | None = None  # if different values are counted
@@ -1677,9 +1702,10 @@ def claims_of(request: Request, settings: Settings,
         cost, value = cost_of(request, rule, settings.count_mode)
         if key in charged:
             cost = rest_of(cost, value, request, rule, charged[key])
-        if cost:
-            claims.append(Claim(
-                key, cost, limits_under(rule, by, name), rule, value))
+            if not cost:
+                continue
+        claims.append(Claim(
+            key, cost, limits_under(rule, by, name), rule, value))
     return claims
 
 
@@ -1814,7 +1840,9 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
     for mail in mails:
         usage: list[Usage] = []
         for claim in mail.claims:
-            usage += accounts[claim.identity].usage(claim)
+            account = accounts[claim.identity]
+            if claim.cost or account.block is not None:
+                usage += account.usage(claim)
         verdict = judge(usage)
         if verdict.broken is not None:
             block = accounts[verdict.broken.claim.identity].block
@@ -1824,7 +1852,8 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
         without = [use.claim.identity for use in verdict.tried]
         for claim in mail.claims:
             account = accounts[claim.identity]
-            if claim.identity not in without and account.limits_of(claim):
+            if (claim.cost and claim.identity not in without
+                    and account.limits_of(claim)):
                 account.add(claim)
                 charges.append(Charge(mail, claim))
     return verdicts, charges
@@ -1837,8 +1866,8 @@ def judge(usage: Sequence[Usage]) -> Verdict:
     """
     tried: dict[str, Usage] = {}
     for use in usage:
-        claim = use.claim
-        if use.used + claim.cost <= use.limit.mails:
+        claim, most = use.claim, use.limit.mails
+        if most > 0 and use.used + claim.cost <= most:
             continue
         if not claim.rule.dry_run:
             return Verdict(tuple(usage), use, tuple(tried.values()))
@@ -2621,7 +2650,11 @@ def flock(kind: int, start: int, length: int) -> bytes:
 UPSERT = "/*!80020 AS new */ ON DUPLICATE KEY UPDATE"
 NEW = "/*!80020 new.{0} */ /*M! VALUE({0}) */"
 SESSION = (  # needed for counting, whatever init_command or the server sets
-    "SET autocommit = 0, completion_type = 'NO_CHAIN',"
+    # Else a host that dies in a transaction keeps its identities locked.
+    # MySQL has no limit for transactions, but one for all idle connections.
+    "SET /*M! idle_transaction_timeout = {0}, */"
+    " /*!80000 wait_timeout = {1}, */"
+    " autocommit = 0, completion_type = 'NO_CHAIN',"
     " sql_mode = 'STRICT_ALL_TABLES',"  # without EMPTY_STRING_IS_NULL
     f" sql_select_limit = {2**64 - 1}, sql_big_selects = 1,"
     " sql_safe_updates = 0, default_storage_engine = InnoDB,"
@@ -2712,7 +2745,8 @@ class MySQL(Backend):
         connection.autocommit(False)
         with contextlib.closing(connection.cursor()) as cursor:
             for statement in SESSION:  # lock waits end before the timeout
-                cursor.execute(statement.format(max(1, timeout - 1)))
+                cursor.execute(statement.format(
+                    max(1, timeout - 1), max(30, 2 * timeout)))
         return connection
 
 
@@ -2768,7 +2802,9 @@ class PostgreSQL(Backend):
             "SET default_transaction_isolation = 'read committed';"
             " SET default_transaction_read_only = off;"
             " SET standard_conforming_strings = on; SET statement_timeout = 0;"
-            f" SET lock_timeout = {timeout * 900}")
+            f" SET lock_timeout = {timeout * 900};"
+            # Else a host that dies here keeps its identities locked.
+            f" SET idle_in_transaction_session_timeout = {timeout * 1000}")
 
     def cut(self, connection: Connection) -> None:
         """Shut down the socket, so that the driver reports a lost server."""
@@ -2825,6 +2861,8 @@ class Transaction:
 
     def run(self, statement: str, *values: object) -> Cursor:
         """Execute waiting statements and this one; return its cursor."""
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(TOO_SLOW)
         waited, self._waiting = self._waiting, []
         if waited:
             statement = "; ".join([*(text for text, _ in waited), statement])
@@ -3713,7 +3751,8 @@ def write_blocks(transaction: Transaction, mails: Sequence[Mail],
                  ) -> None:
     """Block identities that have exceeded a limit with block_for.
 
-    An identity with an override of --limit or --block keeps it.
+    An identity with an override of --limit or --block keeps it.  One message
+    that alone exceeds a limit is no reason: it has used up nothing.
     """
     for mail, verdict in zip(mails, verdicts):
         if verdict.broken is None:
@@ -3721,6 +3760,8 @@ def write_blocks(transaction: Transaction, mails: Sequence[Mail],
         claim, limit, _ = verdict.broken
         page, now = pages[claim.identity], int(mail.now)
         if not claim.rule.block_for or page.override is not None:
+            continue
+        if claim.cost > limit.mails:
             continue
         page.override = Override(
             BLOCKED, now + claim.rule.block_for, now,
@@ -3835,6 +3876,7 @@ MAX_FAILED = 3  # identities that cannot be stored; then all others wait
 STORE_STEP = 50  # identities whose mails one transaction stores from memory
 MAX_MEMORY = 100_000_000  # bytes, estimated, of everything remembered
 RECORD_SIZE = 700  # bytes per identity, without its name and its values
+MAX_PASSED_OVER = 50  # unstored records, to find one that is stored
 ENTRY_SIZE = 250  # bytes per mail or value, without its text
 
 
@@ -4089,9 +4131,20 @@ class Memory:
         """Account for a record's new size; drop old records if necessary."""
         self._size += record.size - before
         while self._size > self._most and len(self._records) > 1:
-            identity, oldest = self._records.popitem(last=False)
-            self._unstored.pop(identity, None)
-            self._size -= oldest.size
+            identity = self._least_needed(record)
+            self._size -= self._records.pop(identity).size
+            if self._unstored.pop(identity, None):
+                log.warning("memory is full: mail that was counted while the"
+                            " database was unavailable is forgotten, of the"
+                            " identities that were idle longest", extra=SELDOM)
+
+    def _least_needed(self, spared: Record) -> str:
+        """Return the identity to forget: an idle one, stored if possible."""
+        for identity, record in itertools.islice(
+                self._records.items(), MAX_PASSED_OVER):
+            if identity not in self._unstored and record is not spared:
+                return identity
+        return next(iter(self._records))
 
 
 class Batch:
@@ -4361,10 +4414,11 @@ class Service:
         self._watch_state(request, settings, now)
         mail.begin(request)
         claims = claims_of(request, settings, mail.charged)
+        if mail.was_asked_before(request) and not any(
+                claim.cost for claim in claims):
+            return mail.go_on(request)
         if claims:
             return self._decide(request, claims, settings, now, mail)
-        if mail.was_asked_before(request):
-            return mail.go_on(request)
         if log.isEnabledFor(logging.INFO):
             log.info("%s: protocol_state=%s, not counted (%s), action=%s",
                      queue_id_of(request), printable(request.protocol_state),
@@ -4386,7 +4440,7 @@ class Service:
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
         """Let the ledger decide on a mail; log it and return the action."""
-        client, attempts = printable(request.client_address)[:45], 0
+        client, attempts = quote(request.client_address)[:45], 0
         mail = Mail(claims, now, request.instance, request.protocol_state,
                     client)
         began = time.perf_counter()
@@ -4513,9 +4567,10 @@ class MailSoFar:
         self.action = action
         if request.protocol_state == "RCPT":
             self.action = settings.success_action  # refusal: one recipient
-        for claim in charged:  # move to the end: the oldest is dropped first
-            before = self.charged.pop(claim.identity, 0)
-            self.charged[claim.identity] = before + claim.cost
+        for claim in charged:
+            if claim.cost:  # move to the end: the oldest is dropped first
+                before = self.charged.pop(claim.identity, 0)
+                self.charged[claim.identity] = before + claim.cost
         while len(self.charged) > MAX_ATTRIBUTES:
             del self.charged[next(iter(self.charged))]
 
@@ -4528,7 +4583,7 @@ class MailSoFar:
 
 def queue_id_of(request: Request) -> str:
     """Return the queue id as Postfix's own log writes it."""
-    return printable(request.queue_id) or "NOQUEUE"
+    return quote(request.queue_id) or "NOQUEUE"
 
 
 # ---------------------------------------------------------------------------
@@ -4596,6 +4651,7 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """Return the action for a request; a ping is never counted."""
         service = self.server.service
         if request.attributes.get("policy_context") == PING_CONTEXT:
+            wait_for_log()
             return service.settings.success_action
         return service.answer(request, mail)
 
@@ -4639,6 +4695,16 @@ class PolicyHandler(socketserver.BaseRequestHandler):
         """
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RD)
+
+
+def wait_for_log() -> None:
+    """Wait until a line of the log could be written.
+
+    A log that nobody reads stops all answers, so a ping must notice it.
+    """
+    for handler in logging.getLogger().handlers:
+        handler.acquire()
+        handler.release()
 
 
 class PolicyServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -8829,8 +8895,11 @@ def configure(options: argparse.Namespace) -> Config:
             "SOCKET": f"{folder}/policy", "backend": 0,
             "sqlite_config": {"database": f"{folder}/db.sqlite3"},
             "pidfile": f"{folder}/{PROGRAM}.pid"}
+        given = {text.partition("=")[0].partition(".")[0]
+                 for text in options.overrides}
         for name, value in values.items():
-            if config.values.get(name, value) != value:
+            ignored = config.values.get(name, value) != value
+            if ignored and name not in given:
                 log.warning("%s: %s has no effect with --standalone; use"
                             " -o %s=VALUE", config.place(name), name, name)
         config.values.update(values)

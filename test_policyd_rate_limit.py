@@ -2334,6 +2334,8 @@ class SettingsTest(FolderTest):
             ("limits: []\nlimits_by_id: {joe: []}", 2,
              "limits: none here or in limits_by_id, quotas or"
              " sql_limits_by_id, so nothing is limited"),
+            ("block_action: dunno\nblock_for: 60", 2, "block_action: dunno"
+             " lets the mail of whoever is blocked pass"),
             ("fail_action: warn Too many", 2, "fail_action: warn lets the mail"
              " pass, so none is refused; to try limits, set dry_run: True"),
             (f"{none}- by: server\n  limits: []", 3,
@@ -2439,6 +2441,23 @@ class SettingsTest(FolderTest):
                 got = command("--check", *daemon.options)
                 self.assertEqual((got[0], got[2]), (status, line))
                 self.assertRegex(got[1], out)
+
+    def test_blocks_of_the_innocent_are_told(self) -> None:
+        forging = "anyone can have a sender blocked by forging its address"
+        self.check_told(0, CHECK_OK, "warning", (
+            ("limit_by_sasl: no\nlimit_by_sender: yes\nblock_for: 60", 4,
+             f"block_for: {forging}"),
+            ("quotas:\n- by: sender_domain\n  limits: [9/h]\n"
+             "  block_for: 60", 5,
+             f"quotas: sender_domain: block_for: {forging}"),
+            ("quotas:\n- by: server\n  limits: [9/h]\n  block_for: 60", 5,
+             "quotas: server: block_for: one sender can have the whole server"
+             " blocked"),
+            ("quotas:\n- by: sasl_username\n  limits: [9/h]\n"
+             "  dry_run: True\n  block_for: 60", 6, "quotas: sasl_username:"
+             " block_for: with dry_run, nobody is blocked"),
+            ("block_action: defr x", 2,
+             "block_action: access(5) has no action defr")))
 
     def test_what_has_an_effect_is_not_told(self) -> None:
         for text in (
@@ -4553,6 +4572,22 @@ class DriverTest(StoreContract, DatabaseTest):
         self.assertNotIn("unavailable", host.log())
 
     @slow
+    def test_a_host_that_dies_in_a_transaction_delays_few_mails(self) -> None:
+        other = self.host(db_timeout=2, limits=[[1000, 3600]])
+        self.assertEqual(other.ask(), PASS)
+        backend = prl.open_ledger(settings_of(
+            self.settings(db_timeout=2))).database.backend
+        dead = backend.connect(backend.timeout)
+        self.addCleanup(dead.close)
+        transaction = prl.Transaction(backend, dead, math.inf)
+        backend.set_up(transaction, backend.timeout)
+        if backend.begin:
+            transaction.later(backend.begin)
+        prl.take_turns(transaction, ["joe"])
+        transaction.flush()  # and nothing more comes of it
+        wait_for(lambda: other.ask() == PASS, "the others to go on")
+
+    @slow
     def test_a_server_that_hangs_holds_nobody_up_for_long(self) -> None:
         patience = {"db_timeout": 2, "limits": [[1000, 3600]]}
         staying, leaving = self.hosts(patience, patience)
@@ -5588,6 +5623,46 @@ class DatabaseFailureTest(AwayTest):
         ledger.store_remembered(1000)
         self.assertEqual(counted(self.path("db")), {"joe": 7})
 
+    def test_many_slow_statements_end_at_the_deadline(self) -> None:
+        ledger = prl.open_ledger(settings_of({"db_timeout": 1, "sqlite_config":
+            {"database": self.path("slow")}}))
+        self.addCleanup(ledger.database.close)
+        backend: Any = ledger.database.backend
+        connect = backend.connect
+
+        def connect_slowly(timeout: int) -> Any:
+            connection = connect(timeout)
+            connection.set_trace_callback(lambda _: time.sleep(0.4))
+            return connection
+
+        backend.connect = connect_slowly
+        mail = prl.Mail([prl.Claim("joe", 1, (prl.Limit(1, 60),))], 1000)
+        began = time.monotonic()
+        self.assertIsNone(ledger.decide(mail).broken)
+        self.assertIsNotNone(mail.error)
+        self.assertLess(time.monotonic() - began, 4)  # not for 30 statements
+
+    def test_memory_forgets_what_is_stored_first_and_tells_the_rest(
+            self) -> None:
+        memory, limits = prl.Memory(100_000), (prl.Limit(9, 600),)
+        settlement = prl.Settlement((), {}, {}, 1000)
+        for n in range(60):
+            page = prl.Page(prl.Claim(f"stored{n}", 1, limits))
+            page.account = prl.Account({600: 0})
+            settlement.pages[page.claim.identity] = page
+
+        def count(names: Iterable[str]) -> list[str]:
+            with quiet() as said:
+                for name in names:
+                    memory.decide(prl.Mail([prl.Claim(name, 1, limits)], 1000))
+            return [line for line in said if "memory is full" in line]
+
+        self.assertEqual(count(f"u{n}" for n in range(30)), [])
+        memory.take(settlement)
+        self.assertEqual(count(f"v{n}" for n in range(60)), [])
+        self.assertEqual(len(memory.unstored_identities()), 90)
+        self.assertEqual(len(count(f"w{n}" for n in range(60))), 1)
+
     def test_memory_is_bounded_and_forgets_who_is_idle_longest(self) -> None:
         memory, limits = prl.Memory(100_000), (prl.Limit(1, 600),)
 
@@ -5945,6 +6020,40 @@ class ServiceTest(FolderTest):
                 f"reject {name} until {prl.moment(1000 + seconds)}")
         self.assertEqual(self.answers(service, {"sasl_username": "x@y.org"}),
                          ["dunno"])
+
+    def test_mail_without_the_value_that_counts_is_blocked_too(self) -> None:
+        """Else who is blocked goes on with MAIL FROM:<>, or without SIZE=."""
+        quotas = [{"by": "sasl_username", "count": "sender",
+                   "limits": [[1, 60]], "block_for": 500},
+                  {"by": "sasl_domain", "count": "bytes",
+                   "limits": [[1000, 60]], "block_for": 500}]
+        service = self.service(limits=(prl.Limit(1000, 60),),
+                               quotas=prl.as_quotas(quotas))
+        null = {"sender": "", "recipient_count": 50}
+        told = prl.MailSoFar()
+        self.assertEqual(self.answers(
+            service, {"sender": "a@x"}, null, {"sender": "b@x"}, null),
+            ["dunno", "dunno", "defer_if_permit", "defer_if_permit"])
+        self.assertEqual(self.answers(service, {
+            "sasl_username": "ann@x", "size": 900}, {
+            "sasl_username": "ann@x", "size": 900}, {
+            "sasl_username": "ann@x", "size": ""}),
+            ["dunno", "defer_if_permit", "defer_if_permit"])
+        self.assertEqual(self.answers(
+            service, {**null, "sasl_username": "eve"},
+            {**null, "sasl_username": "eve", "size": 900,
+             "protocol_state": "END-OF-MESSAGE"}, told=told), ["dunno"] * 2)
+        self.assertEqual(counted(self.path("db"))["eve"], 50)
+
+    def test_one_mail_that_can_never_pass_blocks_nobody(self) -> None:
+        service = self.service(
+            limits=(prl.Limit(9, 60),), block_for=500, quotas=prl.as_quotas([
+                {"by": "sasl_domain", "limits": [[10, 60]],
+                 "block_for": 500}]))
+        self.assertEqual(self.answers(
+            service, {"sasl_username": "eve@x.org", "recipient_count": 11},
+            {"sasl_username": "bob@x.org"}, {"sasl_username": "eve@x.org"}),
+            ["defer_if_permit", "dunno", "dunno"])
 
     def test_data_charges_recipients_that_rcpt_did_not(self) -> None:
         """Where a restriction ahead of ours has accepted them."""
@@ -9348,6 +9457,28 @@ class PingTest(NetTest):
                 said = daemon.wait_log(": 0 requests")
                 self.assertEqual(len(said.splitlines()), 4, said)
             self.assertEqual(counted(daemon.database), {})
+
+    def test_a_log_that_nobody_reads_is_noticed(self) -> None:
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        daemon = self.daemon("debug: True\nlimits: [[100000, 60]]\n")
+        folder = self.path("stuck")
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--standalone", folder, "-f",
+             daemon.config], stderr=writer, stdout=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        os.close(writer)
+        wait_for(lambda: os.path.exists(f"{folder}/policy"), "the socket")
+        self.assertEqual(run("--ping", "--standalone", folder).returncode, 0)
+        with Client(f"{folder}/policy") as client:
+            client.socket.settimeout(2)
+            with self.assertRaises(OSError):
+                for _ in range(10_000):
+                    client.ask()
+        done = run("--ping", "--standalone", folder)
+        self.assertEqual(done.returncode, 6)
+        self.assertIn("timed out", done.stderr)
 
     def test_no_answer_is_exit_6_with_the_reason(self) -> None:
         with socket.socket(socket.AF_UNIX) as stale:
