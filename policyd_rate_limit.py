@@ -229,9 +229,26 @@ def fold_any(identity: str) -> str:
     if not folded.isascii() and len(folded) <= 512:  # normalize() is quadratic
         folded = unicodedata.normalize("NFC", folded)
     folded = folded.rstrip() or "<>"
-    if "@" in folded:  # example.org. is the same domain as example.org
-        return shorten(folded.rstrip(". "))
+    if "@" in folded or "xn--" in folded:
+        name, at, domain = folded.rpartition("@")
+        # example.org. is the same domain as example.org
+        return shorten(name + at + fold_domain(domain.rstrip(". ")))
     return shorten(str(parse_address(folded) or folded))
+
+
+def fold_domain(domain: str) -> str:
+    """Return the one spelling of a domain, in Unicode if it has any.
+
+    Mail to a domain in full-width letters, or in the ASCII form xn--..., goes
+    to the same host (RFC 3490).
+    """
+    plain = domain.isascii() and "xn--" not in domain
+    if plain or len(domain) > 253 or "\xdf" in domain:  # that is no longer ss
+        return domain
+    try:
+        return domain.encode("idna").decode("idna")
+    except UnicodeError:  # such a domain does not exist
+        return domain
 
 
 fold_short = functools.lru_cache(10_000)(fold_any)  # 3 MB; 0.4 us, not 2 us
@@ -1792,7 +1809,8 @@ def attribute_of(request: Request, name: str) -> str:
     if name == "client_network":
         return network_around(value) if len(value) <= MAX_ADDRESS else ""
     if name in DERIVED:
-        value = value.rpartition("@")[2].rstrip(". ") if "@" in value else ""
+        _, at, domain = value.rpartition("@")
+        return fold(at + domain)[1:] if at and domain.rstrip(". ") else ""
     return fold(value) if value else ""
 
 

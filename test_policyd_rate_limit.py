@@ -2782,7 +2782,14 @@ class PolicyTest(unittest.TestCase):
                 ("192.0.2.7", "192.0.2.7"), ("2001:DB8:0::1", "2001:db8::1"),
                 ("::FFFF:192.0.2.7", "192.0.2.7"), ("1:2@x", "1:2@x"),
                 ("joe ", "joe"), ("12345", "12345"), ("1.2.3", "1.2.3"),
-                ("joe@x.org.", "joe@x.org"), ("joe.", "joe.")):
+                ("joe@x.org.", "joe@x.org"), ("joe.", "joe."),
+                ("joe@ｅxａmple。org", "joe@example.org"),
+                ("joe@ex\u00adample.org", "joe@example.org"),
+                ("joe@XN--bcher-kva.de", "joe@bücher.de"),
+                ("xn--bcher-kva.de", "bücher.de"),
+                ("joe@STRAßE.de", "joe@straße.de"), ("ｊoe", "ｊoe"),
+                ("joe@xn--zzz\u00e9", "joe@xn--zzz\u00e9"),
+                ("joe@a..\u00e9", "joe@a..\u00e9")):
             self.assertEqual(prl.fold(text), folded, text)
             self.assertEqual(prl.fold(folded), folded, text)
 
@@ -2980,6 +2987,9 @@ class PolicyTest(unittest.TestCase):
                 ("sender_domain", {"sender": ""}, None),
                 ("recipient_domain", {"recipient": "ann@X.org."},
                  "recipient_domain=x.org"),
+                ("recipient_domain", {"recipient": "ann@ｘ.org"},
+                 "recipient_domain=x.org"),
+                ("recipient_domain", {"recipient": "ann@. "}, None),
                 ("server", {"sasl_username": ""}, "server=all"),
                 ("client_address", {}, "client_address=192.0.2.7"),
                 ("client_network", {}, "client_network=192.0.2.0/24"),
@@ -2996,15 +3006,14 @@ class PolicyTest(unittest.TestCase):
     def test_a_quota_counts_what_it_says(self) -> None:
         for count, attributes, cost in (
                 ("recipients", {}, 3), ("mails", {}, 1),
-                ("bytes", {"size": 12345}, 12345), ("bytes", {}, None),
+                ("bytes", {"size": 12345}, 12345), ("bytes", {}, 0),
                 ("bytes", {"size": 10**12}, 2**31 - 1),
                 ("recipients", {"protocol_state": "RCPT"}, 1),
-                ("client_network", {}, 1),
-                ("helo_name", {}, None)):
+                ("client_network", {}, 1), ("helo_name", {}, 0)):
             self.assertEqual(
                 list(self.claimed({"by": "server", "count": count},
                                   **attributes).values()),
-                [] if cost is None else [cost], (count, attributes))
+                [cost], (count, attributes))
 
     def test_a_quota_concerns_whom_it_names(self) -> None:
         stranger = {"sasl_username": "", "client_address":
