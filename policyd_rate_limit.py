@@ -5672,9 +5672,9 @@ def try_limits(mails: Iterable[PastMail], limits: Limits,
             window.add(date, cost)
             peaks[seconds] = max(peaks[seconds], window.used(date))
         claim = Claim(identity, cost, limits)
-        broken = judge([
-            Usage(claim, limit, passed[limit.seconds].used(date))
-            for limit in limits]).broken
+        usage = [Usage(claim, limit, passed[limit.seconds].used(date))
+                 for limit in limits if cost]  # as decide() does
+        broken = judge(usage).broken
         if broken is not None:
             refused[broken.limit] += cost
             continue
