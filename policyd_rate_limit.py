@@ -8347,22 +8347,15 @@ def describe_postfix(postfix: Postfix, settings: Settings) -> str:
     """Return one line that says which services ask."""
     asking: list[str] = []
     silent: list[str] = []
-    exempt: set[str] = set()
     for smtpd in postfix.services:
         ours = sort_checks(smtpd, postfix, settings).ours
         (asking if ours else silent).append(smtpd.name)
-        exempt.update(permitted_before(ours))
     if not postfix.services:
         return "Postfix: accepts no mail by SMTP on this host"
     if not asking:
         return "Postfix: does not ask on this host"
     text = f"Postfix: asks about mail that arrives at {', '.join(asking)}"
-    if silent:
-        text += f", not at {', '.join(silent)}"
-    if exempt:  # which may be meant so
-        text += (f"; not about mail that {' or '.join(sorted(exempt))} permits"
-                 " before the check")
-    return text
+    return text + (f", not at {', '.join(silent)}" if silent else "")
 
 
 def nobody_asks(postfix: Postfix, settings: Settings,
@@ -8445,7 +8438,7 @@ def warn_of_override(postfix: Postfix, settings: Settings,
     check = policy_check(settings.SOCKET, postfix.queue)
     for lost in service.lost:
         # Only in braces may the value of an option have spaces (master(5)).
-        value = ", ".join([check, *split_list(service.smtpd.own[lost])])
+        value = ", ".join(filter(None, [check, service.smtpd.own[lost]]))
         yield (f"{postfix.file('master.cf')}: {name}: -o {lost}"
                " overrides the list of main.cf, so mail that arrives there is"
                f" not limited: write -o {{ {lost} = {value} }}")
@@ -8482,13 +8475,16 @@ def warn_of_stage(postfix: Postfix, settings: Settings,
         found = [f"{place} {text}" for text, place in texts.items()]
         yield ("every mail is counted twice, since the check is not written"
                f" the same everywhere; make these equal: {'; '.join(found)}")
+    exempt = {"permit_mynetworks": "mail from mynetworks"}
     logs_in = service.smtpd.parameters.get("smtpd_sasl_auth_enable") == "yes"
-    if (logs_in and counts_logins(settings)
-            and "permit_sasl_authenticated" in permitted_before(counted)):
-        yield (f"{place_of(postfix, service, counted[0])}:"
-               " permit_sasl_authenticated stands before the check, so mail"
-               " from users who have logged in is not limited: put the check"
-               " first")
+    if logs_in and counts_logins(settings):
+        exempt["permit_sasl_authenticated"] = (
+            "mail from users who have logged in")
+    for permit, mail in exempt.items():
+        if permit in permitted_before(counted):
+            yield (f"{place_of(postfix, service, counted[0])}: {permit}"
+                   f" stands before the check, so {mail} is not limited: put"
+                   " the check first")
 
 
 def permitted_before(checks: Sequence[PolicyCheck]) -> frozenset[str]:
@@ -9268,14 +9264,14 @@ def check_start(options: argparse.Namespace) -> None:
     for obstacle in find_obstacles(settings, running):
         raise PolicydError(obstacle)
     warn_of_strangers(settings)
-    about_postfix = check_postfix(settings, owner, makeable)
+    about_postfix = check_postfix(settings, owner, makeable, running)
     drop_root(owner)
     warn_if_alert_command_missing(settings)
     check_folders(settings, makeable, owner)
     if owner is not None:
         for obstacle in find_obstacles(settings, running, makeable):
-            log.warning("%s; a start by systemd as %s will fail", obstacle,
-                        owner.pw_name)
+            log.warning("%s; a start by systemd as %s will fail, unless its"
+                        " unit mends that", obstacle, owner.pw_name)
     if not can_reload(options):
         log.warning(NO_RELOAD, *unreadable(options, settings))
     database = backend.describe_for_check(functools.partial(
@@ -9285,9 +9281,12 @@ def check_start(options: argparse.Namespace) -> None:
           database, warnings.verdict(), sep="\n")
 
 
-def check_postfix(settings: Settings, owner: Owner,
-                  makeable: Sequence[str]) -> str:
-    """Warn if Postfix does not ask as it should; return a summary line."""
+def check_postfix(settings: Settings, owner: Owner, makeable: Sequence[str],
+                  running: bool) -> str:
+    """Warn if Postfix does not ask as it should; return a summary line.
+
+    running: whether the daemon answers.
+    """
     try:
         postfix = read_postfix()
     except (PolicydError, OSError) as error:
@@ -9296,6 +9295,9 @@ def check_postfix(settings: Settings, owner: Owner,
             *warn_of_postfix(postfix, settings),
             *warn_of_closed_folders(postfix, settings, owner, makeable)]):
         log.warning("%s", printable(warning))
+    if not running and any(sort_checks(smtpd, postfix, settings).ours
+                           for smtpd in postfix.services):
+        log.warning("Postfix asks, but the daemon is not running")
     return describe_postfix(postfix, settings)
 
 
