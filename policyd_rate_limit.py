@@ -1852,7 +1852,8 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
     """Judge mails one after the other; return verdicts and charges.
 
     A mail is counted for all of its claims, or for none; only a claim with
-    dry_run that exceeds a limit is left out.  The accounts are updated.
+    dry_run that exceeds a limit is left out.  A claim that costs nothing is
+    refused only if its identity is blocked.  The accounts are updated.
     """
     verdicts, charges = [], []
     for mail in mails:
@@ -1880,7 +1881,8 @@ def decide(mails: Sequence[Mail], accounts: Mapping[str, Account],
 def judge(usage: Sequence[Usage]) -> Verdict:
     """Return the verdict on a mail, given what was used of each limit.
 
-    A limit is exceeded if the mail's whole cost does not fit.
+    A limit is exceeded if the mail's whole cost does not fit.  A limit of 0
+    mails, which is a block, refuses every mail.
     """
     tried: dict[str, Usage] = {}
     for use in usage:
