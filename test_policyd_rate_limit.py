@@ -8112,6 +8112,14 @@ class StatusTest(ReportsTest):
                     list(prl.related_keys(settings_of(settings), name)),
                     keys.split())
 
+    def test_no_queue_id_or_address_forges_a_field_of_the_log(self) -> None:
+        daemon = self.daemon("limits: [[0, 60]]\n")
+        forged = "X, identity=<eve>, action=dunno"
+        daemon.ask(queue_id=forged, client_address=forged)
+        for text in "identity=<eve>", "action=dunno":
+            self.assertNotIn(text, daemon.log())
+        self.assertIn("identity=<joe>, ", daemon.log())
+
     def test_the_log_says_why_a_mail_is_not_counted(self) -> None:
         for options, attributes, why in (
                 ((), {"sasl_username": ""},
