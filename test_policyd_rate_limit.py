@@ -2791,7 +2791,8 @@ class PolicyTest(unittest.TestCase):
                 ("xn--bcher-kva.de", "bücher.de"),
                 ("joe@STRAßE.de", "joe@straße.de"), ("ｊoe", "ｊoe"),
                 ("joe@xn--zzz\u00e9", "joe@xn--zzz\u00e9"),
-                ("joe@a..\u00e9", "joe@a..\u00e9")):
+                ("joe@a..\u00e9", "joe@a..\u00e9"),
+                ("joe@evil\uff20x.org", "joe@evil\uff20x.org")):
             self.assertEqual(prl.fold(text), folded, text)
             self.assertEqual(prl.fold(folded), folded, text)
 
