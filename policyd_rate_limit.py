@@ -2673,7 +2673,7 @@ NEW = "/*!80020 new.{0} */ /*M! VALUE({0}) */"
 SESSION = (  # needed for counting, whatever init_command or the server sets
     # Else a host that dies in a transaction keeps its identities locked.
     # MySQL has no limit for transactions, but one for all idle connections.
-    "SET /*M! idle_transaction_timeout = {0}, */"
+    "SET /*M!100300 idle_transaction_timeout = {0}, */"
     " /*!80000 wait_timeout = {1}, */"
     " autocommit = 0, completion_type = 'NO_CHAIN',"
     " sql_mode = 'STRICT_ALL_TABLES',"  # without EMPTY_STRING_IS_NULL
