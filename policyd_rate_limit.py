@@ -1464,9 +1464,14 @@ def doubt_process(settings: Settings) -> Iterator[Doubt]:
                     f" account, such as {PROGRAM}", ("user",))
 
 
+def both_count(settings: Settings) -> bool:
+    """Say whether logins count, and mail without a login by its sender."""
+    return settings.limit_by_sasl and settings.limit_by_sender
+
+
 def doubt_senders(settings: Settings) -> Iterator[Doubt]:
     """Yield that forged senders get limits that are meant for a login."""
-    if not (settings.limit_by_sasl and settings.limit_by_sender):
+    if not both_count(settings):
         return
     addresses = [name for name in settings.limits_by_id.texts if "@" in name]
     if addresses:
@@ -1766,11 +1771,6 @@ def identify(request: Request, settings: Settings,
     if address is None or not settings.limited_networks.fits(str(address)):
         return (), None
     return ("client_address",), str(address)
-
-
-def both_count(settings: Settings) -> bool:
-    """Say whether logins count, and mail without a login by its sender."""
-    return settings.limit_by_sasl and settings.limit_by_sender
 
 
 def key_of_identity(by: Sequence[str], name: str, settings: Settings) -> str:
@@ -3418,8 +3418,8 @@ def settle(transaction: Transaction, settlement: Settlement,
     settlement.rows = enter_charges(pages, charges)  # before any write fails
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
-    if [verdict for verdict in settlement.verdicts
-            if verdict.broken is not None or verdict.tried]:
+    if any(verdict.broken is not None or verdict.tried
+           for verdict in settlement.verdicts):
         note_exceeded(transaction, mails, settlement)
 
 
@@ -6515,7 +6515,7 @@ def related_keys(settings: Settings, name: str) -> dict[str, tuple[str, ...]]:
     if "@" in name:  # with a login of this name, or without a login
         known = [{"sasl_username": name, "sender": name}, {"sender": name}]
     if name.startswith(SENDER_KEY) and both_count(settings):
-        known = [{"sender": name[len(SENDER_KEY):]}]
+        known = [{"sender": name.removeprefix(SENDER_KEY)}]
     if parse_address(name):
         known = [{"client_address": name}]
     found: dict[str, tuple[str, ...]] = {}
@@ -7881,8 +7881,6 @@ def notify(state: str) -> None:
 # and whether Postfix asks it at the right stage and place.  Changes nothing.
 # ---------------------------------------------------------------------------
 
-NO_RELOAD = ("%s: %s cannot read it, so a reload will fail, and so will a"
-             " start by systemd; run: chgrp %s %s && chmod g+r %s")
 CONNECT_PATIENCE = 2  # seconds; a daemon that is not busy takes 1 ms
 TAKEN = "in use by another program, or by a daemon that does not answer"
 Endpoint = Union[str, tuple[str, int]]  # a path, or a host and a port
@@ -8006,10 +8004,12 @@ def can_reload(options: argparse.Namespace) -> bool:
     return options.file is None or os.access(options.file, os.R_OK)
 
 
-def unreadable(options: argparse.Namespace, settings: Settings) -> list[str]:
-    """Return what NO_RELOAD names."""
+def no_reload(options: argparse.Namespace, settings: Settings) -> str:
+    """Return what follows if can_reload() is false, and what helps."""
     path = shlex.quote(options.file)
-    return [options.file, settings.user, settings.group, path, path]
+    return (f"{options.file}: {settings.user} cannot read it, so a reload will"
+            f" fail, and so will a start by systemd; run: chgrp"
+            f" {settings.group} {path} && chmod g+r {path}")
 
 
 def warn_of_strangers(settings: Settings) -> None:
@@ -8692,7 +8692,7 @@ class WarningCounter(logging.Handler):
         """Count a record if it is a warning."""
         self.count += record.levelno >= logging.WARNING
 
-    def verdict(self) -> str:
+    def last_line(self) -> str:
         """Return the last line of --check."""
         if not self.count:
             return "OK"
@@ -8937,7 +8937,7 @@ def run_daemon(options: argparse.Namespace) -> None:
             print("For main.cf:")
             print(main_cf(settings.count_mode, address), flush=True)
         if not can_reload(options):
-            log.error(NO_RELOAD, *unreadable(options, settings))
+            log.error("%s", no_reload(options, settings))
 
     serve(settings, find_owner(settings, options.standalone), announce,
           lambda: load_settings(options))
@@ -9259,6 +9259,7 @@ def check_start(options: argparse.Namespace) -> None:
     """
     warnings = WarningCounter()
     log.addHandler(warnings)
+    options.at_end.callback(log.removeHandler, warnings)
     settings = load_settings(options)
     owner = find_owner(settings, options.standalone)
     backend = BACKENDS[settings.backend](settings)
@@ -9276,12 +9277,12 @@ def check_start(options: argparse.Namespace) -> None:
             log.warning("%s; a start by systemd as %s will fail, unless its"
                         " unit mends that", obstacle, owner.pw_name)
     if not can_reload(options):
-        log.warning(NO_RELOAD, *unreadable(options, settings))
+        log.warning("%s", no_reload(options, settings))
     database = backend.describe_for_check(functools.partial(
         examine_database, query=settings.sql_limits_by_id))
     state = "is running" if running else "is not running"
     print(*describe_rules(settings), f"the daemon {state}", about_postfix,
-          database, warnings.verdict(), sep="\n")
+          database, warnings.last_line(), sep="\n")
 
 
 def check_postfix(settings: Settings, owner: Owner, makeable: Sequence[str],
