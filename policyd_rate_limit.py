@@ -1590,6 +1590,10 @@ class Verdict(NamedTuple):
     block: Override | None = None  # by --block or block_for, if that refused
     room_at: int | None = None  # when the mail would pass, if looked up
 
+    def is_usual(self) -> bool:
+        """Say whether no limit is exceeded, not even one with dry_run."""
+        return self.broken is None and not self.tried
+
 
 class Override(NamedTuple):
     """Limits set by --limit, --block or block_for: they override others."""
@@ -1635,6 +1639,8 @@ class Mail:
     instance: str = ""
     protocol_state: str = ""
     client: str = ""  # its address
+    queue_id: str = ""  # as in Postfix's own log
+    settings: Settings = Settings()  # those of its request
     verdict: Verdict | None = None
     error: LedgerError | None = None  # why it was judged from memory
 
@@ -1894,6 +1900,15 @@ def judge(usage: Sequence[Usage]) -> Verdict:
             return Verdict(tuple(usage), use, tuple(tried.values()))
         tried.setdefault(claim.identity, use)
     return Verdict(tuple(usage), None, tuple(tried.values()))
+
+
+def action_within(mail: Mail) -> str:
+    """Return the action for a decided mail that no limit refuses."""
+    assert mail.verdict is not None
+    if mail.error is not None and (
+            mail.verdict.usage or mail.settings.sql_limits_by_id):
+        return mail.settings.db_error_action
+    return mail.settings.success_action
 
 
 def is_own_report(request: Request, settings: Settings) -> bool:
@@ -3418,8 +3433,7 @@ def settle(transaction: Transaction, settlement: Settlement,
     settlement.rows = enter_charges(pages, charges)  # before any write fails
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
-    if any(verdict.broken is not None or verdict.tried
-           for verdict in settlement.verdicts):
+    if not all(verdict.is_usual() for verdict in settlement.verdicts):
         note_exceeded(transaction, mails, settlement)
 
 
@@ -3753,7 +3767,7 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
     """Write refusals, one row for each identity and window."""
     found: dict[tuple[str, int], Refusal] = {}
     for mail, verdict in zip(mails, verdicts):
-        if verdict.broken is None and not verdict.tried:
+        if verdict.is_usual():
             continue
         for usage in filter(None, (verdict.broken, *verdict.tried)):
             limit, now = usage.limit, int(mail.now)
@@ -4222,6 +4236,7 @@ class Ledger:
             if self._outage is not None:
                 self.retry_if_due(mail.now)
                 self._decide_in_outage(mail)
+                log_usual([mail])
                 continue
             batch = self._open
             batch.mails.append(mail)
@@ -4276,7 +4291,7 @@ class Ledger:
                 mail.verdict = self.memory.decide(mail, self.passes_unstored)
 
     def _lead(self, batch: Batch) -> None:
-        """Settle a batch as soon as the previous one is done."""
+        """Settle a batch as soon as the previous one is done, and log it."""
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
@@ -4294,6 +4309,7 @@ class Ledger:
         finally:
             if held:
                 lock.release()
+        log_usual(mails)
 
     def _settle(self, mails: Sequence[Mail], deadline: float) -> None:
         """Settle mails in one transaction; if that fails, each separately."""
@@ -4380,6 +4396,21 @@ class Ledger:
             mail.error, mail.verdict = error, verdict
 
 
+def log_usual(mails: Sequence[Mail]) -> None:
+    """Log those mails that were decided on and exceed no limit.
+
+    One write for all: each write lets another thread run, which costs twice
+    as much as the line.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        return
+    lines = [f"{mail.queue_id}: {describe(mail.verdict)},"
+             f" action={action_within(mail)}" for mail in mails
+             if mail.verdict is not None and mail.verdict.is_usual()]
+    if lines:
+        log.info("%s", "\n".join(lines))
+
+
 def open_ledger(settings: Settings) -> Ledger:
     """Return a ledger for the settings; it connects when first used."""
     return Ledger(Database(
@@ -4460,28 +4491,25 @@ class Service:
 
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
-        """Let the ledger decide on a mail; log it and return the action."""
+        """Let the ledger decide on a mail; return the action.
+
+        A mail that exceeds no limit is logged by the ledger.
+        """
         client, attempts = quote(request.client_address)[:45], 0
         mail = Mail(claims, now, request.instance, request.protocol_state,
-                    client)
+                    client, queue_id_of(request), settings)
         began = time.perf_counter()
         verdict = self.ledger.decide(mail)
         broken = verdict.broken
         self._count_decision(mail, verdict, time.perf_counter() - began)
         self._notice_outage(mail, verdict)
-        action = settings.success_action
-        if mail.error is not None and (
-                verdict.usage or settings.sql_limits_by_id):
-            action = settings.db_error_action
+        action = action_within(mail)
         if broken is not None:
             action = explain(verdict, settings.block_action, now)
-        usual = broken is None and not verdict.tried
-        if not usual:
+        if not verdict.is_usual():
             with contextlib.suppress(Exception):  # Postfix must get an answer
                 attempts = self._alarm(verdict, client, settings, now)
-        level = logging.INFO if usual else NOTICE
-        if log.isEnabledFor(level):
-            log.log(level, "%s: %s, action=%s", queue_id_of(request),
+            log.log(NOTICE, "%s: %s, action=%s", mail.queue_id,
                     describe(verdict, client, attempts), action)
         is_charged = broken is None and (
             mail.error is None or self.ledger.passes_unstored)
@@ -8666,7 +8694,7 @@ class LineRecord(logging.LogRecord):
 
 
 class LineHandler(logging.Handler):
-    """Writes each line of the log to stderr with one system call."""
+    """Writes the log to stderr, each record with one system call."""
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         """Take an open file descriptor and its encoding."""
@@ -8674,9 +8702,12 @@ class LineHandler(logging.Handler):
         self._descriptor, self._encoding = descriptor, encoding
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; wait for a slow reader."""
-        line = (self.format(record) if record.exc_info else
-                record.levelname + record.getMessage())
+        """Write a record with one call; wait for a slow reader."""
+        if record.exc_info:
+            line = self.format(record)
+        else:  # each line of the message becomes one of the log
+            line = record.levelname + record.getMessage().replace(
+                "\n", f"\n{record.levelname}")
         left = f"{line}\n".encode(self._encoding, "backslashreplace")
         with contextlib.suppress(OSError):  # no reader, or the disk is full
             while left:

@@ -9050,6 +9050,30 @@ class ProcessTest(NetTest):
             journal.seek(0)
             self.assertRegex(journal.read(), r"\A<3>error: .*\n\Z")
 
+    def test_mails_of_one_commit_are_lines_of_their_own_in_the_log(
+            self) -> None:
+        names = [f"user{n}" for n in range(6)]
+        os.mkdir(self.path("daemon"))
+        found = os.stat(self.write("daemon/log", ""))
+        with patch.dict(os.environ, JOURNAL_STREAM=(
+                f"{found.st_dev}:{found.st_ino}")):
+            daemon = self.daemon("limits: [[1, 60]]\n")
+        self.passes(daemon)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(daemon.client()) for _ in names]
+            with locked(daemon.database):
+                for client, name in zip(clients, names):
+                    client.socket.sendall(request_text(sasl_username=name))
+                client.socket.sendall(request_text(sasl_username=name))
+                time.sleep(0.3)  # for all of them to wait for the database
+            for client in clients:
+                self.assertEqual(client.read(), PASS)
+            self.assertNotEqual(client.read(), PASS)
+        lines = sorted(re.findall(r"<.>\w+: identity=<user.*", daemon.log()))
+        self.assertEqual([line.partition(",")[0] for line in lines], [
+            f"<5>8045F2AB23: identity=<{names[-1]}>",
+            *(f"<6>8045F2AB23: identity=<{name}>" for name in names)])
+
     def test_the_unit_s_daemon_needs_no_chown(self) -> None:
         daemon = self.daemon(WIDE, program=self.write("no.py", (
             "import os, runpy\n"
