@@ -9031,6 +9031,9 @@ def show_status(options: argparse.Namespace) -> None:
     fits = matcher_of(spelt)
     if spelt and fits is None:
         statuses = read_related(settings, database, spelt, now)
+        if statuses[0].source:
+            warn_if_unknown(settings, database, statuses[0],
+                            "if it sent mail, these limits would apply")
     else:
         statuses = sorted(
             database.read(functools.partial(survey, wanted=fits),
@@ -9267,8 +9270,7 @@ def warn_if_unknown(settings: Settings, database: Database, status: Status,
     if (status.last_mail or status.refused_by or status.identity in named
             or status.source in ("--limit", "sql_limits_by_id")):
         return
-    similar = database.transact(
-        find_similar, status.identity, reading=True)
+    similar = database.read(find_similar, status.identity)
     known = f" (recorded: {', '.join(map(printable, similar))})"
     log.warning("%s: no record of this identity; check the spelling%s: %s",
                 printable(status.identity), known if similar else "", result)

@@ -7896,10 +7896,10 @@ class StatusTest(ReportsTest):
         shown = self.show("--status", "BOSS")
         place = self.path("test.yaml:1")
         self.assertIn(f"limits, from limits_by_id ({place}):\n    1h", shown)
-        self.assertIn(f"limits, from limits ({place}):",
-                      self.show("--status", "new"))
         self.assertIn("last mail: 2", shown)
-        self.assertIn("last mail: none\n", self.show("--status", "new"))
+        unknown = self.command("--status", "new", config=self.config).stdout
+        self.assertIn("last mail: none\n", unknown)
+        self.assertIn(f"limits, from limits ({place}):", unknown)
         self.assertNotIn("[", self.show("--status", "free"))
         shown = self.show(
             "--status", "boss", "-o",
@@ -10372,13 +10372,16 @@ class CommandsTest(FolderTest):
                 (("--block", "joe"), "the block applies to exactly this name"),
                 (("--limit", "joe@exmple.org", "5/min"),
                  "the limit applies to exactly this name"),
+                (("--status", "jo"),
+                 "if it sent mail, these limits would apply"),
                 (("--reset", "jo"), "nothing was recorded")):
             status, _, err = self.command(*options)
             self.assertEqual(status, 0)
             self.assertIn(f"warning: {options[1]}: no record of this identity;"
                           " check the spelling (recorded: joe@example.org,"
                           f" joey@example.org): {result}\n", err)
-        self.assertEqual(self.command("--block", "ann@example.org")[2], "")
+        for option in "--block", "--status":
+            self.assertEqual(self.command(option, "ann@example.org")[2], "")
 
     def test_a_sender_of_the_same_name_is_told(self) -> None:
         name, config = "joe@x.org", self.config + "limit_by_sender: True\n"
