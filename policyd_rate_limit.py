@@ -887,7 +887,7 @@ class Settings:
         10, as_seconds, "seconds to wait for the database")
     limits: Limits = setting(
         [(10, 60), (150, 86400)], as_limits,
-        "at most so many mails in so many seconds, for each identity")
+        "at most so many recipients in so many seconds, for each identity")
     limits_by_id: Patterns = setting(
         {}, as_limits_by_id, "other limits for some identities; [] for none")
     sql_limits_by_id: str | None = setting(
