@@ -1590,7 +1590,7 @@ class Verdict(NamedTuple):
     block: Override | None = None  # by --block or block_for, if that refused
     room_at: int | None = None  # when the mail would pass, if looked up
 
-    def is_usual(self) -> bool:
+    def is_within_limits(self) -> bool:
         """Say whether no limit is exceeded, not even one with dry_run."""
         return self.broken is None and not self.tried
 
@@ -1643,6 +1643,7 @@ class Mail:
     settings: Settings = Settings()  # those of its request
     verdict: Verdict | None = None
     error: LedgerError | None = None  # why it was judged from memory
+    decided: float = 0  # when (time.perf_counter())
 
 
 class Charge(NamedTuple):
@@ -1902,13 +1903,21 @@ def judge(usage: Sequence[Usage]) -> Verdict:
     return Verdict(tuple(usage), None, tuple(tried.values()))
 
 
-def action_within(mail: Mail) -> str:
+def action_unless_refused(mail: Mail) -> str:
     """Return the action for a decided mail that no limit refuses."""
     assert mail.verdict is not None
     if mail.error is not None and (
             mail.verdict.usage or mail.settings.sql_limits_by_id):
         return mail.settings.db_error_action
     return mail.settings.success_action
+
+
+def passes_unstored(mail: Mail) -> bool:
+    """Say whether db_error_action lets a mail pass that cannot be stored.
+
+    If not, the mail is refused, and so it is not counted.
+    """
+    return not refuses(mail.settings.db_error_action)
 
 
 def is_own_report(request: Request, settings: Settings) -> bool:
@@ -3433,7 +3442,8 @@ def settle(transaction: Transaction, settlement: Settlement,
     settlement.rows = enter_charges(pages, charges)  # before any write fails
     transaction.write(INSERT, settlement.rows)
     write_values(transaction, pages)
-    if not all(verdict.is_usual() for verdict in settlement.verdicts):
+    if not all(verdict.is_within_limits()
+               for verdict in settlement.verdicts):
         note_exceeded(transaction, mails, settlement)
 
 
@@ -3767,7 +3777,7 @@ def write_refusals(transaction: Transaction, mails: Sequence[Mail],
     """Write refusals, one row for each identity and window."""
     found: dict[tuple[str, int], Refusal] = {}
     for mail, verdict in zip(mails, verdicts):
-        if verdict.is_usual():
+        if verdict.is_within_limits():
             continue
         for usage in filter(None, (verdict.broken, *verdict.tried)):
             limit, now = usage.limit, int(mail.now)
@@ -4018,14 +4028,15 @@ class Memory:
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._unstored: dict[str, Record] = {}  # those with something to store
 
-    def decide(self, mail: Mail, remember: bool = True) -> Verdict:
-        """Judge a mail; if it passes its limits, remember to store it."""
+    def decide(self, mail: Mail) -> Verdict:
+        """Judge a mail; if it passes, remember to store it."""
         with self.lock:
             accounts = {claim.identity: self._account(claim, mail.now)
                         for claim in mail.claims}
             [verdict], charges = decide([mail], accounts)
-            for charge in charges if remember else ():
-                self._add_charge(charge)
+            if passes_unstored(mail):
+                for charge in charges:
+                    self._add_charge(charge)
         return verdict
 
     def unstored(self, identities: Iterable[str]) -> dict[str, Unstored]:
@@ -4061,16 +4072,18 @@ class Memory:
             for unstored in settlement.unstored.values():
                 self._settle_record(unstored)
 
-    def keep(self, settlement: Settlement, in_doubt: bool,
-             remember: bool = True) -> None:
+    def keep(self, settlement: Settlement, in_doubt: bool) -> None:
         """Remember to store what a failed transaction may not have stored.
 
         in_doubt: its commit was sent, but the outcome is unknown.
-        remember: keep its own mails, too, and not only those from memory.
         """
         written: dict[str, list[MailRow]] = {}
-        for row in settlement.rows if remember else ():
-            written.setdefault(row.identity, []).append(row)
+        values: dict[str, Mapping[str, int]] = {}
+        if any(map(passes_unstored, settlement.mails)):
+            for row in settlement.rows:
+                written.setdefault(row.identity, []).append(row)
+            values = {identity: page.values
+                      for identity, page in settlement.pages.items()}
         with self.lock:
             for identity, page in settlement.pages.items():
                 unstored = settlement.unstored.get(identity)
@@ -4080,7 +4093,7 @@ class Memory:
                 rows = [InDoubt(row) if in_doubt else row._replace(total=None)
                         for row in written.get(identity, ())]
                 self._replace(page.claim, unstored, [*first, *rows])
-                for value, date in page.values.items() if remember else ():
+                for value, date in values.get(identity, {}).items():
                     self._add_value(page.claim, value, date)
 
     def _account(self, claim: Claim, now: float) -> Account:
@@ -4209,19 +4222,18 @@ class Ledger:
     timeout all mail is, and once per db_timeout one request tries the
     database again.
 
+    on_decided is called with mails that were decided on together, before
+    their threads go on; it must not raise.
+
     The order of locks: a batch's, then the database's, then memory's.
+    on_decided is called with a batch's lock alone.
     """
 
-    def __init__(self, database: Database, query: str | None = None,
-                 passes_unstored: bool = True) -> None:
-        """Take a database; query: the setting sql_limits_by_id.
-
-        passes_unstored: does db_error_action let mail pass?  If not, mail
-        that cannot be stored is refused, and so is not counted.
-        """
+    def __init__(self, database: Database, query: str | None = None) -> None:
+        """Take a database; query: the setting sql_limits_by_id."""
         self.database = database
         self.query = query
-        self.passes_unstored = passes_unstored
+        self.on_decided: Callable[[Sequence[Mail]], None] = lambda mails: None
         self.memory = Memory()
         self._open = Batch()
         self._outage: Outage | None = None
@@ -4236,7 +4248,7 @@ class Ledger:
             if self._outage is not None:
                 self.retry_if_due(mail.now)
                 self._decide_in_outage(mail)
-                log_usual([mail])
+                self._hand_over([mail])
                 continue
             batch = self._open
             batch.mails.append(mail)
@@ -4288,10 +4300,10 @@ class Ledger:
         with self.memory.lock:
             if self._outage is not None:
                 mail.error = self._outage.error
-                mail.verdict = self.memory.decide(mail, self.passes_unstored)
+                mail.verdict = self.memory.decide(mail)
 
     def _lead(self, batch: Batch) -> None:
-        """Settle a batch as soon as the previous one is done, and log it."""
+        """Settle a batch as soon as the previous one is done."""
         timeout, lock = self.database.backend.timeout, self.database.lock
         deadline = time.monotonic() + timeout
         held = lock.acquire(timeout=timeout)
@@ -4309,7 +4321,13 @@ class Ledger:
         finally:
             if held:
                 lock.release()
-        log_usual(mails)
+        self._hand_over(mails)
+
+    def _hand_over(self, mails: Sequence[Mail]) -> None:
+        """Call on_decided with those mails that were decided on."""
+        decided = [mail for mail in mails if mail.verdict is not None]
+        if decided:  # else the outage had just ended: they join a batch
+            self.on_decided(decided)
 
     def _settle(self, mails: Sequence[Mail], deadline: float) -> None:
         """Settle mails in one transaction; if that fails, each separately."""
@@ -4388,34 +4406,18 @@ class Ledger:
         retry_at = time.monotonic() + self.database.backend.timeout
         with self.memory.lock:
             self._outage = Outage(error, retry_at) if hung else None
-            self.memory.keep(settlement, in_doubt=not error.undone,
-                             remember=self.passes_unstored)
+            self.memory.keep(settlement, in_doubt=not error.undone)
             for mail in settlement.mails[len(verdicts):]:
-                verdicts.append(self.memory.decide(mail, self.passes_unstored))
+                verdicts.append(self.memory.decide(mail))
         for mail, verdict in zip(settlement.mails, verdicts):
             mail.error, mail.verdict = error, verdict
-
-
-def log_usual(mails: Sequence[Mail]) -> None:
-    """Log those mails that were decided on and exceed no limit.
-
-    One write for all: each write lets another thread run, which costs twice
-    as much as the line.
-    """
-    if not log.isEnabledFor(logging.INFO):
-        return
-    lines = [f"{mail.queue_id}: {describe(mail.verdict)},"
-             f" action={action_within(mail)}" for mail in mails
-             if mail.verdict is not None and mail.verdict.is_usual()]
-    if lines:
-        log.info("%s", "\n".join(lines))
 
 
 def open_ledger(settings: Settings) -> Ledger:
     """Return a ledger for the settings; it connects when first used."""
     return Ledger(Database(
         BACKENDS[settings.backend](settings), prepare_tables),
-        settings.sql_limits_by_id, not refuses(settings.db_error_action))
+        settings.sql_limits_by_id)
 
 
 # ---------------------------------------------------------------------------
@@ -4445,6 +4447,7 @@ class Service:
         self.settings = settings
         self.counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self.ledger = ledger
+        ledger.on_decided = self._on_decided
         self.clock = clock
         self._alarm, self._outage = alarm, outage
         self._counted = -math.inf  # when Postfix last asked where mail counts
@@ -4482,7 +4485,6 @@ class Service:
         """Use new settings from the next request of each connection on."""
         self.settings = settings
         self.ledger.query = settings.sql_limits_by_id
-        self.ledger.passes_unstored = not refuses(settings.db_error_action)
 
     @property
     def is_database_unavailable(self) -> bool:
@@ -4491,31 +4493,43 @@ class Service:
 
     def _decide(self, request: Request, claims: Sequence[Claim],
                 settings: Settings, now: float, so_far: MailSoFar) -> str:
-        """Let the ledger decide on a mail; return the action.
-
-        A mail that exceeds no limit is logged by the ledger.
-        """
+        """Let the ledger decide on a mail; log it and return the action."""
         client, attempts = quote(request.client_address)[:45], 0
         mail = Mail(claims, now, request.instance, request.protocol_state,
                     client, queue_id_of(request), settings)
         began = time.perf_counter()
-        verdict = self.ledger.decide(mail)
-        broken = verdict.broken
-        self._count_decision(mail, verdict, time.perf_counter() - began)
-        self._notice_outage(mail, verdict)
-        action = action_within(mail)
-        if broken is not None:
+        verdict = self.ledger.decide(mail)  # calls _on_decided()
+        self._count_decision(mail, verdict, mail.decided - began)
+        if verdict.broken is None:
+            action = action_unless_refused(mail)
+        else:
             action = explain(verdict, settings.block_action, now)
-        if not verdict.is_usual():
+        if not verdict.is_within_limits():
             with contextlib.suppress(Exception):  # Postfix must get an answer
                 attempts = self._alarm(verdict, client, settings, now)
             log.log(NOTICE, "%s: %s, action=%s", mail.queue_id,
                     describe(verdict, client, attempts), action)
-        is_charged = broken is None and (
-            mail.error is None or self.ledger.passes_unstored)
+        is_charged = verdict.broken is None and (
+            mail.error is None or passes_unstored(mail))
         so_far.remember(
             request, claims if is_charged else (), settings, action)
         return action
+
+    def _on_decided(self, mails: Sequence[Mail]) -> None:
+        """Log mails that were decided on together and exceed no limit.
+
+        The others are logged by their own threads.
+        """
+        now = time.perf_counter()
+        for mail in mails:
+            mail.decided = now
+        try:
+            for mail in mails:
+                self._notice_outage(mail)
+            if log.isEnabledFor(logging.INFO):
+                log_within_limits(mails)
+        except Exception:  # the mails of other threads must be answered, too
+            log.exception("mails were not logged")
 
     def _count(self, name: str) -> None:
         """Add one to a counter of --prometheus."""
@@ -4536,11 +4550,13 @@ class Service:
             if mail.error is not None:
                 self.counts["judged_in_memory"] += 1
 
-    def _notice_outage(self, mail: Mail, verdict: Verdict) -> None:
+    def _notice_outage(self, mail: Mail) -> None:
         """Log the start of an outage, or its end once a mail is stored."""
+        verdict = mail.verdict
         if mail.error is not None:
             self.log_outage(mail.error)
-        elif self._unavailable and verdict.usage and verdict.broken is None:
+        elif (self._unavailable and verdict is not None and verdict.usage
+                and verdict.broken is None):
             self.log_outage(None)
 
     def _watch_state(self, request: Request, settings: Settings,
@@ -4570,6 +4586,18 @@ class Service:
             log.warning("the database is available again")
         with contextlib.suppress(Exception):
             self._outage(error, self.settings)
+
+
+def log_within_limits(mails: Sequence[Mail]) -> None:
+    """Log those mails that exceed no limit, with one call.
+
+    Each write lets another thread run, which costs twice as much as the line.
+    """
+    lines = [f"{mail.queue_id}: {describe(mail.verdict)},"
+             f" action={action_unless_refused(mail)}" for mail in mails
+             if mail.verdict is not None and mail.verdict.is_within_limits()]
+    if lines:
+        log.info("%s", "\n".join(lines))
 
 
 class MailSoFar:
@@ -8694,7 +8722,7 @@ class LineRecord(logging.LogRecord):
 
 
 class LineHandler(logging.Handler):
-    """Writes the log to stderr, each record with one system call."""
+    """Writes the log to stderr, many lines with one system call."""
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         """Take an open file descriptor and its encoding."""
@@ -8702,16 +8730,29 @@ class LineHandler(logging.Handler):
         self._descriptor, self._encoding = descriptor, encoding
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record with one call; wait for a slow reader."""
+        """Write each line of a record; wait for a slow reader."""
         if record.exc_info:
-            line = self.format(record)
-        else:  # each line of the message becomes one of the log
-            line = record.levelname + record.getMessage().replace(
-                "\n", f"\n{record.levelname}")
-        left = f"{line}\n".encode(self._encoding, "backslashreplace")
+            lines = [self.format(record)]
+        else:
+            lines = [record.levelname + line
+                     for line in record.getMessage().split("\n")]
+        block = b""
         with contextlib.suppress(OSError):  # no reader, or the disk is full
-            while left:
-                left = left[os.write(self._descriptor, left):]
+            for line in lines:
+                data = f"{line}\n".encode(self._encoding, "backslashreplace")
+                if len(block) + len(data) > select.PIPE_BUF:
+                    self._write(block)  # another writer cannot split it
+                    block = b""
+                block += data
+            self._write(block)
+
+    def _write(self, data: bytes) -> None:
+        """Write some bytes; wait until all of them are written."""
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data):]
+            except BlockingIOError:  # another process set O_NONBLOCK
+                select.select([], [self._descriptor], [])
 
 
 class WarningCounter(logging.Handler):
@@ -9031,8 +9072,11 @@ def show_status(options: argparse.Namespace) -> None:
     fits = matcher_of(spelt)
     if spelt and fits is None:
         statuses = read_related(settings, database, spelt, now)
-        if statuses[0].source:
-            warn_if_unknown(settings, database, statuses[0],
+        own, *others = statuses
+        if own.limits and not any(
+                status.last_mail or status.refused_by for status in others
+                if status.identity.endswith(f"={own.identity}")):
+            warn_if_unknown(settings, database.read, own,
                             "if it sent mail, these limits would apply")
     else:
         statuses = sorted(
@@ -9127,7 +9171,8 @@ def reset(options: argparse.Namespace) -> None:
     key = key_of(settings, options.reset)
     with advice_for_outage(key):
         status = find_status(settings, database, key)
-        warn_if_unknown(settings, database, status, "nothing was recorded")
+        warn_if_unknown(settings, database.transact, status,
+                        "nothing was recorded")
         warn_of_sender(settings, database, key)
         mails = database.transact(forget, key)
     print(f"{printable(key)}: {mails} recorded mails forgotten")
@@ -9147,7 +9192,7 @@ def set_limit(options: argparse.Namespace) -> None:
         if status.last_mail is None and "quotas" not in options.ignored:
             refuse_pattern(settings, spelt, key)
         what = "block" if override.is_block() else "limit"
-        warn_if_unknown(settings, database, status,
+        warn_if_unknown(settings, database.transact, status,
                         f"the {what} applies to exactly this name")
         warn_of_sender(settings, database, key)
         for limit in limits:
@@ -9258,11 +9303,12 @@ def find_status(settings: Settings, database: Database, key: str) -> Status:
     return status
 
 
-def warn_if_unknown(settings: Settings, database: Database, status: Status,
-                    result: str) -> None:
+def warn_if_unknown(settings: Settings, ask: Callable[..., list[str]],
+                    status: Status, result: str) -> None:
     """Warn if an identity has no records; suggest similar names.
 
-    result: what the command does nevertheless, for the message.
+    ask: the database's transact() or read().  result: what the command does
+    nevertheless, for the message.
     """
     named = {f"{rule.name}={text}" if rule.by else text
              for rule in settings.rules for text in rule.limits_by_id.texts
@@ -9270,7 +9316,7 @@ def warn_if_unknown(settings: Settings, database: Database, status: Status,
     if (status.last_mail or status.refused_by or status.identity in named
             or status.source in ("--limit", "sql_limits_by_id")):
         return
-    similar = database.read(find_similar, status.identity)
+    similar = ask(find_similar, status.identity)
     known = f" (recorded: {', '.join(map(printable, similar))})"
     log.warning("%s: no record of this identity; check the spelling%s: %s",
                 printable(status.identity), known if similar else "", result)

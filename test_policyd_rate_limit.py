@@ -6183,6 +6183,21 @@ class ServiceTest(FolderTest):
                          [(True, False), (False, True)])
 
 
+    def test_a_reload_changes_no_mail_that_waits(self) -> None:
+        """What passes by the db_error_action of before is counted."""
+        service = self.service(db_error_action="450 try later")
+        before = dataclasses.replace(service.settings, db_error_action="warn")
+        os.mkdir(self.path("db"))
+        ledger, used = service.ledger, []
+        claims = [prl.Claim("joe", 1, before.limits)]
+        for settings in before, service.settings, before:
+            with quiet():
+                verdict = ledger.decide(prl.Mail(
+                    claims, self.now, settings=settings))
+            used.append(verdict.usage[0].used)
+        self.assertEqual(used, [0, 1, 1])
+
+
 class ServerTest(NetTest):
     """Connections: whatever their number and their pieces."""
 
@@ -9073,6 +9088,40 @@ class ProcessTest(NetTest):
             f"<5>8045F2AB23: identity=<{names[-1]}>",
             *(f"<6>8045F2AB23: identity=<{name}>" for name in names)])
 
+    def test_many_lines_are_written_at_once_but_none_in_two_parts(
+            self) -> None:
+        names = [f"{n}{'x' * 150}" for n in range(40)]  # over 4096 bytes
+        reader, writer = os.pipe2(os.O_DIRECT)  # each read returns one write
+        written: list[bytes] = []
+        folder = self.path("daemon")
+        with subprocess.Popen(
+                [sys.executable, COMPILED, "--standalone", folder],
+                stdout=subprocess.DEVNULL, stderr=writer) as process:
+            self.addCleanup(process.kill)
+            os.close(writer)
+            reading = in_background(lambda: written.extend(
+                iter(lambda: os.read(reader, 65536), b"")))
+            database = os.path.join(folder, "db.sqlite3")
+            wait_for(lambda: b"listening" in b"".join(written), "the daemon")
+            wait_for(lambda: os.path.exists(database), "the ledger")
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(Client(
+                    os.path.join(folder, "policy"))) for _ in names]
+                with locked(database):
+                    for client, name in zip(clients, names):
+                        client.socket.sendall(request_text(sasl_username=name))
+                    time.sleep(0.5)  # for all of them to wait for the database
+                for client in clients:
+                    self.assertEqual(client.read(), PASS)
+            process.terminate()
+        reading.join(PATIENCE)
+        os.close(reader)
+        self.assertEqual([end for end in written if end[-1:] != b"\n"], [])
+        self.assertGreater(max(lines.count(b"\n") for lines in written), 9)
+        text = b"".join(written).decode()
+        self.assertEqual([text.count(f"<{name}>") for name in names],
+                         [1] * len(names))
+
     def test_the_unit_s_daemon_needs_no_chown(self) -> None:
         daemon = self.daemon(WIDE, program=self.write("no.py", (
             "import os, runpy\n"
@@ -10383,6 +10432,17 @@ class CommandsTest(FolderTest):
         for option in "--block", "--status":
             self.assertEqual(self.command(option, "ann@example.org")[2], "")
 
+    def test_no_name_is_called_unknown_that_cannot_be_recorded(self) -> None:
+        self.record("sender=joe@example.org", "sasl_username=joe")
+        quota = "quotas: [{by: sasl_username, limits: [3/h]}]\n"
+        for name, config in (
+                ("joe@example.org", "limit_by_sender: True\n"),
+                ("joe", "limits: []\n" + quota), ("joe", quota),
+                ("ann@staff.org", 'limits_by_id: {"@staff.org": []}\n')):
+            with self.subTest(config):
+                self.assertEqual(
+                    self.command("--status", name, config=config)[2], "")
+
     def test_a_sender_of_the_same_name_is_told(self) -> None:
         name, config = "joe@x.org", self.config + "limit_by_sender: True\n"
         told = ("warning: sender=joe@x.org is another identity, which stays as"
@@ -10530,19 +10590,29 @@ class FailuresTest(AwayTest):
             f"limits: [[3, 600]]\ndb_timeout: 1\ndb_error_action: {action}\n"
             "quotas: [{by: sasl_username, count: sender, limits: [3/h]}]",
             name=action[:3])
-        self.assertEqual([daemon.ask(), daemon.ask()], [PASS, PASS])
+        answers = []
+
+        def ask(**attributes: object) -> str:
+            answers.append(daemon.ask(**attributes))
+            return answers[-1]
+
+        self.assertEqual([ask(), ask()], [PASS, PASS])
         with moved_away(daemon.database):
             os.mkdir(daemon.database)
-            self.assertEqual([daemon.ask(sender=f"{n}@example.org")
+            self.assertEqual([ask(sender=f"{n}@example.org")
                               for n in range(9)], [action] * 9)
-            self.assertEqual(daemon.ask(recipient_count=2), REFUSED)
+            self.assertEqual(ask(recipient_count=2), REFUSED)
             os.rmdir(daemon.database)
         with locked(daemon.database):  # the daemon waits, and gives up
-            self.assertEqual(daemon.ask(sender="x@example.org"), action)
-        wait_for(lambda: daemon.ask(sasl_username="ann") == PASS, "it")
-        self.assertEqual(daemon.ask(sender="y@example.org"), PASS)
-        self.assertEqual(daemon.ask(), REFUSED)
+            self.assertEqual(ask(sender="x@example.org"), action)
+        wait_for(lambda: ask(sasl_username="ann") == PASS, "it")
+        self.assertEqual(ask(sender="y@example.org"), PASS)
+        self.assertEqual(ask(), REFUSED)
         self.assertEqual(counted(daemon.database)["joe"], 3)
+        logged = re.findall(", action=(.*)", daemon.log())
+        self.assertEqual(logged, answers)
+        self.assertLess(daemon.log().index("the database is unavailable"),
+                        daemon.log().index(f", action={action}\n"))
 
     def test_a_mail_refused_in_an_outage_is_charged_once_it_is_over(
             self) -> None:
