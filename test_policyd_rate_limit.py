@@ -3174,6 +3174,20 @@ class StoreContract:
             " WHERE instance <> '' GROUP BY instance")),
             [("1.2", 1), ("a", 1), ("b", 1), ("c", 1), ("d", 1)])
 
+    def test_a_refused_mail_whose_commit_was_lost_is_not_counted(self) -> None:
+        ledger = self.open()
+        faults, claims = Faults(ledger), [prl.Claim("joe", 1, self.LIMITS)]
+        for action, used in ("450 later", 1), ("dunno", 2):
+            self.passes(ledger, 1000)
+            faults.lose_commit(False)
+            mail = prl.Mail(claims, 1010, "a", "DATA",
+                            settings=prl.Settings(db_error_action=action))
+            ledger.decide(mail)
+            self.assertIsNotNone(mail.error)
+            ledger.store_remembered(1020)
+            self.assertEqual(self.used(ledger, 1020), used)
+            ledger.database.transact(prl.forget, "joe")
+
     def test_two_commits_in_doubt_in_a_row_forget_no_mail(self) -> None:
         ledger = self.open()
         faults, claims = Faults(ledger), [prl.Claim("joe", 2, self.LIMITS)]
