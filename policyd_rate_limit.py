@@ -8747,12 +8747,14 @@ class LineHandler(logging.Handler):
             self._write(block)
 
     def _write(self, data: bytes) -> None:
-        """Write some bytes; wait until all of them are written."""
+        """Write some bytes; if stderr does not block, give up after 0.1 s."""
         while data:
             try:
                 data = data[os.write(self._descriptor, data):]
             except BlockingIOError:  # another process set O_NONBLOCK
-                select.select([], [self._descriptor], [])
+                _, ready, _ = select.select([], [self._descriptor], [], 0.1)
+                if not ready:
+                    return
 
 
 class WarningCounter(logging.Handler):

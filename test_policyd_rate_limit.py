@@ -9048,6 +9048,31 @@ class ProcessTest(NetTest):
             process.terminate()
             self.assertEqual(process.wait(PATIENCE), 0)
 
+    def test_a_full_log_that_does_not_block_stops_nothing(self) -> None:
+        reader, writer = os.pipe()
+        for descriptor in reader, writer:
+            self.addCleanup(os.close, descriptor)
+        os.set_blocking(writer, False)
+        folder = self.path("daemon")
+        with subprocess.Popen(
+                [sys.executable, COMPILED, "--standalone", folder],
+                stdout=subprocess.DEVNULL, stderr=writer) as process:
+            self.addCleanup(process.kill)
+            self.assertIn(b"listening on", os.read(reader, 4096))
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(writer, b"x" * 4096)
+            with Client(os.path.join(folder, "policy")) as client:
+                self.assertEqual([client.ask(), client.ask()], [PASS, PASS])
+                os.set_blocking(reader, False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.read(reader, 65536)
+                self.assertEqual(client.ask(), PASS)
+            process.terminate()
+            self.assertEqual(process.wait(PATIENCE), 0)
+        self.assertIn(b"identity=<joe>, cost=1, used=3/", os.read(reader, 999))
+
     def test_a_start_with_closed_streams_ends_in_peace(self) -> None:
         good = f"--standalone {self.folder} "
         for arguments, status in (
