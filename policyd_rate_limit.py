@@ -8721,6 +8721,9 @@ class LineRecord(logging.LogRecord):
         self.created = time.time()
 
 
+LOG_PATIENCE = 0.1  # seconds for a slow reader, if stderr does not block
+
+
 class LineHandler(logging.Handler):
     """Writes the log to stderr, many lines with one system call."""
 
@@ -8728,6 +8731,7 @@ class LineHandler(logging.Handler):
         """Take an open file descriptor and its encoding."""
         super().__init__()
         self._descriptor, self._encoding = descriptor, encoding
+        self._patience = LOG_PATIENCE
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write each line of a record; wait for a slow reader."""
@@ -8747,13 +8751,16 @@ class LineHandler(logging.Handler):
             self._write(block)
 
     def _write(self, data: bytes) -> None:
-        """Write some bytes; if stderr does not block, give up after 0.1 s."""
+        """Write some bytes; give up if stderr does not block but is full."""
         while data:
             try:
                 data = data[os.write(self._descriptor, data):]
+                self._patience = LOG_PATIENCE
             except BlockingIOError:  # another process set O_NONBLOCK
-                _, ready, _ = select.select([], [self._descriptor], [], 0.1)
+                _, ready, _ = select.select(
+                    [], [self._descriptor], [], self._patience)
                 if not ready:
+                    self._patience = 0  # until somebody reads again
                     return
 
 
