@@ -6196,6 +6196,22 @@ class ServiceTest(FolderTest):
                           for line in said if "database" in line],
                          [(True, False), (False, True)])
 
+    def test_the_log_costs_no_answer_and_no_decision_its_time(self) -> None:
+        service, clock = self.service(), [0]
+
+        def log_slowly(mails: Sequence[prl.Mail]) -> None:
+            clock[0] += 5
+            raise ValueError("no such line")
+
+        with quiet() as said, patch.object(
+                prl, "log_within_limits", log_slowly), patch.object(
+                time, "perf_counter", lambda: clock[0]):
+            self.addCleanup(prl.log.setLevel, prl.log.level)
+            prl.log.setLevel(logging.INFO)
+            self.assertEqual(self.answers(service, {}), ["dunno"])
+        self.assertEqual(clock, [5])
+        self.assertEqual(service.counts["decision_seconds"], 0)
+        self.assertIn("mails were not logged", "".join(said))
 
     def test_a_reload_changes_no_mail_that_waits(self) -> None:
         """What passes by the db_error_action of before is counted."""
